@@ -1,0 +1,1 @@
+"""OSDFace face restoration, free of any host application. See backbone.py for what a host supplies."""

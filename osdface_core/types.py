@@ -1,0 +1,61 @@
+"""What detection hands to pasting. Coordinates are (x, y) in pixels of the picture, pixel centres at .5."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Box = tuple[float, float, float, float]
+Points = tuple[tuple[float, float], ...]
+Affine = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+@dataclass(frozen=True)
+class Face:
+    """One face of one picture.
+
+    frame: index of the picture in its batch. box: x1, y1, x2, y2. landmarks: left eye, right eye, nose, left and right mouth
+    corner, as seen by the viewer. score: the detector's confidence, 0..1. number: the face's number in its picture (over a video:
+    its person's number), as drawn in the preview and as `indices` names it. matrix: the similarity that takes a point of the
+    picture to its place in the crop. angle: the clockwise turn in degrees of the pass that found it (0 but for `any_angle`).
+    """
+
+    frame: int
+    box: Box
+    landmarks: Points
+    score: float
+    number: int
+    matrix: Affine
+    angle: int = 0
+
+    @property
+    def size(self) -> float:
+        """Shorter side of the box in pixels."""
+        return min(self.box[2] - self.box[0], self.box[3] - self.box[1])
+
+
+@dataclass(frozen=True)
+class Faces:
+    """The chosen faces of a batch of pictures, and where they came from.
+
+    crops: (N,S,S,3), one for each of `faces`, in the same order, in the value range of the picture.
+    frames, height, width: shape of the batch of pictures. crop_size: S.
+    """
+
+    faces: tuple[Face, ...]
+    crops: Tensor
+    frames: int
+    height: int
+    width: int
+    crop_size: int = 512
+    meta: dict[str, object] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    @staticmethod
+    def empty(frames: int, height: int, width: int, crop_size: int = 512) -> Faces:
+        """No face: a batch of zero crops."""
+        return Faces((), torch.zeros(0, crop_size, crop_size, 3), frames, height, width, crop_size)
