@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,7 +50,6 @@ class Faces:
     height: int
     width: int
     crop_size: int = 512
-    meta: dict[str, object] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.faces)
