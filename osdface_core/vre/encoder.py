@@ -7,6 +7,7 @@ torch.nn, or a host's own classes that cast and page weights.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -111,7 +112,7 @@ class Encoder(nn.Module):
         widths = [channels, *(channels * m for m in multipliers)]
         self.down = nn.ModuleList(
             Level(a, b, last=i == len(multipliers) - 1, operations=operations)
-            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+            for i, (a, b) in enumerate(pairwise(widths))
         )
         self.mid = Middle(widths[-1], operations)
         self.norm_out = _norm(widths[-1], operations)

@@ -1,0 +1,303 @@
+"""ComfyUI behind the core: its MODEL and VAE as a Backbone, our networks in its memory management, its folders and progress bar.
+
+The only file that knows ComfyUI's insides. Measured on 0.3.64; what newer versions changed is asked for by name before it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import comfy.lora
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.ops
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import folder_paths
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..osdface_core.backbone import LATENT_CHANNELS, STRIDE, TIMESTEP, TIMESTEPS, alphas_cumprod
+from ..osdface_core.errors import OSDFaceError
+from ..osdface_core.lora import LoraModule, parse_lora
+from ..osdface_core.vre import build_embedder, read_embedder
+from ..osdface_core.vre.embedder import VisualEmbedder
+from ..osdface_core.weights.reading import read_tensors
+
+log = logging.getLogger(__name__)
+
+OSDFACE = "osdface"
+FACES = "facedetection"
+SEARCHED = {OSDFACE: (OSDFACE,), FACES: (FACES, "facerestore_models", OSDFACE), "loras": (OSDFACE, "loras")}
+EXTENSIONS = {".safetensors", ".ckpt", ".pth"}
+NONE = "none"
+
+CHECKPOINT = "Load Stable Diffusion 2.1-base (v2-1_512-ema-pruned.safetensors) with Load Checkpoint."
+PREVIEW_SIDE = 512
+# A chunk is also the grain at which a run shows progress and stops.
+MOST_FACES_AT_ONCE = 16
+# Peak of the embedder's activations for a 512 px crop in fp32.
+EMBEDDER_MEMORY = 450 * 1024**2
+
+
+# Files
+
+
+def register_folders() -> None:
+    """Makes ComfyUI look in models/osdface and models/facedetection, beside what extra_model_paths.yaml names for them."""
+    for name in (OSDFACE, FACES):
+        folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
+        folder_paths.folder_names_and_paths[name][1].update(EXTENSIONS)
+
+
+def files(kind: str) -> list[str]:
+    """Names of the files in the folders that are searched for `kind`."""
+    found: dict[str, None] = {}
+    for folder in SEARCHED[kind]:
+        if folder in folder_paths.folder_names_and_paths:
+            found |= dict.fromkeys(folder_paths.get_filename_list(folder))
+    return list(found)
+
+
+def find(name: str, kind: str = FACES) -> Path:
+    """The file `name` in the folders that are searched for `kind`. Raises OSDFaceError if it is in none."""
+    for folder in SEARCHED[kind]:
+        if (path := folder_paths.get_full_path(folder, name)) is not None:
+            return Path(path)
+    raise OSDFaceError(f"{name} is not in models/{SEARCHED[kind][0]}: run `python install.py` in the pack's folder, or put it there.")
+
+
+def names(kind: str, *first: str) -> list[str]:
+    """What a menu of files offers: the names that a shared workflow holds, present or not, then whatever else is there."""
+    return list(dict.fromkeys([*first, *files(kind)]))
+
+
+def state_of(name: str | None, kind: str) -> str:
+    """A text that changes when the named file does, for nodes that read it; empty for none, or one that is not there."""
+    if name is None or name == NONE:
+        return ""
+    try:
+        return str(fingerprint(find(name, kind)))
+    except OSDFaceError:
+        return ""
+
+
+def fingerprint(path: Path) -> tuple[str, int, int]:
+    """Changes when the file does: its path, size and time of change."""
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
+# Networks of our own
+
+
+_networks: dict[tuple[str, str], tuple[tuple[str, int, int], comfy.model_patcher.ModelPatcher]] = {}
+
+
+def network(
+    path: Path,
+    build: Callable[[dict[str, Tensor], Any], nn.Module],
+    memory: float = 0,
+    read: Callable[[Path], dict[str, Tensor]] = read_tensors,
+) -> nn.Module:
+    """The network of a weight file, on the device that ComfyUI computes on, ready to be called.
+
+    build: (tensors, operations) -> module. memory: bytes that its activations will want. The network is read once for each state
+    of its file, stays loaded between runs, and leaves the device when ComfyUI needs the room.
+    """
+    key = (build.__module__ + "." + build.__qualname__, str(path))
+    state = fingerprint(path)
+    if key not in _networks or _networks[key][0] != state:
+        module = build(read(path), comfy.ops.manual_cast)
+        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+        _networks[key] = state, patcher_class(module, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+    patcher = _networks[key][1]
+    mm.load_models_gpu([patcher], memory_required=memory)
+    return patcher.model
+
+
+def build_vre(tensors: dict[str, Tensor], operations: Any) -> VisualEmbedder:
+    return build_embedder(tensors, operations)
+
+
+def embedder(vre_name: str, faces: int) -> VisualEmbedder:
+    """The Visual Representation Embedder of a file of models/osdface, with room for so many faces at once."""
+    module = network(find(vre_name, OSDFACE), build_vre, memory=faces * EMBEDDER_MEMORY, read=read_embedder)
+    assert isinstance(module, VisualEmbedder)
+    return module
+
+
+def embedder_faces_that_fit() -> int:
+    device = mm.get_torch_device()
+    return 1 if mm.is_device_cpu(device) else _clamp(mm.get_free_memory(device) / EMBEDDER_MEMORY)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, mm.OOM_EXCEPTION)
+
+
+def _clamp(faces: float) -> int:
+    return max(1, min(MOST_FACES_AT_ONCE, int(faces)))
+
+
+# Progress
+
+
+def progress(total: int) -> Callable[..., None]:
+    """A function to call with the number of finished steps and a picture (3,H,W) or (1,H,W) in [0,1] or None.
+
+    It moves ComfyUI's bar, shows the picture, and raises ComfyUI's own error when the user has asked to stop.
+    """
+    bar = comfy.utils.ProgressBar(total)
+
+    def report(done: int = 1, picture: Tensor | None = None) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        if done:
+            preview = None if picture is None else ("JPEG", _pil(picture), PREVIEW_SIDE)
+            bar.update_absolute(bar.current + done, total, preview)
+
+    return report
+
+
+def _pil(picture: Tensor) -> Image.Image:
+    pixels = (picture.detach().float().clamp(0, 1) * 255).byte().movedim(0, -1).cpu().numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3])
+
+
+# The base model
+
+
+def check_model(model: Any) -> None:
+    """Raises OSDFaceError unless MODEL is Stable Diffusion 2.1-base (or a fine-tune of it) sampled as it was trained."""
+    base = getattr(model, "model", None)
+    config = getattr(base, "model_config", None)
+    unet = getattr(config, "unet_config", None) or {}
+    given = type(config).__name__ if config is not None else type(model).__name__
+
+    def refuse(what: str) -> NoReturn:
+        raise OSDFaceError(f"`model` is {what}; OSDFace needs Stable Diffusion 2.1-base (512 px, epsilon). {CHECKPOINT}")
+
+    if unet.get("context_dim") != 1024 or unet.get("model_channels") != 320:
+        refuse(f"{given} (text width {unet.get('context_dim', 'unknown')}, UNet width {unet.get('model_channels', 'unknown')})")
+    if unet.get("in_channels") != LATENT_CHANNELS:
+        refuse(f"{given} with {unet.get('in_channels')} input channels, such as an inpainting or depth model has")
+    if unet.get("adm_in_channels") is not None or not unet.get("use_linear_in_transformer") or unet.get("use_temporal_attention"):
+        refuse(f"{given}, a variant of Stable Diffusion 2 with another UNet (unCLIP, video or the like)")
+    sampling = model.get_model_object("model_sampling")
+    kinds = comfy.model_sampling
+    # V_PREDICTION and X0 are subclasses of EPS there.
+    others = tuple(getattr(kinds, name) for name in ("V_PREDICTION", "X0", "EDM") if hasattr(kinds, name))
+    if isinstance(sampling, kinds.V_PREDICTION):
+        refuse(f"{given} predicting v, such as Stable Diffusion 2.1 768-v, or patched to do so by a node before this one")
+    if not isinstance(sampling, kinds.EPS) or isinstance(sampling, others):
+        refuse(f"{given} that does not predict noise, or is patched not to by a node before this one")
+    sigmas = getattr(sampling, "sigmas", None)
+    if not isinstance(sigmas, Tensor) or len(sigmas) != TIMESTEPS:
+        refuse(f"{given} sampled without the {TIMESTEPS} discrete timesteps of Stable Diffusion")
+    abar = alphas_cumprod()[TIMESTEP]
+    wanted = float(((1 - abar) / abar) ** 0.5)
+    if abs(float(sigmas[TIMESTEP]) - wanted) > 1e-3:
+        refuse(f"{given} with a changed noise schedule (sigma {float(sigmas[TIMESTEP]):.3f} at step {TIMESTEP} instead of {wanted:.3f})")
+
+
+def check_vae(vae: Any) -> None:
+    """Raises OSDFaceError unless VAE has 4 latent channels at an eighth of the size."""
+    if getattr(vae, "first_stage_model", None) is None:
+        raise OSDFaceError(f"`vae` holds no autoencoder; the one of Stable Diffusion 2.1-base is wanted. {CHECKPOINT}")
+    channels, stride = vae.latent_channels, vae.spacial_compression_encode()
+    if channels != LATENT_CHANNELS or stride != STRIDE:
+        raise OSDFaceError(
+            f"`vae` makes latents of {channels} channels at 1/{stride} of the size; OSDFace needs {LATENT_CHANNELS} at 1/{STRIDE}, "
+            f"as the autoencoder of Stable Diffusion 2.1-base does. {CHECKPOINT}"
+        )
+
+
+# The LoRA
+
+
+def read_lora(path: Path) -> dict[str, LoraModule]:
+    return parse_lora(read_tensors(path), path.name)
+
+
+def with_lora(model: Any, path: Path, strength: float) -> Any:
+    """A clone of MODEL with OSDFace's LoRA on all of its 278 modules; MODEL itself stays as it is.
+
+    Raises OSDFaceError if a tensor of the file, or a weight of the model, is left over.
+    """
+    lora = read_lora(path)
+    targets = {name: f"diffusion_model.{module.ldm}" for name, module in lora.items()}
+    tensors = {}
+    for name, module in lora.items():
+        tensors[f"{name}.lora_down.weight"] = module.down
+        tensors[f"{name}.lora_up.weight"] = module.up
+        tensors[f"{name}.alpha"] = torch.tensor(module.scale * module.down.shape[0])
+    patches = comfy.lora.load_lora(tensors, targets)
+    clone = model.clone()
+    left_over = set(targets.values()) - set(clone.add_patches(patches, strength))
+    if left_over:
+        names = sorted(left_over)
+        raise OSDFaceError(
+            f"`model` has no weight for {len(names)} of the {len(targets)} modules of {path.name} (such as {names[0]}). {CHECKPOINT}"
+        )
+    # ComfyUI merges weights again whenever this id changes. The same model, file and strength keep theirs from run to run.
+    clone.patches_uuid = uuid.uuid5(model.patches_uuid, f"{fingerprint(path)} {strength}")
+    return clone
+
+
+# The step
+
+
+class HostBackbone:
+    """ComfyUI's MODEL and VAE as the core's Backbone. `conditioning` options (hooks and the like) go along to the sampler."""
+
+    def __init__(self, model: Any, vae: Any, options: dict[str, Any] | None = None) -> None:
+        check_model(model)
+        check_vae(vae)
+        self.model = model
+        self.vae = vae
+        self.options = options or {}
+        self.latent_format = model.get_model_object("latent_format")
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.latent_format.process_in(self.vae.encode(pixels.movedim(1, -1)))
+
+    def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
+        sigma = self.model.get_model_object("model_sampling").sigmas[timestep]
+        guider = comfy.samplers.CFGGuider(self.model)
+        guider.inner_set_conds({"positive": [[prompts, dict(self.options)]]})
+        x0 = guider.sample(
+            torch.zeros_like(latents),
+            self.latent_format.process_out(latents),
+            comfy.samplers.KSAMPLER(_one_step),
+            torch.stack([sigma, torch.zeros_like(sigma)]),
+            disable_pbar=True,
+        )
+        return self.latent_format.process_in(x0.to(mm.intermediate_device()))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(self.latent_format.process_out(latents)).movedim(-1, 1)
+
+    def faces_that_fit(self, height: int, width: int) -> int:
+        device = self.model.load_device
+        if mm.is_device_cpu(device):
+            return 1
+        a_face = self.model.memory_required((1, LATENT_CHANNELS, height // STRIDE, width // STRIDE))
+        still_to_load = self.model.model_size() - self.model.loaded_size()
+        return _clamp((mm.get_free_memory(device) - still_to_load) / a_face)
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        return out_of_memory(error)
+
+
+def _one_step(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None) -> Tensor:
+    """A sampler that calls the model once. The latent comes without noise, and the UNet is to see it unscaled: ComfyUI divides
+    its input by sqrt(sigma^2 + 1), so it is multiplied by that here."""
+    sigma = sigmas[0]
+    return model(x * (1 + sigma**2) ** 0.5, sigma * x.new_ones(len(x)), **(extra_args or {}))

@@ -1,0 +1,104 @@
+"""OSDFaceOneStep: face crops and their visual prompts -> restored crops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..osdface_core.backbone import TIMESTEP, TIMESTEPS
+from ..osdface_core.errors import OSDFaceError
+from ..osdface_core.one_step import check_crops, check_prompts, restore
+from . import host
+
+DEFAULT_LORA = "pytorch_lora_weights.safetensors"
+
+
+class OSDFaceOneStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="OSDFaceOneStep",
+            display_name="OSDFace One Step",
+            category="OSDFace",
+            description="Restores face crops in one step of Stable Diffusion 2.1-base with OSDFace's LoRA.",
+            inputs=[
+                io.Model.Input("model", tooltip="Stable Diffusion 2.1-base (512 px), from Load Checkpoint. It is not changed."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                io.Image.Input("crops", tooltip="The same crops that the visual prompts were made from."),
+                io.Conditioning.Input("conditioning", tooltip="From OSDFace Visual Prompts; a text prompt does not do."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[*host.names("loras", DEFAULT_LORA), host.NONE],
+                    default=DEFAULT_LORA,
+                    tooltip="OSDFace's LoRA, from models/osdface or models/loras; none for a model that already holds it.",
+                ),
+                io.Float.Input(
+                    "lora_strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="1 is what the LoRA was trained for; less restores less.",
+                ),
+                io.Int.Input(
+                    "timestep",
+                    default=TIMESTEP,
+                    min=0,
+                    max=TIMESTEPS - 1,
+                    tooltip="The diffusion step that is undone. The weights were trained at 399; other values are an effect.",
+                ),
+                io.Int.Input(
+                    "faces_per_batch",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    tooltip="Faces restored at once; 0 takes as many as the free memory holds.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="restored", tooltip="The restored crops, in the same order.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> str:
+        return host.state_of(lora_name, "loras")
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        vae: Any,
+        crops: torch.Tensor,
+        conditioning: list[Any],
+        lora_name: str,
+        lora_strength: float,
+        timestep: int,
+        faces_per_batch: int,
+    ) -> io.NodeOutput:
+        check_crops(crops)
+        prompts, options = _prompts(conditioning)
+        check_prompts(prompts, len(crops))
+        host.check_model(model)
+        if lora_name != host.NONE and lora_strength != 0:
+            model = host.with_lora(model, host.find(lora_name, "loras"), lora_strength)
+        result = restore(
+            crops,
+            prompts,
+            host.HostBackbone(model, vae, options),
+            timestep=timestep,
+            faces_per_batch=faces_per_batch,
+            progress=host.progress(len(crops)),
+        )
+        return io.NodeOutput(result.crops)
+
+
+def _prompts(conditioning: list[Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The visual prompts of a CONDITIONING and the sampler options that nodes on the way have added."""
+    if len(conditioning) != 1:
+        raise OSDFaceError(
+            f"`conditioning` holds {len(conditioning)} prompts that were combined; exactly one is wanted: "
+            "connect the conditioning of OSDFace Visual Prompts directly."
+        )
+    prompts, options = conditioning[0]
+    return prompts, options
