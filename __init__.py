@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import ComfyExtension, io
+from typing import TYPE_CHECKING
 
-from .nodes import host
-from .nodes.face_detect_align import FaceDetectAlign
-from .nodes.face_paste_back import FacePasteBack
-from .nodes.osdface_one_step import OSDFaceOneStep
-from .nodes.osdface_vre import OSDFaceVRE
+if TYPE_CHECKING:
+    from comfy_api.latest import ComfyExtension
 
 WEB_DIRECTORY = "./web"
 
-host.register_folders()
 
+async def comfy_entrypoint() -> ComfyExtension:
+    """Called by ComfyUI. Its modules are imported only here, so that the package can also be imported without it."""
+    from .nodes import OSDFaceExtension, host
 
-class OSDFaceExtension(ComfyExtension):
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [FaceDetectAlign, OSDFaceVRE, OSDFaceOneStep, FacePasteBack]
-
-
-async def comfy_entrypoint() -> OSDFaceExtension:
+    host.register_folders()
     return OSDFaceExtension()

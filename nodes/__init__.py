@@ -1,1 +1,15 @@
 """ComfyUI nodes: a schema and a short execute each. The work is in osdface_core."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .face_detect_align import FaceDetectAlign
+from .face_paste_back import FacePasteBack
+from .osdface_one_step import OSDFaceOneStep
+from .osdface_vre import OSDFaceVRE
+
+
+class OSDFaceExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [FaceDetectAlign, OSDFaceVRE, OSDFaceOneStep, FacePasteBack]

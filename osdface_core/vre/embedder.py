@@ -84,5 +84,6 @@ def choose_codes(features: Tensor, book: Tensor, tokens: int = TOKENS) -> Tensor
     error, code = distance.min(2)
     best = torch.full((z.shape[0], book.shape[0]), torch.inf, device=z.device)
     best.scatter_reduce_(1, code, error, "amin")
-    best, order = best.sort(1, stable=True)
-    return book[order[:, :tokens]] * best[:, :tokens, None].isfinite()
+    best, order = best.sort(dim=1, stable=True)
+    rows = book[order[:, :tokens]] * best[:, :tokens, None].isfinite()
+    return F.pad(rows, (0, 0, 0, tokens - rows.shape[1]))

@@ -1,0 +1,132 @@
+"""Where tests find pictures, stand-in weights and a real ComfyUI; each is skipped over, with the reason, where it is absent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _folder(variable: str, default: Path, what: str) -> Path:
+    folder = Path(os.environ.get(variable, default))
+    if not folder.is_dir():
+        pytest.skip(f"no {what}: set {variable} to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    return _folder("OSDFACE_TEST_DATA", ROOT.parent / "shared" / "data", "test pictures")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return _folder("OSDFACE_TEST_GOLDEN", ROOT.parent / "shared" / "golden", "golden outputs")
+
+
+def picture(path: Path) -> torch.Tensor:
+    """(1,H,W,3) in [0,1], as ComfyUI's Load Image gives it."""
+    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).float()[None] / 255
+
+
+@pytest.fixture(scope="session")
+def load_picture() -> Callable[[Path], torch.Tensor]:
+    return picture
+
+
+@pytest.fixture(scope="session")
+def seeded(golden: Path) -> ModuleType:
+    """The maker of the stand-in weights, beside the golden outputs."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("seeded", golden / "seeded.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def stand_ins(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Full-size stand-in weights: the checkpoint and OSDFace's three files, about 4 GB."""
+    folder = tmp_path_factory.mktemp("stand_ins")
+    script = str(golden / "make_weights.py")
+    subprocess.run([sys.executable, script, "--out", str(folder), "--only", "checkpoint", "osdface"], check=True)
+    return folder
+
+
+def comfyui_path() -> Path | None:
+    for candidate in (os.environ.get("COMFYUI_PATH"), Path.home() / "comfy" / "ComfyUI"):
+        if candidate and (Path(candidate) / "main.py").is_file():
+            return Path(candidate)
+    return None
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    path = comfyui_path()
+    if path is None:
+        pytest.skip("no ComfyUI: set COMFYUI_PATH to its folder, or put it at ~/comfy/ComfyUI")
+    return path
+
+
+def populate(base: Path, stand_ins: Path, data: Path) -> None:
+    """A ComfyUI base directory with the pack, the stand-in weights and the real detector, all by link."""
+    models = base / "models"
+    for name in ("models/checkpoints", "models/osdface", "models/loras", "models/facedetection", "custom_nodes", "input"):
+        (base / name).mkdir(parents=True, exist_ok=True)
+    (models / "checkpoints" / "v2-1_512-ema-pruned.safetensors").symlink_to(stand_ins / "v2-1_512-seeded.safetensors")
+    for file in (stand_ins / "osdface").iterdir():
+        (models / "osdface" / file.name).symlink_to(file)
+    detector = data / "weights" / "detection_mobilenet0.25_Final.pth"
+    (models / "facedetection" / detector.name).symlink_to(detector)
+    (base / "custom_nodes" / "osdface").symlink_to(ROOT)
+
+
+@pytest.fixture(scope="session")
+def host(comfyui: Path, stand_ins: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """ComfyUI in this process on the CPU, our pack loaded by its own loader: `nodes` by id, `host` (our nodes/host.py), `comfy`."""
+    base = tmp_path_factory.mktemp("comfyui")
+    populate(base, stand_ins, data)
+    argv, path = sys.argv, list(sys.path)
+    sys.argv = ["main.py", "--cpu", "--base-directory", str(base), "--user-directory", str(base / "user")]
+    # ComfyUI's own modules must win over the pack's folders of the same name.
+    sys.path[:] = [str(comfyui), *(p for p in path if Path(p).resolve() != ROOT)]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.sd
+    import folder_paths
+
+    import nodes
+
+    sys.argv = argv
+    pack = base / "custom_nodes" / "osdface"
+    assert asyncio.run(nodes.load_custom_node(str(pack))), "ComfyUI could not load the pack"
+    name = str(pack).replace(".", "_x_")
+    classes = nodes.NODE_CLASS_MAPPINGS
+    yield SimpleNamespace(
+        comfy=comfy, folder_paths=folder_paths, base=base, nodes=classes, host=sys.modules[f"{name}.nodes.host"],
+        error=sys.modules[f"{name}.osdface_core.errors"].OSDFaceError, one_step=sys.modules[f"{name}.osdface_core.one_step"],
+    )
+    sys.path[:] = path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(host: Any) -> tuple[Any, Any]:
+    """(MODEL, VAE) of the full-size stand-in checkpoint, from ComfyUI's own loader."""
+    path = host.folder_paths.get_full_path_or_raise("checkpoints", "v2-1_512-ema-pruned.safetensors")
+    model, _, vae, _ = host.comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=False)
+    return model, vae

@@ -1,0 +1,296 @@
+"""The nodes inside a real ComfyUI, in this process, on full-size stand-in weights: the paper's numbers, and refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytestmark = [pytest.mark.host, pytest.mark.full]
+
+INPUTS = ("astronaut_lq", "portrait_severe_lq", "portrait_128", "portrait_512x640", "many_codes")
+LORA = "pytorch_lora_weights.safetensors"
+STEP = {"lora_name": LORA, "lora_strength": 1.0, "timestep": 399, "faces_per_batch": 0}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Any:
+    """ComfyUI runs every node so."""
+    with torch.inference_mode():
+        yield
+
+
+def sorted_rows(rows: torch.Tensor) -> torch.Tensor:
+    return torch.stack(sorted(rows, key=lambda row: row.tolist()))
+
+
+def run(host: Any, node: str, **inputs: Any) -> Any:
+    result = host.nodes[node].execute(**inputs)
+    return result.args[0]
+
+
+def prompts_of(host: Any, crops: torch.Tensor) -> Any:
+    return run(host, "OSDFaceVRE", crops=crops, vre_name="associate_2.ckpt")
+
+
+@pytest.fixture(scope="module")
+def truth(golden: Path) -> dict[str, torch.Tensor]:
+    return load_file(golden / "golden.safetensors")
+
+
+@pytest.fixture(scope="module")
+def crop(golden: Path, load_picture: Callable[[Path], torch.Tensor]) -> Callable[[str], torch.Tensor]:
+    return lambda name: load_picture(golden / "inputs" / f"{name}.png")
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_latent_prompts_and_x0_are_the_released_codes(
+    name: str, host: Any, checkpoint: tuple[Any, Any], truth: dict[str, torch.Tensor], crop: Callable[[str], torch.Tensor]
+) -> None:
+    model, vae = checkpoint
+    crops = crop(name)
+    prompts = prompts_of(host, crops)[0][0]
+    wanted = truth[f"{name}.prompt"][0]
+    assert (sorted_rows(prompts[0]) - sorted_rows(wanted)).abs().max() < 1e-5
+    backbone = host.host.HostBackbone(host.host.with_lora(model, host.host.find(LORA, "loras"), 1.0), vae)
+    latents = backbone.encode(host.one_step.network_input(crops))
+    assert (latents - truth[f"{name}.latent"]).abs().max() < 1e-5
+    x0 = backbone.denoise(latents, prompts, 399)
+    assert (x0 - truth[f"{name}.x0"]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["astronaut_lq", "portrait_severe_lq"])
+def test_the_restored_picture_is_the_released_codes(
+    name: str, host: Any, checkpoint: tuple[Any, Any], truth: dict[str, torch.Tensor], crop: Callable[[str], torch.Tensor]
+) -> None:
+    model, vae = checkpoint
+    restored = run(host, "OSDFaceOneStep", model=model, vae=vae, crops=crop(name), conditioning=prompts_of(host, crop(name)), **STEP)
+    assert (restored.movedim(-1, 1) - truth[f"{name}.image"]).abs().max() < 1e-4
+
+
+def test_four_crops_at_once_are_each_alone_and_again_the_same(
+    host: Any, checkpoint: tuple[Any, Any], crop: Callable[[str], torch.Tensor]
+) -> None:
+    model, vae = checkpoint
+    small = crop("many_codes")[:, ::4, ::4].contiguous()
+    face = crop("astronaut_lq")
+    crops = torch.cat([face, crop("portrait_severe_lq"), face.flip(2), torch.nn.functional.pad(small, (0, 0, 192, 192, 192, 192))])
+    # The decoder takes the longest and has no part in this: four small latents stand for it.
+    conditioning = prompts_of(host, crops)
+    backbone = host.host.HostBackbone(host.host.with_lora(model, host.host.find(LORA, "loras"), 1.0), vae)
+    pixels = host.one_step.network_input(crops)
+
+    def x0(part: slice) -> torch.Tensor:
+        return backbone.denoise(backbone.encode(pixels[part]), conditioning[0][0][part], 399)
+
+    together = x0(slice(0, 4))
+    decoded = backbone.decode(together[:, :, :16, :16])
+    for i in range(4):
+        alone = prompts_of(host, crops[i : i + 1])[0][0]
+        assert (sorted_rows(alone[0]) - sorted_rows(conditioning[0][0][i])).abs().max() < 1e-5
+        assert (x0(slice(i, i + 1)) - together[i : i + 1]).abs().max() < 1e-5
+        assert (backbone.decode(together[i : i + 1, :, :16, :16]) - decoded[i : i + 1]).abs().max() < 1e-5
+    assert torch.equal(x0(slice(0, 4)), together)
+
+
+def test_no_crops_give_no_restored(host: Any, checkpoint: tuple[Any, Any]) -> None:
+    model, vae = checkpoint
+    crops = torch.zeros(0, 512, 512, 3)
+    conditioning = prompts_of(host, crops)
+    assert conditioning[0][0].shape == (0, 77, 1024)
+    assert run(host, "OSDFaceOneStep", model=model, vae=vae, crops=crops, conditioning=conditioning, **STEP).shape == (0, 512, 512, 3)
+
+
+def test_the_lora_lands_on_278_weights_of_a_clone(host: Any, checkpoint: tuple[Any, Any]) -> None:
+    model, _ = checkpoint
+    before = {key: list(value) for key, value in model.patches.items()}, model.patches_uuid
+    clone = host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5)
+    assert len(clone.patches) == 278
+    assert ({key: list(value) for key, value in model.patches.items()}, model.patches_uuid) == before
+    again = host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5)
+    assert again.patches_uuid == clone.patches_uuid
+    assert host.host.with_lora(model, host.host.find(LORA, "loras"), 0.6).patches_uuid != clone.patches_uuid
+
+
+def test_a_merged_weight_is_base_plus_strength_times_up_times_down(
+    host: Any, checkpoint: tuple[Any, Any], seeded: ModuleType
+) -> None:
+    model, _ = checkpoint
+    clone = host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5)
+    lora, base = seeded.lora(), model.model.state_dict()
+    for name, ldm in (
+        ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "input_blocks.1.1.transformer_blocks.0.attn2.to_k"),
+        ("up_blocks.1.upsamplers.0.conv", "output_blocks.5.2.conv"),
+    ):
+        down, up = (".lora.down.weight", ".lora.up.weight") if "attn" in name else (".lora_A.weight", ".lora_B.weight")
+        delta = lora[f"unet.{name}{up}"].flatten(1) @ lora[f"unet.{name}{down}"].flatten(1)
+        key = f"diffusion_model.{ldm}.weight"
+        plain = model.backup[key].weight if key in model.backup else base[key]
+        merged = host.comfy.lora.calculate_weight(clone.patches[key], plain.clone(), key)
+        assert (merged - plain - 0.5 * delta.reshape(plain.shape)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("harm", ["too many", "missing", "wrong shape"])
+def test_a_lora_that_does_not_fit_is_refused_and_the_model_untouched(
+    harm: str, host: Any, checkpoint: tuple[Any, Any], seeded: ModuleType
+) -> None:
+    model, vae = checkpoint
+    key = "unet.mid_block.resnets.0.conv1.lora_B.weight"
+    tensors = seeded.lora()
+    if harm == "too many":
+        tensors["unet.conv_out.lora_A.weight"] = torch.zeros(16, 320, 3, 3)
+    elif harm == "missing":
+        del tensors[key]
+    else:
+        tensors[key] = tensors[key][:64].clone()
+    name = f"{harm.replace(' ', '_')}.safetensors"
+    save_file(tensors, host.base / "models" / "loras" / name)
+    before = model.patches_uuid, len(model.patches)
+    with pytest.raises(host.error, match="conv_out" if harm == "too many" else "mid_block.resnets.0.conv1"):
+        run(
+            host, "OSDFaceOneStep", model=model, vae=vae, crops=torch.zeros(1, 64, 64, 3), conditioning=[[torch.zeros(1, 77, 1024), {}]],
+            **STEP | {"lora_name": name},
+        )
+    assert (model.patches_uuid, len(model.patches)) == before
+
+
+def test_a_text_prompt_is_refused(host: Any, checkpoint: tuple[Any, Any]) -> None:
+    model, vae = checkpoint
+    conditioning = [[torch.randn(1, 77, 1024), {"pooled_output": torch.randn(1, 1024)}]]
+    with pytest.raises(host.error, match="not made by OSDFace's visual embedder"):
+        run(host, "OSDFaceOneStep", model=model, vae=vae, crops=torch.zeros(1, 64, 64, 3), conditioning=conditioning, **STEP)
+    with pytest.raises(host.error, match="holds 2 prompts that were combined"):
+        run(host, "OSDFaceOneStep", model=model, vae=vae, crops=torch.zeros(1, 64, 64, 3), conditioning=conditioning * 2, **STEP)
+
+
+# Other bases, as ComfyUI's own detection describes them; their UNets are not built.
+
+UNET = {"image_size": 32, "use_spatial_transformer": True, "legacy": False, "num_classes": None, "adm_in_channels": None,
+        "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_temporal_attention": False, "use_temporal_resblock": False}
+BASES = {
+    "SD15": UNET | {"context_dim": 768, "use_linear_in_transformer": False, "num_heads": 8, "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0]},
+    "SDXL": UNET | {"context_dim": 2048, "use_linear_in_transformer": True, "adm_in_channels": 2816, "num_classes": "sequential",
+                    "transformer_depth": [0, 0, 2, 2, 10, 10]},
+    "SD20": UNET | {"context_dim": 1024, "use_linear_in_transformer": True},
+    "inpainting": UNET | {"context_dim": 1024, "use_linear_in_transformer": True, "in_channels": 9},
+    "Lotus": UNET | {"context_dim": 1024, "use_linear_in_transformer": True, "adm_in_channels": 4, "num_classes": "sequential"},
+}
+
+
+def base_model(host: Any, kind: str, model_type: str = "EPS") -> Any:
+    import comfy.model_base
+    import comfy.model_detection
+    import comfy.model_patcher
+
+    config = comfy.model_detection.model_config_from_unet_config(dict(BASES[kind]))
+    assert config is not None, kind
+    config.unet_config["disable_unet_model_creation"] = True
+    base = comfy.model_base.BaseModel(config, comfy.model_base.ModelType[model_type], device=torch.device("cpu"))
+    return comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+
+
+def test_a_right_base_passes(host: Any, checkpoint: tuple[Any, Any]) -> None:
+    host.host.check_model(base_model(host, "SD20"))
+    host.host.check_model(checkpoint[0])
+    host.host.check_vae(checkpoint[1])
+
+
+def patched_to_v(host: Any) -> Any:
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    return ModelSamplingDiscrete().patch(base_model(host, "SD20"), "v_prediction", False)[0]
+
+
+def with_zero_terminal_snr(host: Any) -> Any:
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    return ModelSamplingDiscrete().patch(base_model(host, "SD20"), "eps", True)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda host: base_model(host, "SD15"), r"`model` is SD15 \(text width 768, UNet width 320\)"),
+        (lambda host: base_model(host, "SDXL"), r"`model` is SDXL \(text width 2048, UNet width 320\)"),
+        (lambda host: base_model(host, "SD20", "V_PREDICTION"), "`model` is SD20 predicting v, such as Stable Diffusion 2.1 768-v"),
+        (lambda host: base_model(host, "inpainting"), "`model` is SD20 with 9 input channels, such as an inpainting"),
+        (lambda host: base_model(host, "Lotus"), "`model` is LotusD, a variant of Stable Diffusion 2 with another UNet"),
+        (patched_to_v, "`model` is SD20 predicting v, .* or patched to do so by a node before this one"),
+        (with_zero_terminal_snr, "`model` is SD20 with a changed noise schedule"),
+    ],
+)
+def test_a_wrong_base_is_refused(make: Callable[[Any], Any], says: str, host: Any, checkpoint: tuple[Any, Any]) -> None:
+    with pytest.raises(host.error, match=says + ".*OSDFace needs Stable Diffusion 2.1-base.*Load .*v2-1_512-ema-pruned.safetensors"):
+        run(
+            host, "OSDFaceOneStep", model=make(host), vae=checkpoint[1], crops=torch.zeros(1, 64, 64, 3),
+            conditioning=[[torch.zeros(1, 77, 1024), {}]], **STEP,
+        )
+
+
+def test_a_vae_of_another_family_is_refused(host: Any, checkpoint: tuple[Any, Any]) -> None:
+    vae = copy.copy(checkpoint[1])
+    vae.latent_channels = 16
+    with pytest.raises(host.error, match=r"`vae` makes latents of 16 channels at 1/8 of the size; OSDFace needs 4 at 1/8"):
+        run(
+            host, "OSDFaceOneStep", model=checkpoint[0], vae=vae, crops=torch.zeros(1, 64, 64, 3),
+            conditioning=[[torch.zeros(1, 77, 1024), {}]], **STEP,
+        )
+
+
+def test_our_networks_leave_when_comfyui_needs_room_and_come_back(host: Any, crop: Callable[[str], torch.Tensor]) -> None:
+    first = prompts_of(host, crop("astronaut_lq"))[0][0]
+    host.comfy.model_management.unload_all_models()
+    assert torch.equal(prompts_of(host, crop("astronaut_lq"))[0][0], first)
+
+
+def test_a_network_is_read_once_while_its_file_stays(
+    host: Any, monkeypatch: pytest.MonkeyPatch, crop: Callable[[str], torch.Tensor]
+) -> None:
+    prompts_of(host, crop("astronaut_lq"))
+    monkeypatch.setattr(host.host, "read_embedder", lambda path: pytest.fail("read again"))
+    prompts_of(host, crop("astronaut_lq"))
+
+
+def test_an_interrupt_stops_the_step(host: Any, checkpoint: tuple[Any, Any], crop: Callable[[str], torch.Tensor]) -> None:
+    management = host.comfy.model_management
+    model, vae = checkpoint
+    conditioning = prompts_of(host, crop("astronaut_lq"))
+    management.interrupt_current_processing(True)
+    try:
+        with pytest.raises(management.InterruptProcessingException):
+            run(host, "OSDFaceOneStep", model=model, vae=vae, crops=crop("astronaut_lq"), conditioning=conditioning, **STEP)
+    finally:
+        management.interrupt_current_processing(False)
+
+
+def test_the_schemas_are_valid(host: Any) -> None:
+    for node in ("FaceDetectAlign", "OSDFaceVRE", "OSDFaceOneStep", "FacePasteBack"):
+        schema = host.nodes[node].GET_SCHEMA()
+        assert schema.category == "OSDFace"
+        assert all(i.tooltip for i in schema.inputs), [i.id for i in schema.inputs if not i.tooltip]
+
+
+def test_interfaces_are_for_ever(host: Any) -> None:
+    """Saved workflows hold these names and this order."""
+    import json
+
+    wanted = json.loads((Path(__file__).parent / "interfaces.json").read_text())
+    for node, (inputs, outputs) in wanted.items():
+        schema = host.nodes[node].GET_SCHEMA()
+        assert [i.id for i in schema.inputs][: len(inputs)] == inputs
+        assert [[o.display_name, o.io_type] for o in schema.outputs] == outputs
+
+
+def test_the_pack_loads_through_the_entry_point(host: Any) -> None:
+    import sys
+
+    pack = next(m for name, m in sys.modules.items() if name.endswith("custom_nodes/osdface"))
+    extension = asyncio.run(pack.comfy_entrypoint())
+    assert {n.define_schema().node_id for n in asyncio.run(extension.get_node_list())} <= set(host.nodes)
