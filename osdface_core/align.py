@@ -1,0 +1,218 @@
+"""Similarities between a picture and its face crops, and resampling through them.
+
+Coordinates are (x, y) in pixels with pixel centres at .5: the pixel in row j, column i spans [i,i+1] x [j,j+1].
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import OSDFaceError
+from .types import Affine, Points
+
+# FFHQ's eyes, nose and mouth corners in a crop of 512 px, as facexlib and so OSDFace's training data have them, moved by half a
+# pixel because their pixel centres are at whole numbers.
+TEMPLATE_SIZE = 512
+TEMPLATE: Points = (
+    (193.48138, 240.44708),
+    (319.40277, 240.6936),
+    (257.13416, 314.51935),
+    (201.76117, 371.91043),
+    (313.58905, 371.65118),
+)
+
+# The cubic kernel reaches so many pixels to each side, the filter for shrinking so many of the smaller picture's.
+CUBIC = 2
+FILTER = 4
+# Samples worked on at once; bounds the memory that a picture of any size takes.
+SAMPLES = 2**22
+
+
+def similarity(landmarks: Points, size: int) -> Affine:
+    """The similarity that takes five landmarks of a picture nearest to the FFHQ template in a crop of `size` px.
+
+    Least squares in closed form (Umeyama 1991; in the plane a similarity is w = a z + b over the complex numbers). A landmark that
+    is far off is left out of it, by the rule of least median of squares (Rousseeuw 1984) with the bound that OpenCV's
+    estimateAffinePartial2D uses, so that a crop is the one that the network was trained on; all pairs are tried instead of random
+    ones. Raises OSDFaceError if the landmarks are not five finite points, or too close together to have a direction.
+    """
+    if len(landmarks) != len(TEMPLATE) or not all(math.isfinite(c) for point in landmarks for c in point):
+        raise OSDFaceError(f"A face has the landmarks {landmarks}; five finite points are wanted: detect the face again.")
+    source = [complex(*point) for point in landmarks]
+    target = [complex(*point) * size / TEMPLATE_SIZE for point in TEMPLATE]
+    spread = max(abs(z - w) for z, w in itertools.combinations(source, 2))
+    if spread < 1e-3:
+        raise OSDFaceError("A face has five landmarks on one spot; eyes, nose and mouth apart are wanted: detect the face again.")
+    a, b = _fit(source, target, _inliers(source, target))
+    if abs(a) * spread < 1e-3:
+        raise OSDFaceError(f"A face has landmarks in an order that no face has ({landmarks}): detect the face again.")
+    return (a.real, -a.imag, b.real), (a.imag, a.real, b.imag)
+
+
+def _fit(source: Sequence[complex], target: Sequence[complex], chosen: Sequence[int]) -> tuple[complex, complex]:
+    z_mean = sum(source[i] for i in chosen) / len(chosen)
+    w_mean = sum(target[i] for i in chosen) / len(chosen)
+    power = sum(abs(source[i] - z_mean) ** 2 for i in chosen)
+    a = sum((target[i] - w_mean) * (source[i] - z_mean).conjugate() for i in chosen) / power
+    return a, w_mean - a * z_mean
+
+
+def _inliers(source: Sequence[complex], target: Sequence[complex]) -> list[int]:
+    everything = list(range(len(source)))
+    best, errors = math.inf, [0.0] * len(source)
+    for pair in itertools.combinations(everything, 2):
+        if source[pair[0]] == source[pair[1]]:
+            continue
+        a, b = _fit(source, target, pair)
+        of_pair = [abs(a * z + b - w) ** 2 for z, w in zip(source, target, strict=True)]
+        median = sorted(of_pair)[len(of_pair) // 2]
+        if median < best:
+            best, errors = median, of_pair
+    bound = max(2.5 * 1.4826 * (1 + 5 / (len(source) - 2)) * math.sqrt(best), 0.001)
+    return [i for i in everything if errors[i] <= bound**2]
+
+
+def inverse(matrix: Affine) -> Affine:
+    """The affine map back. Raises ZeroDivisionError for a map that has none."""
+    (a, b, c), (d, e, f) = matrix
+    det = a * e - b * d
+    return (e / det, -b / det, (b * f - c * e) / det), (-d / det, a / det, (c * d - a * f) / det)
+
+
+def compose(after: Affine, first: Affine) -> Affine:
+    """The map that applies `first`, then `after`."""
+    (a, b, c), (d, e, f) = first
+    (p, q, r), (s, t, u) = after
+    return (p * a + q * d, p * b + q * e, p * c + q * f + r), (s * a + t * d, s * b + t * e, s * c + t * f + u)
+
+
+def apply(matrix: Affine, x: float, y: float) -> tuple[float, float]:
+    (a, b, c), (d, e, f) = matrix
+    return a * x + b * y + c, d * x + e * y + f
+
+
+def scaling(x: float, y: float) -> Affine:
+    """The map that multiplies by x and y: from a picture to the same picture resized."""
+    return (x, 0.0, 0.0), (0.0, y, 0.0)
+
+
+def moved(matrix: Affine, x: float, y: float) -> Affine:
+    """`matrix` followed by a step of (x, y)."""
+    (a, b, c), (d, e, f) = matrix
+    return (a, b, c + x), (d, e, f + y)
+
+
+def reach(matrix: Affine) -> float:
+    """How many times a length grows under the map (the root of its determinant's size)."""
+    (a, b, _), (d, e, _) = matrix
+    return math.sqrt(abs(a * e - b * d))
+
+
+def bounds(matrix: Affine, width: float, height: float) -> tuple[float, float, float, float]:
+    """x1, y1, x2, y2 of the box around the image of a width x height rectangle at the origin."""
+    corners = [apply(matrix, x, y) for x in (0.0, width) for y in (0.0, height)]
+    xs, ys = zip(*corners, strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def warp(source: Tensor, matrix: Affine, height: int, width: int) -> Tensor:
+    """Resamples `source` (C,H,W) through `matrix`, which takes a point of it to its place in the result (C,height,width) fp32.
+
+    Cubic convolution (Keys 1981, a = -0.75 as in OpenCV) where the result is as large or larger. Where it is smaller, the least
+    squares counterpart of that: the picture which, enlarged by cubic convolution, comes nearest to the source (Unser, Aldroubi and
+    Eden 1995). So nothing is aliased, and what was enlarged comes back as it was. Beyond the source's edge its outermost pixels
+    are repeated.
+    """
+    back = inverse(matrix)
+    step = reach(back)
+    x1, y1, x2, y2 = bounds(back, width, height)
+    margin = math.ceil((FILTER if step > 1 else 0) * step * math.sqrt(2)) + CUBIC + 1
+    left, right = _span(x1 - margin, x2 + margin, source.shape[2])
+    top, bottom = _span(y1 - margin, y2 + margin, source.shape[1])
+    region = source[:, top:bottom, left:right].float()
+    back = moved(back, -left, -top)
+    if step <= 1:
+        fine, border = 1, 0
+    else:
+        fine, border = max(3, math.ceil(1.25 * step)), FILTER
+        kernel = _shrinking(step, fine).float().to(source.device)
+    result = torch.empty(source.shape[0], height, width, device=source.device)
+    columns = (width + 2 * border) * fine
+    at_once = max(1, SAMPLES // (columns * fine) - 2 * border)
+    for first in range(0, height, at_once):
+        rows = min(at_once, height - first)
+        to_fine = (1 / fine, 0.0, -border), (0.0, 1 / fine, first - border)
+        samples = _sampled(region, compose(back, to_fine), (rows + 2 * border) * fine, columns)
+        if step > 1:
+            samples = F.conv2d(samples[:, None], kernel[None, None, :, None], stride=(fine, 1))
+            samples = F.conv2d(samples, kernel[None, None, None, :], stride=(1, fine))[:, 0]
+        result[:, first : first + rows] = samples
+    return result
+
+
+def _span(low: float, high: float, size: int) -> tuple[int, int]:
+    """The pixels of range(size) between low and high; the nearest one where there are none."""
+    first = min(max(math.floor(low), 0), size - 1)
+    return first, max(min(math.ceil(high), size), first + 1)
+
+
+def _sampled(source: Tensor, back: Affine, height: int, width: int) -> Tensor:
+    """The cubic interpolation of `source` (C,H,W) at the places that `back` gives for the pixel centres of the result."""
+    grid = torch.empty(1, height, width, 2, device=source.device)
+    across = torch.arange(width, dtype=torch.float64) + 0.5
+    down = torch.arange(height, dtype=torch.float64) + 0.5
+    for axis, ((from_x, from_y, shift), size) in enumerate(zip(back, (source.shape[2], source.shape[1]), strict=True)):
+        # fp64 up to the sum of a row and a column: at 8000 px that holds a place to 0.001 px without a table in fp64.
+        row = ((from_x * across + shift) * (2 / size) - 1).float().to(source.device)
+        column = (from_y * down * (2 / size)).float().to(source.device)
+        torch.add(row[None, :], column[:, None], out=grid[0, :, :, axis])
+    return F.grid_sample(source[None], grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
+
+
+def _shrinking(step: float, fine: int) -> Tensor:
+    """The filter that turns `fine` samples a pixel into pixels of `step` source pixels each, fp64.
+
+    It is to give back a picture's pixels from samples of its enlargement: with those samples as columns, the least filter h with
+    U h = (.., 0, 1, 0, ..). The small ridge keeps it from raising frequencies near the limit by more than they were lowered.
+    """
+    taps = (torch.arange((2 * FILTER + 1) * fine, dtype=torch.float64) + 0.5) / fine - FILTER - 0.5
+    pixels = torch.arange(-FILTER - CUBIC - 2, FILTER + CUBIC + 3, dtype=torch.float64)
+    # The source is itself sampled by cubic interpolation, which on average convolves it with that kernel.
+    blur = torch.linspace(-CUBIC, CUBIC, 81, dtype=torch.float64)
+    weight = _cubic(blur) / _cubic(blur).sum()
+    enlarging = (_cubic(taps - pixels[:, None] - blur[:, None, None] / step) * weight[:, None, None]).sum(0)
+    ridge = 0.02 * fine * torch.eye(len(pixels), dtype=torch.float64)
+    one = (pixels == 0).double()
+    kernel = enlarging.T @ torch.linalg.solve(enlarging @ enlarging.T + ridge, one)
+    return kernel / kernel.sum()
+
+
+def _cubic(x: Tensor) -> Tensor:
+    x = x.abs()
+    near = (1.25 * x - 2.25) * x**2 + 1
+    far = ((-0.75 * x + 3.75) * x - 6) * x + 3
+    return torch.where(x < 1, near, torch.where(x < CUBIC, far, 0.0))
+
+
+def colour(picture: Tensor) -> Tensor:
+    """The red, green and blue of a picture (...,C): its first three channels, or its grey three times where it has one or two."""
+    return picture[..., :3] if picture.shape[-1] >= 3 else picture[..., :1].expand(*picture.shape[:-1], 3)
+
+
+def cut(image: Tensor, matrix: Affine, size: int) -> Tensor:
+    """The crop (size,size,C) fp32 of `image` (H,W,C) of any float type and range; the picture's edge is repeated beyond it."""
+    return warp(image.movedim(-1, 0), matrix, size, size).movedim(0, -1)
+
+
+def cut_all(images: Tensor, frames: Sequence[int], matrices: Sequence[Affine], size: int) -> Tensor:
+    """The crops (N,size,size,3) of the pictures images[frames[i]] through matrices[i]; images (B,H,W,C), alpha is left out."""
+    crops = torch.empty(len(matrices), size, size, 3, device=images.device)
+    for crop, frame, matrix in zip(crops, frames, matrices, strict=True):
+        crop.copy_(cut(colour(images[frame]), matrix, size))
+    return crops
