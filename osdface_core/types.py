@@ -20,6 +20,7 @@ class Face:
     corner, as seen by the viewer. score: the detector's confidence, 0..1. number: the face's number in its picture (over a video:
     its person's number), as drawn in the preview and as `indices` names it. matrix: the similarity that takes a point of the
     picture to its place in the crop. angle: the clockwise turn in degrees of the pass that found it (0 but for `any_angle`).
+    shot: the run of frames between two cuts that the face belongs to; a number names a person within a shot.
     """
 
     frame: int
@@ -29,6 +30,7 @@ class Face:
     number: int
     matrix: Affine
     angle: int = 0
+    shot: int = 0
 
     @property
     def size(self) -> float:

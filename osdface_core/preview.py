@@ -1,0 +1,59 @@
+"""Draws what was found on the pictures: boxes, landmarks and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .align import colour
+from .select import CHOSEN
+from .types import Face
+
+# A preview is to be looked at; for the frames of a video at full size it would take as much memory as the video.
+LONGEST_SIDE = 1024
+CHOSEN_COLOUR = (80, 255, 120)
+OTHER_COLOUR = (255, 90, 70)
+
+
+def draw(images: Tensor, faces: Sequence[Face], verdicts: Sequence[str]) -> Tensor:
+    """The pictures (B,H,W,C) in [0,1] -> (B,h,w,3), at most 1024 px a side: chosen faces in green, the rest in red."""
+    count, height, width = images.shape[:3]
+    scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    frames: dict[int, list[tuple[Face, str]]] = {}
+    for face, verdict in zip(faces, verdicts, strict=True):
+        frames.setdefault(face.frame, []).append((face, verdict))
+    out = torch.zeros(count, *size, 3)
+    if not height or not width:
+        return out
+    for i, image in enumerate(images):
+        pixels = colour(image).float().nan_to_num().clamp(0, 1)
+        if scale < 1:
+            pixels = F.interpolate(pixels.movedim(-1, 0)[None], size, mode="bilinear", antialias=True)[0].movedim(0, -1)
+        if i in frames:
+            canvas = Image.frombytes("RGB", size[::-1], bytes((pixels * 255).round().byte().cpu().contiguous().flatten().numpy()))
+            for face, verdict in frames[i]:
+                _mark(ImageDraw.Draw(canvas), face, scale, CHOSEN_COLOUR if verdict == CHOSEN else OTHER_COLOUR)
+            pixels = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(*size, 3) / 255
+        out[i] = pixels
+    return out
+
+
+def _mark(draw: ImageDraw.ImageDraw, face: Face, scale: float, ink: tuple[int, int, int]) -> None:
+    box = [c * scale for c in face.box]
+    side = max(box[2] - box[0], box[3] - box[1])
+    stroke = max(1, round(side / 100))
+    draw.rectangle(box, outline=ink, width=stroke)
+    dot = max(1.0, side / 60)
+    for x, y in face.landmarks:
+        draw.ellipse([x * scale - dot, y * scale - dot, x * scale + dot, y * scale + dot], fill=ink)
+    font = ImageFont.load_default(size=min(48, max(12, round(side / 6))))
+    label = str(face.number)
+    left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
+    x, y = max(0.0, box[0]), max(0.0, box[1] - (bottom - top) - 4)
+    draw.rectangle([x, y, x + right - left + 4, y + bottom - top + 4], fill=ink)
+    draw.text((x + 2 - left, y + 2 - top), label, fill=(0, 0, 0), font=font)
