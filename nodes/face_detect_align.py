@@ -96,7 +96,7 @@ class FaceDetectAlign(io.ComfyNode):
                     min=512,
                     max=1024,
                     step=64,
-                    tooltip="Side of the crops in pixels. OSDFace was trained at 512; larger ones keep more of a large face and are slower.",
+                    tooltip="Side of the crops in pixels. OSDFace was trained at 512; larger ones keep more of a large face but are slow.",
                 ),
                 io.Float.Input(
                     "smoothing",

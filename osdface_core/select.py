@@ -169,7 +169,7 @@ def report(faces: Sequence[Face], verdicts: Sequence[str], frames: int) -> str:
         verdict = CHOSEN if kept == len(own) else left_out if not kept else f"{CHOSEN} in {kept}, else {left_out}"
         lines.append(
             f"{where}face {number}: box {box}, size {_range([f.size for f in own], '.0f')} px, "
-            f"confidence {_range([f.score for f in own], ".3f")}{turned}: {verdict}"
+            f"confidence {_range([f.score for f in own], '.3f')}{turned}: {verdict}"
         )
     return "\n".join(lines)
 
