@@ -148,7 +148,7 @@ def warp(source: Tensor, matrix: Affine, height: int, width: int) -> Tensor:
     for first in range(0, height, at_once):
         rows = min(at_once, height - first)
         to_fine = (1 / fine, 0.0, -border), (0.0, 1 / fine, first - border)
-        samples = _sampled(region, compose(back, to_fine), (rows + 2 * border) * fine, columns)
+        samples = sampled(region, compose(back, to_fine), (rows + 2 * border) * fine, columns)
         if step > 1:
             samples = F.conv2d(samples[:, None], kernel[None, None, :, None], stride=(fine, 1))
             samples = F.conv2d(samples, kernel[None, None, None, :], stride=(1, fine))[:, 0]
@@ -162,7 +162,7 @@ def _span(low: float, high: float, size: int) -> tuple[int, int]:
     return first, max(min(math.ceil(high), size), first + 1)
 
 
-def _sampled(source: Tensor, back: Affine, height: int, width: int) -> Tensor:
+def sampled(source: Tensor, back: Affine, height: int, width: int) -> Tensor:
     """The cubic interpolation of `source` (C,H,W) at the places that `back` gives for the pixel centres of the result."""
     grid = torch.empty(1, height, width, 2, device=source.device)
     across = torch.arange(width, dtype=torch.float64) + 0.5

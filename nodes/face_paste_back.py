@@ -1,0 +1,88 @@
+"""FacePasteBack: restored crops back into the picture, nothing else of it touched."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..osdface_core.paste import MASK_TYPES, paste
+from ..osdface_core.types import Faces
+from . import host
+from .face_detect_align import FACES
+
+
+class FacePasteBack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FacePasteBack",
+            display_name="Face Paste Back",
+            category="OSDFace",
+            description="Pastes restored faces back where they came from. Pixels outside of the mask keep their exact values.",
+            inputs=[
+                io.Image.Input(
+                    "image",
+                    tooltip="The picture the faces came from, or the same picture enlarged or shrunk: the scale is taken from its size.",
+                ),
+                FACES.Input("faces", tooltip="From Face Detect & Align or Face Select."),
+                io.Image.Input(
+                    "restored",
+                    lazy=True,
+                    tooltip="The restored crops of these faces, in the same order. When there is no face, nothing before this is run.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How much of the restored face shows: 0 is the picture as it was, 1 the restored face.",
+                ),
+                io.Combo.Input(
+                    "mask_type",
+                    options=list(MASK_TYPES),
+                    default=MASK_TYPES[0],
+                    tooltip="ellipse: the face and what is close to it. box: the whole crop.",
+                ),
+                io.Float.Input(
+                    "feather",
+                    default=0.1,
+                    min=0.0,
+                    max=0.5,
+                    step=0.01,
+                    tooltip="Width of the mask's soft edge, as a fraction of the crop's side. It lies inside of the mask.",
+                ),
+                io.Mask.Input("keep", optional=True, tooltip="Pixels that must stay as they are, such as a hand or a microphone."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The picture with the restored faces."),
+                io.Mask.Output(display_name="mask", tooltip="How much of each pixel was replaced, at the picture's size."),
+            ],
+        )
+
+    @classmethod
+    def check_lazy_status(cls, faces: Faces, strength: float, restored: Tensor | None = None, **_: object) -> list[str]:
+        return ["restored"] if len(faces) and strength > 0 and restored is None else []
+
+    @classmethod
+    def execute(
+        cls,
+        image: Tensor,
+        faces: Faces,
+        strength: float,
+        mask_type: str,
+        feather: float,
+        restored: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> io.NodeOutput:
+        pasted, mask = paste(
+            image,
+            faces,
+            faces.crops if restored is None else restored,
+            strength=strength,
+            mask_type=mask_type,
+            feather=feather,
+            keep=keep,
+            progress=host.progress(len(faces)),
+        )
+        return io.NodeOutput(pasted, mask)
