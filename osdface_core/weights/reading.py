@@ -35,7 +35,7 @@ def read_tensors(path: Path, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor
     if not path.is_file():
         raise OSDFaceError(f"There is no file {path}: run `python install.py` in the folder of this extension, or put the file there.")
     try:
-        if _is_safetensors(path):
+        if is_safetensors(path):
             return _read_safetensors(path, prefixes)
         with Checkpoint(path, prefixes) as checkpoint:
             flat = {
@@ -54,7 +54,7 @@ def _view(flat: dict[str, Tensor], tensor: StoredTensor) -> Tensor:
     return flat[tensor.storage.key].as_strided(tensor.shape, tensor.strides, tensor.offset)
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
     """Whether the file starts with the length of a header and the header's brace."""
     with path.open("rb") as file:
         start = file.read(9)

@@ -1,0 +1,363 @@
+"""Brings one file of the catalogue into its folder, whole and verified, or leaves the folder as it was.
+
+huggingface_hub, which every host has with transformers, does the transfers: from the hub and, by the same function, from release
+pages. It retries, resumes, waits as Retry-After says, and respects HF_ENDPOINT, HF_HUB_DOWNLOAD_TIMEOUT and the proxy variables.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+
+from ..errors import OSDFaceError
+from .catalogue import HUB, RELEASES, WeightFile
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfFileMetadata
+
+log = logging.getLogger(__name__)
+
+# (bytes there, bytes in all); what it raises stops the download and is passed on
+Progress = Callable[[int, int], None]
+
+INCOMPLETE = ".incomplete"
+RECORD = ".sha256"
+SPARE_DISK = 64 * 2**20
+TRIES = 3
+TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+LONGEST_WAIT = 60.0
+POLL = 0.2
+WEB_PAGE = "a web page instead of the file"
+_METADATA_TIMEOUT = 10.0
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_CHUNK = 2**20
+
+
+class UnreachableError(OSDFaceError):
+    """No address gave the file. why: a line for each address tried."""
+
+    def __init__(self, message: str, why: list[str]) -> None:
+        super().__init__(message)
+        self.why = why
+
+
+class _NextAddress(Exception):
+    """This address does not give the file; the message says why."""
+
+
+class _NotReached(_NextAddress):
+    """Its server did not answer, and need not be asked again."""
+
+
+class _Failed(Exception):
+    """What huggingface_hub raised, apart from what `progress` raises."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class _Stopped(Exception):
+    """Ends the thread that transfers."""
+
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class _Source:
+    url: str
+    size: int | None
+    sha256: str | None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of the file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """The digest recorded beside the file when it was placed, in the format of sha256sum."""
+    record = path.with_name(path.name + RECORD)
+    if not record.is_file():
+        return None
+    digest = record.read_text(encoding="utf-8").split(maxsplit=1)[:1]
+    return digest[0].lower() if digest and len(digest[0]) == hashlib.sha256().digest_size * 2 else None
+
+
+def record_sha256(path: Path, digest: str) -> None:
+    """Writes the digest beside the file."""
+    record = path.with_name(path.name + RECORD)
+    fresh = record.with_name(record.name + ".part")
+    fresh.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    fresh.replace(record)
+
+
+def place(path: Path, write: Callable[[Path], str]) -> Path:
+    """Makes the file `path` by `write`, which fills the temporary name it is given and returns the content's SHA-256.
+
+    The file is there whole or not at all; its digest is recorded beside it. Raises OSDFaceError for a full or read-only disk.
+    """
+    from filelock import FileLock
+
+    try:
+        incomplete = path.parent / INCOMPLETE
+        incomplete.mkdir(parents=True, exist_ok=True)
+        with FileLock(incomplete / (path.name + ".lock")):
+            fresh = incomplete / (path.name + ".part")
+            try:
+                digest = write(fresh)
+                record_sha256(path, digest)
+                fresh.replace(path)
+            finally:
+                fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return path
+
+
+def disk_error(path: Path, error: OSError) -> OSDFaceError:
+    """The sentence for a disk that does not take a file."""
+    if error.errno in _DISK_FULL:
+        return OSDFaceError(f"The disk of {path.parent} is full: {path.name} was not written; make room and run this again.")
+    if error.errno in _NOT_WRITABLE:
+        return OSDFaceError(f"{path.parent} cannot be written to: {path.name} was not written; allow it, or name another models folder.")
+    return OSDFaceError(f"{path} cannot be written ({error.strerror or error}).")
+
+
+def fetch(entry: WeightFile, folder: Path, progress: Progress | None = None, unreachable: set[str] | None = None) -> Path:
+    """Downloads `entry` into `folder` unless it is there, and returns its path.
+
+    The content is checked against the catalogue's SHA-256, else against the one recorded here before, else the hub's. A broken
+    download is resumed, in this run or the next. Two processes do not hurt each other: the second waits for the first.
+    progress: called several times a second, in the caller's thread. unreachable: hosts that did not answer; filled and heeded.
+    Raises UnreachableError when no address gives the file, another OSDFaceError for what is wrong on this machine.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder / entry.name
+    unreachable = set() if unreachable is None else unreachable
+    try:
+        incomplete = folder / INCOMPLETE
+        incomplete.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(incomplete / (entry.name + ".lock"))
+        waiting = False
+        while True:
+            try:
+                lock.acquire(timeout=POLL)
+                break
+            except Timeout:
+                if not waiting:
+                    log.info("%s is being fetched by another process: waiting for it", entry.name)
+                waiting = True
+                if progress:
+                    progress(0, entry.expected_size)
+        with lock:
+            if path.is_file() and (waiting or sha256_of(path) == (entry.sha256 or recorded_sha256(path))):
+                return path
+            return _fetch(entry, path, incomplete, progress, unreachable)
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def _fetch(entry: WeightFile, path: Path, incomplete: Path, progress: Progress | None, unreachable: set[str]) -> Path:
+    why = []
+    for address in entry.addresses:
+        host = urlsplit(_release(address)).netloc if not address.startswith(HUB) else HUB
+        if host in unreachable:
+            why.append(f"{address}: the server was not reached before")
+            continue
+        try:
+            source = _source(address, entry, path, progress)
+            part = incomplete / f"{entry.name}.{(source.sha256 or 'unknown')[:12]}.part"
+            _check_space(path, (source.size or entry.expected_size) - (part.stat().st_size if part.is_file() else 0))
+            digest = _transfer(entry, source, part, progress)
+        except _NextAddress as error:
+            if isinstance(error, _NotReached):
+                unreachable.add(host)
+            log.info("%s: %s", address, error)
+            why.append(f"{address}: {error}")
+            continue
+        record_sha256(path, digest)
+        part.replace(path)
+        for left in incomplete.glob(f"{entry.name}.*.part"):
+            left.unlink(missing_ok=True)
+        return path
+    by_hand = f"download it by hand from {entry.by_hand} and put it into {path.parent}"
+    raise UnreachableError(f"{entry.name} could not be fetched ({'; '.join(why)}): {by_hand}.", why)
+
+
+def _release(address: str) -> str:
+    """The address, or its place on the mirror that OSDFACE_RELEASES names instead of https://github.com."""
+    mirror = os.environ.get("OSDFACE_RELEASES")
+    return mirror.rstrip("/") + "/" + address.removeprefix(RELEASES) if mirror and address.startswith(RELEASES) else address
+
+
+def _source(address: str, entry: WeightFile, path: Path, progress: Progress | None) -> _Source:
+    """Where the bytes are, and what they must be."""
+    known = entry.sha256 or recorded_sha256(path)
+    if not address.startswith(HUB):
+        return _Source(_release(address), entry.size, known)
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    except ImportError as error:
+        raise _NextAddress("huggingface_hub is not installed: run this with the Python of ComfyUI") from error
+    owner, repository, file = address.removeprefix(HUB).split("/", 2)
+    url = hf_hub_url(f"{owner}/{repository}", file)
+
+    def ask() -> HfFileMetadata:
+        try:
+            return get_hf_file_metadata(url, token=False, timeout=_METADATA_TIMEOUT)
+        except Exception as error:
+            raise _Failed(error) from error
+
+    metadata = _tried(ask, entry, progress)
+    told = metadata.etag if metadata.etag and len(metadata.etag) == 64 else None
+    if known and told and known != told:
+        raise _NextAddress("the hub has another file under this name than the one known")
+    return _Source(metadata.location or url, metadata.size, known or told)
+
+
+def _check_space(path: Path, wanted: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if wanted + SPARE_DISK > free:
+        raise OSDFaceError(
+            f"The disk of {path.parent} has {free / 1e6:,.0f} MB free and {path.name} wants {(wanted + SPARE_DISK) / 1e6:,.0f} MB: "
+            "make room, or name another models folder."
+        )
+
+
+class _Part(io.BufferedRandom):
+    """The file under its temporary name, opened at its end; once stopped it takes no more."""
+
+    def __init__(self, path: Path) -> None:
+        path.touch()
+        super().__init__(io.FileIO(path, "r+"))
+        self.seek(0, os.SEEK_END)
+        self.there = self.tell()
+        self.stopped = threading.Event()
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self.stopped.is_set():
+            raise _Stopped
+        written = super().write(data)
+        self.there += written
+        return written
+
+    def truncate(self, size: int | None = None) -> int:
+        self.there = super().truncate(size)
+        return self.there
+
+
+def _transfer(entry: WeightFile, source: _Source, part: Path, progress: Progress | None) -> str:
+    """Fills `part` from where it stands and returns its SHA-256. A part that is not the wanted file is removed."""
+    resumed = part.is_file() and part.stat().st_size > 0
+    if source.sha256 is None or (resumed and source.size is not None and part.stat().st_size > source.size):
+        part.unlink(missing_ok=True)
+        resumed = False
+    _tried(lambda: _get(entry, source, part, progress), entry, progress)
+    digest = sha256_of(part)
+    if source.sha256 is not None and digest != source.sha256:
+        what = _seen(part)
+        part.unlink()
+        if resumed:  # what was there before may have been the wrong half
+            return _transfer(entry, source, part, progress)
+        raise _NextAddress(f"gave {what}: its SHA-256 is not the known one")
+    if source.size is not None and part.stat().st_size != source.size:
+        what = _seen(part)
+        part.unlink()
+        raise _NextAddress(f"gave {what} of another size")
+    return digest
+
+
+def _seen(part: Path) -> str:
+    with part.open("rb") as file:
+        return WEB_PAGE if file.read(256).lstrip().startswith(b"<") else "another file"
+
+
+def _get(entry: WeightFile, source: _Source, part: Path, progress: Progress | None) -> None:
+    """One transfer, in a thread of its own so that a server that stalls cannot keep the caller from stopping."""
+    from huggingface_hub.file_download import http_get
+
+    file = _Part(part)
+    failure: list[Exception] = []
+
+    def work() -> None:
+        try:
+            with file:
+                http_get(source.url, file, resume_size=file.there, expected_size=source.size, displayed_filename=entry.name)
+        except _Stopped:
+            pass
+        except Exception as error:  # told apart in _tried, in the caller's thread
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name=f"fetch {entry.name}", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(POLL)
+            if progress:
+                progress(file.there, source.size or entry.expected_size)
+    except BaseException:
+        file.stopped.set()
+        thread.join(1.0)
+        raise
+    if failure:
+        if _seen(part) == WEB_PAGE or getattr(failure[0], "errno", None) in _DISK_FULL:
+            part.unlink(missing_ok=True)
+        raise _Failed(failure[0])
+
+
+def _tried(work: Callable[[], _T], entry: WeightFile, progress: Progress | None) -> _T:
+    """What `work` returns; a server that asks for patience is tried again.
+
+    huggingface_hub has retried broken connections by then.
+    """
+    for attempt in range(1, TRIES + 1):
+        try:
+            return work()
+        except _Failed as error:
+            seconds = _wait(error.cause, attempt)
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(POLL, left))
+            if progress:
+                progress(0, entry.expected_size)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _wait(error: Exception, attempt: int) -> float:
+    """Seconds to wait before the next attempt; raises where there is to be none.
+
+    huggingface_hub's exceptions differ from version to version: told apart are those with a response, those of the disk, its
+    check of the size (a bare OSError), and the rest, in which no server answered.
+    """
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if isinstance(error, OSError) and error.errno in (*_DISK_FULL, *_NOT_WRITABLE):
+        raise error
+    if status is None or response is None:
+        if type(error) is OSError:
+            raise _NextAddress("gave a file of another size") from error
+        raise _NotReached(f"the server was not reached, or broke off ({str(error) or type(error).__name__:.200})") from error
+    asked = str(response.headers.get("Retry-After", ""))
+    seconds = float(asked) if asked.isdigit() else float(attempt)
+    if status not in TRY_AGAIN or attempt == TRIES or seconds > LONGEST_WAIT:
+        raise _NextAddress(f"the server answered {status}") from error
+    return seconds
