@@ -52,7 +52,15 @@ def find_faces(
         raise OSDFaceError(f"`image` has {images.ndim} dimensions {tuple(images.shape)}; a batch (B,H,W,C) is wanted: connect an IMAGE.")
     count, height, width = images.shape[:3]
     choose((), choice, width, height)
-    found = detect(images, network, confidence=confidence, any_angle=any_angle, out_of_memory=out_of_memory, progress=progress)
+    found = detect(
+        images,
+        network,
+        confidence=confidence,
+        any_angle=any_angle,
+        smallest=choice.min_size,
+        out_of_memory=out_of_memory,
+        progress=progress,
+    )
     everyone = [
         face
         for frame, detections in enumerate(found)
