@@ -71,14 +71,16 @@ def extra_folders(path: Path) -> Iterator[tuple[str, Path, bool]]:
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OSDFaceError(f"{path} cannot be read ({' '.join(str(error).split())}): mend it, or name the folder with --models-dir.") from error
+        why = " ".join(str(error).split())
+        raise OSDFaceError(f"{path} cannot be read ({why}): mend it, or name the folder with --models-dir.") from error
     for section in sections.values() if isinstance(sections, dict) else ():
         if not isinstance(section, dict):
             continue
-        base = path.parent / os.path.expandvars(os.path.expanduser(str(section.get("base_path", ""))))
+        base = path.parent / os.path.expandvars(os.path.expanduser(str(section.pop("base_path", ""))))
+        first = bool(section.pop("is_default", False))
         for name, lines in section.items():
-            if name not in ("base_path", "is_default") and isinstance(lines, str):
-                yield from ((name, Path(os.path.normpath(base / line)), bool(section.get("is_default"))) for line in lines.split("\n") if line)
+            for line in filter(None, str(lines).split("\n")):
+                yield name, Path(os.path.normpath(base / line)), first
 
 
 def greet_host() -> None:
@@ -98,13 +100,13 @@ def megabytes(size: int) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Fetches, checks and converts the weights that OSDFace needs. Running it again does nothing.")
+    parser = argparse.ArgumentParser(description="Fetches, checks and converts OSDFace's weights. Running it again does nothing.")
     parser.add_argument("--fetch", action="store_true", help="fetch what is missing, whoever runs this (a run in a terminal does anyway)")
     parser.add_argument("--check", action="store_true", help="report only; exit code 1 if something is missing or wrong")
     parser.add_argument("--from", dest="given", metavar="DIR", type=Path, help="take files downloaded by hand from DIR, under any names")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--only", metavar="NAME", action="append", choices=sorted(BY_NAME), help="only this file; may be repeated")
-    parser.add_argument("--checkpoint", action="store_true", help=f"also the Stable Diffusion 2.1-base checkpoint ({megabytes(BASE.expected_size)})")
+    parser.add_argument("--checkpoint", action="store_true", help=f"also Stable Diffusion 2.1-base ({megabytes(BASE.expected_size)})")
     parser.add_argument("--offline", action="store_true", help="no network: only --from and conversions")
     parser.add_argument("--keep-original", action="store_true", help="keep the 1.8 GB checkpoint after its conversion")
     parser.add_argument("--models-dir", metavar="DIR", type=Path, help="the models folder of ComfyUI")
@@ -157,7 +159,7 @@ def run_by_hand(options: argparse.Namespace) -> int:
             describe(entry, finding, folders, given)
         elif finding.path is not None and finding.path != store.target(entry, folders):
             left.append(entry)
-            print(f"          {finding.path} hides what would be put into {store.target(entry, folders).parent}: remove it and run this again.")
+            print(f"          it hides what would be put into {store.target(entry, folders).parent}: remove {finding.path} and run this again.")
         else:
             try:
                 path = store.obtain(
