@@ -5,10 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..osdface_core.color import COLOR_MATCHES
+from ..osdface_core.parse import FACE_MEMORY, ParseNet, build_parser, face_maps
 from ..osdface_core.paste import MASK_TYPES, paste
 from ..osdface_core.types import Faces
 from . import host
 from .face_detect_align import FACES
+
+PARSER = "parsing_parsenet.pth"
 
 
 class FacePasteBack(io.ComfyNode):
@@ -42,7 +46,8 @@ class FacePasteBack(io.ComfyNode):
                     "mask_type",
                     options=list(MASK_TYPES),
                     default=MASK_TYPES[0],
-                    tooltip="ellipse: the face and what is close to it. box: the whole crop.",
+                    tooltip="parsing: what a face parser takes for face or hair, so that hands, microphones and hats in front of it "
+                    f"stay as they are (needs {PARSER}). ellipse: the face and what is close to it. box: the whole crop.",
                 ),
                 io.Float.Input(
                     "feather",
@@ -51,6 +56,13 @@ class FacePasteBack(io.ComfyNode):
                     max=0.5,
                     step=0.01,
                     tooltip="Width of the mask's soft edge, as a fraction of the crop's side. It lies inside of the mask.",
+                ),
+                io.Combo.Input(
+                    "color_match",
+                    options=list(COLOR_MATCHES),
+                    default=COLOR_MATCHES[0],
+                    tooltip="Gives the restored face the picture's colours. mean-std: its overall colour and contrast. "
+                    "wavelet: all but its detail, so that light and shadow stay too.",
                 ),
                 io.Mask.Input("keep", optional=True, tooltip="Pixels that must stay as they are, such as a hand or a microphone."),
             ],
@@ -72,6 +84,7 @@ class FacePasteBack(io.ComfyNode):
         strength: float,
         mask_type: str,
         feather: float,
+        color_match: str,
         restored: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> io.NodeOutput:
@@ -82,7 +95,16 @@ class FacePasteBack(io.ComfyNode):
             strength=strength,
             mask_type=mask_type,
             feather=feather,
+            color_match=color_match,
             keep=keep,
+            parse=_parse,
             progress=host.progress(len(faces)),
         )
         return io.NodeOutput(pasted, mask)
+
+
+def _parse(crops: Tensor) -> Tensor:
+    """Called only when there is a face to parse: a graph without faces needs no parser's file."""
+    network = host.network(host.find(PARSER), build_parser, memory=len(crops) * FACE_MEMORY)
+    assert isinstance(network, ParseNet)
+    return face_maps(crops, network, host.out_of_memory)

@@ -162,8 +162,11 @@ def _span(low: float, high: float, size: int) -> tuple[int, int]:
     return first, max(min(math.ceil(high), size), first + 1)
 
 
-def sampled(source: Tensor, back: Affine, height: int, width: int) -> Tensor:
-    """The cubic interpolation of `source` (C,H,W) at the places that `back` gives for the pixel centres of the result."""
+def sampled(source: Tensor, back: Affine, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """`source` (C,H,W) fp32, interpolated at the places that `back` gives for the pixel centres of the result (C,height,width).
+
+    mode: torch's grid_sample's. Nothing is smoothed: where the result is smaller, `warp` is what is wanted.
+    """
     grid = torch.empty(1, height, width, 2, device=source.device)
     across = torch.arange(width, dtype=torch.float64) + 0.5
     down = torch.arange(height, dtype=torch.float64) + 0.5
@@ -172,7 +175,7 @@ def sampled(source: Tensor, back: Affine, height: int, width: int) -> Tensor:
         row = ((from_x * across + shift) * (2 / size) - 1).float().to(source.device)
         column = (from_y * down * (2 / size)).float().to(source.device)
         torch.add(row[None, :], column[:, None], out=grid[0, :, :, axis])
-    return F.grid_sample(source[None], grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
+    return F.grid_sample(source[None], grid, mode=mode, padding_mode="border", align_corners=False)[0]
 
 
 def _shrinking(step: float, fine: int) -> Tensor:

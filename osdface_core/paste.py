@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .align import bounds, compose, inverse, moved, reach, scaling, warp
+from .align import bounds, colour, compose, inverse, moved, reach, sampled, scaling, warp
 from .chunks import Progress
+from .color import COLOR_MATCHES, matched
 from .errors import OSDFaceError
+from .parse import feathered
 from .types import Affine, Faces
 
 log = logging.getLogger(__name__)
 
-MASK_TYPES = ("ellipse", "box")
+MASK_TYPES = ("parsing", "ellipse", "box")
 
 # The ellipse of a face in the FFHQ crop, as fractions of its side: chin and ears are inside, the crop's border is not.
 ELLIPSE_CENTRE = (0.5, 0.52)
 ELLIPSE_RADII = (0.42, 0.47)
 LUMA = (0.299, 0.587, 0.114)
+PARSED_AT_ONCE = 8
+
+Parser = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How a face is to be put into its picture; the arguments of `paste`."""
+
+    strength: float
+    mask_type: str
+    feather: float
+    color_match: str
+    keep_detail: float
 
 
 @dataclass(frozen=True)
@@ -41,9 +59,12 @@ def paste(
     restored: Tensor,
     *,
     strength: float = 1.0,
-    mask_type: str = "ellipse",
+    mask_type: str = "parsing",
     feather: float = 0.1,
+    color_match: str = "none",
     keep: Tensor | None = None,
+    keep_detail: float = 0.0,
+    parse: Parser | None = None,
     skip_unchanged: bool = True,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +74,10 @@ def paste(
     scale is taken from their size. The first three channels are colour (one or two: grey), further ones stay as they are.
     restored: (N,S,S,3) for the N faces, S any size. strength: 0..1, how much of the restored face shows. mask_type: one of
     MASK_TYPES. feather: width of the mask's soft edge as a fraction of the crop's side; it lies inside, and the weight is 0 at the
-    crop's border. keep: (B,H,W) or (1,H,W) in [0,1], 1 where the picture must stay; of another size, it is resized.
+    crop's border. color_match: one of COLOR_MATCHES, towards the picture's own colours inside the mask. keep: (B,H,W) or (1,H,W) in
+    [0,1], 1 where the picture must stay; of another size, it is resized. keep_detail: 0..1, how much of the picture's own detail
+    stays that is finer than a crop of S px can hold (in faces larger than the crop). parse: needed for "parsing"; takes crops
+    (n,S,S,3) to their face maps (n,h,w), 1 where a pixel is face; see parse.face_maps. It is given a few crops at a time.
     skip_unchanged: a restored crop that equals its face's own crop bit for bit stands for a face that was not restored, and is not
     pasted. progress: called with 1 for each face; what it raises ends the job.
 
@@ -61,7 +85,7 @@ def paste(
     its bits; without a face the very `images` come back. Overlapping faces share a pixel by their weights, in any order alike.
     A restored face that is not finite is left out with a warning. Raises OSDFaceError if the inputs do not fit together.
     """
-    _check(images, faces, restored, mask_type, keep)
+    _check(images, faces, restored, mask_type, color_match, keep, parse)
     frames, height, width = images.shape[:3]
     mask = torch.zeros(frames, height, width, device=images.device)
     report = progress or (lambda done, picture=None: None)
@@ -70,17 +94,20 @@ def paste(
     if not chosen or strength <= 0:
         report(len(chosen))
         return images, mask
+    chosen.sort(key=lambda i: faces.faces[i].frame)
+    look = _Look(min(strength, 1.0), mask_type, feather, color_match, min(max(keep_detail, 0.0), 1.0))
+    from_image = scaling(faces.width / width, faces.height / height)
+    to_restored = scaling(restored.shape[2] / faces.crop_size, restored.shape[1] / faces.crop_size)
     out = images.clone()
-    to_image = scaling(width / faces.width, height / faces.height)
     total = torch.empty(height, width, device=images.device)
-    for frame, members in _by_frame(faces, chosen):
+    masks = _parsed(restored, chosen, parse, feather) if mask_type == "parsing" and parse else itertools.repeat(None)
+    members = zip(chosen, masks, strict=False)
+    for frame, of_frame in itertools.groupby(members, key=lambda member: faces.faces[member[0]].frame):
         kept = None if keep is None else _kept(keep[frame if len(keep) > 1 else 0], images)
         patches = []
-        for i in members:
-            side_y, side_x = restored.shape[1:3]
-            to_crop = compose(scaling(side_x / faces.crop_size, side_y / faces.crop_size), faces.faces[i].matrix)
-            to_crop = compose(to_crop, inverse(to_image))
-            patch = _patch(images[frame], restored[i], to_crop, strength, mask_type, feather, kept)
+        for i, face_mask in of_frame:
+            to_crop = compose(to_restored, compose(faces.faces[i].matrix, from_image))
+            patch = _patch(images[frame], restored[i].to(images.device, torch.float32), to_crop, look, face_mask, kept)
             if patch is not None:
                 patches.append(patch)
             report(1)
@@ -88,7 +115,9 @@ def paste(
     return out, mask
 
 
-def _check(images: Tensor, faces: Faces, restored: Tensor, mask_type: str, keep: Tensor | None) -> None:
+def _check(
+    images: Tensor, faces: Faces, restored: Tensor, mask_type: str, color_match: str, keep: Tensor | None, parse: Parser | None
+) -> None:
     if images.ndim != 4:
         raise OSDFaceError(f"`image` has {images.ndim} dimensions {tuple(images.shape)}; a batch (B,H,W,C) is wanted: connect an IMAGE.")
     frames, height, width = images.shape[:3]
@@ -114,6 +143,10 @@ def _check(images: Tensor, faces: Faces, restored: Tensor, mask_type: str, keep:
         )
     if mask_type not in MASK_TYPES:
         raise OSDFaceError(f"`mask_type` is {mask_type!r}; one of {', '.join(MASK_TYPES)} is wanted.")
+    if mask_type == "parsing" and parse is None:
+        raise OSDFaceError("`mask_type` is parsing and no face parser is given: give `parse`, or choose ellipse or box.")
+    if color_match not in COLOR_MATCHES:
+        raise OSDFaceError(f"`color_match` is {color_match!r}; one of {', '.join(COLOR_MATCHES)} is wanted.")
     if keep is not None and (keep.ndim != 3 or len(keep) not in (1, frames)):
         raise OSDFaceError(
             f"`keep` is {tuple(keep.shape)} for {frames} pictures; a mask (1,H,W) for all or ({frames},H,W) is wanted: connect a MASK."
@@ -133,69 +166,77 @@ def _usable(faces: Faces, restored: Tensor, i: int, skip_unchanged: bool) -> boo
     return not (skip_unchanged and crop.shape == restored[i].shape and torch.equal(crop.to(restored.device), restored[i]))
 
 
-def _by_frame(faces: Faces, chosen: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    members: dict[int, list[int]] = {}
-    for i in chosen:
-        members.setdefault(faces.faces[i].frame, []).append(i)
-    yield from sorted(members.items())
+def _parsed(restored: Tensor, chosen: Sequence[int], parse: Parser, feather: float) -> Iterator[Tensor]:
+    """The feathered mask (h,w) of each chosen crop, parsed a few at a time."""
+    for first in range(0, len(chosen), PARSED_AT_ONCE):
+        for face_map in parse(restored[list(chosen[first : first + PARSED_AT_ONCE])]):
+            yield feathered(face_map, feather)
 
 
 def _kept(keep: Tensor, images: Tensor) -> Tensor:
     keep = keep.to(images.device, torch.float32)
     height, width = images.shape[1:3]
     if keep.shape != (height, width):
-        keep = torch.nn.functional.interpolate(keep[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
+        keep = F.interpolate(keep[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
     return keep.clamp(0, 1)
 
 
 def _patch(
-    image: Tensor, crop: Tensor, to_crop: Affine, strength: float, mask_type: str, feather: float, kept: Tensor | None
+    image: Tensor, restored: Tensor, to_crop: Affine, look: _Look, face_mask: Tensor | None, kept: Tensor | None
 ) -> _Patch | None:
-    """The face at its place in `image` (H,W,C), or None where no pixel of it would change. to_crop: from there to `crop` (h,w,3)."""
-    height, width = crop.shape[:2]
+    """The face at its place in `image` (H,W,C), or None where no pixel of it would change. to_crop: from there to `restored` (h,w,3)."""
+    height, width = restored.shape[:2]
+    to_unit = scaling(1 / width, 1 / height)
     x1, y1, x2, y2 = bounds(inverse(to_crop), width, height)
     left, right = max(math.floor(x1), 0), min(math.ceil(x2), image.shape[1])
     top, bottom = max(math.floor(y1), 0), min(math.ceil(y2), image.shape[0])
     if left >= right or top >= bottom:
         return None
-    from_region = compose(scaling(1 / width, 1 / height), _starting_at(to_crop, left, top))
-    weight = strength * _shape(from_region, bottom - top, right - left, mask_type, feather, image.device)
+    from_region = compose(compose(to_unit, to_crop), ((1.0, 0.0, left), (0.0, 1.0, top)))
+    weight = look.strength * _weight(from_region, bottom - top, right - left, look, face_mask, image.device)
     if kept is not None:
         weight = weight * (1 - kept[top:bottom, left:right])
     used_rows, used_columns = weight.amax(1).nonzero(), weight.amax(0).nonzero()
     if not len(used_rows):
         return None
-    first_row, last_row = int(used_rows[0]), int(used_rows[-1]) + 1
-    first_column, last_column = int(used_columns[0]), int(used_columns[-1]) + 1
-    weight = weight[first_row:last_row, first_column:last_column]
-    left, top = left + first_column, top + first_row
-    restored = crop.to(image.device).movedim(-1, 0)
-    pixels = warp(restored, moved(inverse(to_crop), -left, -top), *weight.shape)
+    rows = slice(top + int(used_rows[0]), top + int(used_rows[-1]) + 1)
+    columns = slice(left + int(used_columns[0]), left + int(used_columns[-1]) + 1)
+    weight = weight[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    crop, before = restored.movedim(-1, 0), colour(image[rows, columns]).float()
+    if look.color_match != "none" or look.keep_detail > 0:
+        own = warp(colour(image).movedim(-1, 0), to_crop, height, width)
+        if look.color_match != "none":
+            inside = _weight(to_unit, height, width, look, face_mask, image.device)
+            crop = matched(restored, own.movedim(0, -1), inside, look.color_match).movedim(-1, 0)
+    lowest, highest = float(crop.min()), float(crop.max())
+    if look.keep_detail > 0:
+        crop = crop - look.keep_detail * own
+        lowest, highest = min(lowest, float(before.min())), max(highest, float(before.max()))
+    pixels = warp(crop, moved(inverse(to_crop), -columns.start, -rows.start), *weight.shape).movedim(0, -1)
+    if look.keep_detail > 0:
+        pixels = pixels + look.keep_detail * before
     # Cubic resampling overshoots at edges. What was within [0,1] stays there; wider ranges keep theirs.
-    pixels = pixels.clamp(min(0.0, float(restored.min())), max(1.0, float(restored.max())))
-    rows, columns = slice(top, top + weight.shape[0]), slice(left, left + weight.shape[1])
-    return _Patch(rows, columns, pixels.movedim(0, -1), weight)
+    return _Patch(rows, columns, pixels.clamp(min(0.0, lowest), max(1.0, highest)), weight)
 
 
-def _starting_at(matrix: Affine, left: int, top: int) -> Affine:
-    """`matrix` for points that are counted from (left, top)."""
-    return compose(matrix, ((1.0, 0.0, left), (0.0, 1.0, top)))
-
-
-def _shape(to_unit: Affine, height: int, width: int, mask_type: str, feather: float, device: torch.device) -> Tensor:
-    """The mask (height,width) of a crop. to_unit takes a pixel's place to the crop as the unit square."""
+def _weight(to_unit: Affine, height: int, width: int, look: _Look, face_mask: Tensor | None, device: torch.device) -> Tensor:
+    """The mask (height,width) of a crop, 0 at its border. to_unit: from the mask's pixels to the crop as the unit square."""
     (a, b, c), (d, e, f) = to_unit
     across = torch.arange(width, dtype=torch.float64) + 0.5
     down = (torch.arange(height, dtype=torch.float64) + 0.5)[:, None]
     u = ((a * across + c).float() + (b * down).float()).to(device)
     v = ((d * across + f).float() + (e * down).float()).to(device)
     # An edge narrower than a pixel would be a staircase.
-    edge = max(feather, reach(to_unit))
-    if mask_type == "box":
-        return _ramp(torch.minimum(u, 1 - u) / edge) * _ramp(torch.minimum(v, 1 - v) / edge)
-    (x, y), (x_radius, y_radius) = ELLIPSE_CENTRE, ELLIPSE_RADII
-    distance = torch.hypot((u - x) / x_radius, (v - y) / y_radius)
-    return _ramp((1 - distance) * (x_radius / edge))
+    edge = max(look.feather, reach(to_unit))
+    if look.mask_type == "ellipse":
+        (x, y), (x_radius, y_radius) = ELLIPSE_CENTRE, ELLIPSE_RADII
+        distance = torch.hypot((u - x) / x_radius, (v - y) / y_radius)
+        return _ramp((1 - distance) * (x_radius / edge))
+    box = _ramp(torch.minimum(u, 1 - u) / edge) * _ramp(torch.minimum(v, 1 - v) / edge)
+    if face_mask is None:
+        return box
+    to_mask = compose(scaling(face_mask.shape[1], face_mask.shape[0]), to_unit)
+    return box * sampled(face_mask[None].to(device), to_mask, height, width, mode="bilinear")[0]
 
 
 def _ramp(x: Tensor) -> Tensor:

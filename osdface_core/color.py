@@ -1,0 +1,84 @@
+"""A restored crop in the colours of the original, as far as the face's mask reaches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+COLOR_MATCHES = ("none", "mean-std", "wavelet")
+
+# IEC 61966-2-1, linear sRGB to CIE XYZ divided by the white point D65.
+_XYZ = (
+    (0.412453 / 0.950456, 0.357580 / 0.950456, 0.180423 / 0.950456),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334 / 1.088754, 0.119193 / 1.088754, 0.950227 / 1.088754),
+)
+_DELTA = 6 / 29
+WAVELET_LEVELS = 5
+WAVELET_SIDE = 512
+
+
+def matched(restored: Tensor, original: Tensor, weight: Tensor, method: str) -> Tensor:
+    """`restored` (H,W,3) in the colours of `original` (H,W,3), both fp32; weight (H,W) says where the face is.
+
+    method: one of COLOR_MATCHES. Values stay within [0,1], or within the range of the two where that is wider.
+    """
+    if method == "none" or not bool((weight > 0).any()):
+        return restored
+    result = mean_std(restored, original, weight) if method == "mean-std" else wavelet(restored, original, weight)
+    lowest, highest = torch.aminmax(torch.stack([restored, original]))
+    return result.clamp(min(0.0, float(lowest)), max(1.0, float(highest)))
+
+
+def mean_std(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
+    """Gives each channel of CIE L*a*b* the original's weighted mean and standard deviation (Reinhard et al. 2001)."""
+    share = (weight / weight.sum())[..., None]
+    source, target = to_lab(restored), to_lab(original)
+    source_mean, target_mean = (share * source).sum((0, 1)), (share * target).sum((0, 1))
+    source_std = (share * (source - source_mean) ** 2).sum((0, 1)).sqrt()
+    target_std = (share * (target - target_mean) ** 2).sum((0, 1)).sqrt()
+    # A channel that hardly varies has no contrast to be matched: only its mean is moved.
+    gain = torch.where(source_std > 0.01, target_std / source_std.clamp_min(0.01), 1.0)
+    return to_rgb((source - source_mean) * gain + target_mean)
+
+
+def wavelet(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
+    """Keeps the restored crop's detail and takes the coarse rest from the original.
+
+    The a-trous wavelet of StableSR (Wang et al. 2023), five levels at 512 px, with its smoothing confined to the mask.
+    """
+    difference = (original - restored).movedim(-1, 0)
+    stack = torch.cat([difference * weight, weight[None]])[:, None]
+    kernel = torch.tensor([0.25, 0.5, 0.25], device=stack.device)
+    levels = WAVELET_LEVELS + max(0, round(math.log2(max(stack.shape[-1], 1) / WAVELET_SIDE)))
+    for level in range(levels):
+        gap = 2**level
+        stack = F.conv2d(_extended(stack, gap), kernel.view(1, 1, 1, 3), dilation=gap)
+        stack = F.conv2d(_extended(stack, gap, down=True), kernel.view(1, 1, 3, 1), dilation=gap)
+    coarse, reached = stack[:3, 0], stack[3:, 0]
+    return restored + (coarse / reached.clamp_min(1e-6)).movedim(0, -1)
+
+
+def _extended(stack: Tensor, gap: int, down: bool = False) -> Tensor:
+    return F.pad(stack, (0, 0, gap, gap) if down else (gap, gap, 0, 0), mode="replicate")
+
+
+def to_lab(rgb: Tensor) -> Tensor:
+    """sRGB (...,3) -> CIE L*a*b* (D65). Values beyond [0,1] go along the curves' ends, so that `to_rgb` brings them back."""
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ rgb.new_tensor(_XYZ).T
+    f = torch.where(xyz > _DELTA**3, xyz.clamp_min(_DELTA**3) ** (1 / 3), xyz / (3 * _DELTA**2) + 4 / 29)
+    x, y, z = f.unbind(-1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+def to_rgb(lab: Tensor) -> Tensor:
+    """CIE L*a*b* (D65) (...,3) -> sRGB."""
+    y = (lab[..., 0] + 16) / 116
+    f = torch.stack([y + lab[..., 1] / 500, y, y - lab[..., 2] / 200], -1)
+    xyz = torch.where(f > _DELTA, f**3, 3 * _DELTA**2 * (f - 4 / 29))
+    linear = xyz @ torch.linalg.inv(lab.new_tensor(_XYZ)).T
+    return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055)
