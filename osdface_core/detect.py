@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from .align import apply, inverse, reach, similarity, warp
+from .align import apply, colour, inverse, reach, similarity, warp
 from .align import moved as shifted
 from .chunks import Progress, in_chunks
 from .errors import OSDFaceError
@@ -25,9 +25,9 @@ COARSE_SIDE = 640
 # Anchors end at 512 px. From about there on, a face is also taken for several or seen where none is, so a face this large must show
 # in the small copy too, at a fraction of the confidence; and from TOO_LARGE on only the small copy is believed.
 NEEDS_SUPPORT, SUPPORT = 450, 0.5
-TOO_LARGE = 600
-# Anchors begin at 16 px: a face this large is found well.
-EASILY_SEEN = 16
+TOO_LARGE = 640
+# Anchors begin at 16 px; a face this large is found nearly always.
+EASILY_SEEN = 20
 # The window of the second look, and how large a face is in it: between 150 and 400 px landmarks are equally precise, below they get
 # worse (docs/detection.md).
 WINDOW, BEST_SIZE, MOST_ENLARGED = 320, 160, 2.0
@@ -75,10 +75,9 @@ class Candidates:
         return Candidates(*map(torch.cat, zip(*(part.columns() for part in parts), strict=True)))
 
 
-def colours(images: Tensor) -> Tensor:
-    """(B,H,W,C) -> (B,3,H,W) in [0,1], finite: alpha left out, one channel shown as grey."""
-    pixels = images[..., :3] if images.shape[-1] >= 3 else images[..., :1].expand(*images.shape[:-1], 3)
-    return pixels.movedim(-1, 1).float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
+def finite(values: Tensor) -> Tensor:
+    """fp32 in [0,1], whatever the picture held."""
+    return values.float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
 
 
 def look(network: RetinaFace, pixels: Tensor, confidence: float) -> Candidates:
@@ -289,7 +288,7 @@ def detect(
 
     def work(part: slice) -> None:
         report(0)
-        pixels = colours(images[part].to(network.device))
+        pixels = finite(colour(images[part].to(network.device)).movedim(-1, 1))
         if any_angle:
             faces = look_from_all_sides(network, pixels, confidence, smallest, report)
         else:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .align import cut_all, similarity
+from .align import apply, compose, cut_all, inverse, similarity
 from .chunks import Progress
 from .detect import Detection, detect, is_out_of_memory
 from .errors import OSDFaceError
 from .retinaface import RetinaFace
 from .select import CHOSEN, Choice, choose, numbered, report
-from .types import Face, Faces
+from .track import follow, shots, steadied, thumbnails
+from .types import Affine, Face, Faces
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,9 @@ def find_faces(
 ) -> Found:
     """Finds the faces of a batch of pictures and cuts out the chosen ones.
 
-    images: (B,H,W,C) in [0,1]; B may be 0, C anything. progress: called with 1 for each picture that is searched, with 0 in between;
-    what it raises ends the job. Raises OSDFaceError for an input that cannot be understood.
+    The batch is taken as a video: a face is followed from frame to frame and keeps its number until a cut. Unrelated pictures are so
+    many cuts. images: (B,H,W,C) in [0,1]; B may be 0, C anything. smoothing: 0..1, see track.steadied. progress: called with 1 for
+    each picture that is searched, with 0 in between; what it raises ends the job. Raises OSDFaceError for an input that cannot be understood.
     """
     choice = choice or Choice()
     if images.ndim != 4:
@@ -61,12 +63,7 @@ def find_faces(
         out_of_memory=out_of_memory,
         progress=progress,
     )
-    everyone = [
-        face
-        for frame, detections in enumerate(found)
-        for number, detection in enumerate(detections)
-        if (face := _face(frame, number, detection, crop_size)) is not None
-    ]
+    everyone = _followed(found, shots(thumbnails(images)), crop_size, smoothing)
     everyone = sorted(numbered(everyone, choice.order), key=lambda face: (face.frame, face.number))
     verdicts = choose(everyone, choice, width, height)
     chosen = tuple(face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN)
@@ -76,10 +73,19 @@ def find_faces(
     )
 
 
-def _face(frame: int, number: int, found: Detection, crop_size: int) -> Face | None:
-    try:
-        matrix = similarity(found.landmarks, crop_size)
-    except OSDFaceError as error:
-        log.warning("Picture %d: %s", frame, error)
-        return None
-    return Face(frame, found.box, found.landmarks, found.score, number, matrix, found.angle, shot=frame)
+def _followed(found: list[list[Detection]], shot_numbers: list[int], crop_size: int, smoothing: float) -> list[Face]:
+    """A Face for each detection and each bridged miss, numbered by track, with steadied matrices."""
+    everyone = []
+    for number, track in enumerate(follow(found, shot_numbers)):
+        matrices: dict[int, Affine] = {}
+        for frame, detection in track.detections.items():
+            try:
+                matrices[frame] = similarity(detection.landmarks, crop_size)
+            except OSDFaceError as error:
+                log.warning("Picture %d: %s", frame, error)
+        for frame, matrix in steadied(matrices, track.bridged, crop_size, smoothing).items():
+            detection = track.detections[frame]
+            correction = compose(inverse(matrix), matrices[frame])
+            landmarks = tuple(apply(correction, *point) for point in detection.landmarks)
+            everyone.append(Face(frame, detection.box, landmarks, detection.score, number, matrix, detection.angle, track.shot))
+    return everyone

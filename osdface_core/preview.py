@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .align import colour
+from .detect import finite
 from .select import CHOSEN
 from .types import Face
 
@@ -31,7 +32,7 @@ def draw(images: Tensor, faces: Sequence[Face], verdicts: Sequence[str]) -> Tens
     if not height or not width:
         return out
     for i, image in enumerate(images):
-        pixels = colour(image).float().nan_to_num().clamp(0, 1)
+        pixels = finite(colour(image))
         if scale < 1:
             pixels = F.interpolate(pixels.movedim(-1, 0)[None], size, mode="bilinear", antialias=True)[0].movedim(0, -1)
         if i in frames:
