@@ -73,7 +73,8 @@ def network_input(crops: Tensor) -> Tensor:
     height, width = working_size(*pixels.shape[-2:])
     if pixels.shape[-2:] != (height, width):
         pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=True)
-    return F.pad(pixels, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+    # torch's group norm on the CPU loses four digits in channels-last order, which is how a picture arrives.
+    return F.pad(pixels, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate").contiguous()
 
 
 def restore(

@@ -60,7 +60,9 @@ def seeded(golden: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def stand_ins(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Full-size stand-in weights: the checkpoint and OSDFace's three files, about 4 GB."""
+    """Full-size stand-in weights: the checkpoint and OSDFace's three files, about 4 GB. OSDFACE_TEST_STAND_INS names ready ones."""
+    if ready := os.environ.get("OSDFACE_TEST_STAND_INS"):
+        return Path(ready)
     folder = tmp_path_factory.mktemp("stand_ins")
     script = str(golden / "make_weights.py")
     subprocess.run([sys.executable, script, "--out", str(folder), "--only", "checkpoint", "osdface"], check=True)
@@ -82,24 +84,29 @@ def comfyui() -> Path:
     return path
 
 
-def populate(base: Path, stand_ins: Path, data: Path) -> None:
-    """A ComfyUI base directory with the pack, the stand-in weights and the real detector, all by link."""
-    models = base / "models"
-    for name in ("models/checkpoints", "models/osdface", "models/loras", "models/facedetection", "custom_nodes", "input"):
-        (base / name).mkdir(parents=True, exist_ok=True)
-    (models / "checkpoints" / "v2-1_512-ema-pruned.safetensors").symlink_to(stand_ins / "v2-1_512-seeded.safetensors")
-    for file in (stand_ins / "osdface").iterdir():
-        (models / "osdface" / file.name).symlink_to(file)
-    detector = data / "weights" / "detection_mobilenet0.25_Final.pth"
-    (models / "facedetection" / detector.name).symlink_to(detector)
-    (base / "custom_nodes" / "osdface").symlink_to(ROOT)
+@pytest.fixture(scope="session")
+def populate(stand_ins: Path, data: Path) -> Callable[[Path], None]:
+    """Makes a folder a ComfyUI base directory with the pack, the stand-in weights and the real detector, all by link."""
+
+    def fill(base: Path) -> None:
+        models = base / "models"
+        for name in ("models/checkpoints", "models/osdface", "models/loras", "models/facedetection", "custom_nodes", "input", "user"):
+            (base / name).mkdir(parents=True, exist_ok=True)
+        (models / "checkpoints" / "v2-1_512-ema-pruned.safetensors").symlink_to(stand_ins / "v2-1_512-seeded.safetensors")
+        for file in (stand_ins / "osdface").iterdir():
+            (models / "osdface" / file.name).symlink_to(file)
+        detector = data / "weights" / "detection_mobilenet0.25_Final.pth"
+        (models / "facedetection" / detector.name).symlink_to(detector)
+        (base / "custom_nodes" / "osdface").symlink_to(ROOT)
+
+    return fill
 
 
 @pytest.fixture(scope="session")
-def host(comfyui: Path, stand_ins: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def host(comfyui: Path, populate: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """ComfyUI in this process on the CPU, our pack loaded by its own loader: `nodes` by id, `host` (our nodes/host.py), `comfy`."""
     base = tmp_path_factory.mktemp("comfyui")
-    populate(base, stand_ins, data)
+    populate(base)
     argv, path = sys.argv, list(sys.path)
     sys.argv = ["main.py", "--cpu", "--base-directory", str(base), "--user-directory", str(base / "user")]
     # ComfyUI's own modules must win over the pack's folders of the same name.

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -161,6 +165,76 @@ def test_a_lora_that_does_not_fit_is_refused_and_the_model_untouched(
     assert (model.patches_uuid, len(model.patches)) == before
 
 
+class RunsCode:
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch '{self.proof}'",)
+
+
+def test_a_pickle_that_would_run_code_does_not(host: Any, tmp_path: Path) -> None:
+    proof = tmp_path / "ran"
+    torch.save({"state_dict": RunsCode(proof)}, host.base / "models" / "osdface" / "evil.ckpt")
+    with pytest.raises(host.error, match=r"evil\.ckpt"):
+        run(host, "OSDFaceVRE", crops=torch.zeros(1, 64, 64, 3), vre_name="evil.ckpt")
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("name", [LORA, "associate_2.ckpt"])
+def test_a_truncated_file_is_named(name: str, host: Any, checkpoint: tuple[Any, Any]) -> None:
+    whole = host.host.find(name, "loras").read_bytes()
+    cut = host.base / "models" / "osdface" / f"cut_{name}"
+    cut.write_bytes(whole[: len(whole) * 2 // 5])
+    with pytest.raises(host.error, match=f"cut_{name}"):
+        if name == LORA:
+            host.host.with_lora(checkpoint[0], cut, 1.0)
+        else:
+            run(host, "OSDFaceVRE", crops=torch.zeros(1, 64, 64, 3), vre_name=cut.name)
+
+
+def test_a_file_that_is_not_there_is_named_with_the_remedy(host: Any) -> None:
+    with pytest.raises(host.error, match=r"osdface_vre.safetensors is not in models/osdface: run `python install.py`"):
+        run(host, "OSDFaceVRE", crops=torch.zeros(1, 64, 64, 3), vre_name="osdface_vre.safetensors")
+
+
+@pytest.mark.parametrize(
+    "crops", [torch.zeros(2, 16, 16, 1), torch.zeros(2, 16, 16, 4), torch.zeros(16, 16, 3), torch.full((1, 16, 16, 3), torch.nan)]
+)
+@pytest.mark.parametrize("node", ["OSDFaceVRE", "OSDFaceOneStep"])
+def test_crops_that_do_not_fit_are_refused_by_both_nodes(
+    node: str, crops: torch.Tensor, host: Any, checkpoint: tuple[Any, Any]
+) -> None:
+    step = {"model": checkpoint[0], "vae": checkpoint[1], "conditioning": [[torch.zeros(1, 77, 1024), {}]]} | STEP
+    with pytest.raises(host.error, match="`crops`"):
+        run(host, node, crops=crops, **({"vre_name": "associate_2.ckpt"} if node == "OSDFaceVRE" else step))
+
+
+def test_importing_the_pack_reaches_no_network_and_leaves_the_path_alone(host: Any, comfyui: Path) -> None:
+    script = f"""
+import sys
+sys.argv = ["main.py", "--cpu", "--base-directory", {str(host.base)!r}]
+sys.path.insert(0, {str(comfyui)!r})
+import comfy.options
+comfy.options.enable_args_parsing()
+import asyncio, nodes, comfy_api.latest, torchvision
+before = list(sys.path)
+reached = []
+watched = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen")
+sys.addaudithook(lambda event, args: reached.append((event, args)) if event in watched else None)
+assert asyncio.run(nodes.load_custom_node({str(host.base / "custom_nodes" / "osdface")!r}))
+for node in ("FaceDetectAlign", "OSDFaceVRE", "OSDFaceOneStep", "FacePasteBack"):
+    nodes.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()
+assert sys.path == before, sys.path
+assert not reached, reached
+unwanted = {{"cv2", "facexlib", "peft", "diffusers", "numba", "huggingface_hub", "pooch"}} & set(sys.modules) - before_modules
+assert not unwanted, unwanted
+print("fine")
+""".replace("before = list(sys.path)", "before = list(sys.path)\nbefore_modules = set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip().endswith("fine"), done.stderr
+
+
 def test_a_text_prompt_is_refused(host: Any, checkpoint: tuple[Any, Any]) -> None:
     model, vae = checkpoint
     conditioning = [[torch.randn(1, 77, 1024), {"pooled_output": torch.randn(1, 1024)}]]
@@ -279,8 +353,6 @@ def test_the_schemas_are_valid(host: Any) -> None:
 
 def test_interfaces_are_for_ever(host: Any) -> None:
     """Saved workflows hold these names and this order."""
-    import json
-
     wanted = json.loads((Path(__file__).parent / "interfaces.json").read_text())
     for node, (inputs, outputs) in wanted.items():
         schema = host.nodes[node].GET_SCHEMA()
@@ -289,8 +361,6 @@ def test_interfaces_are_for_ever(host: Any) -> None:
 
 
 def test_the_pack_loads_through_the_entry_point(host: Any) -> None:
-    import sys
-
     pack = next(m for name, m in sys.modules.items() if name.endswith("custom_nodes/osdface"))
     extension = asyncio.run(pack.comfy_entrypoint())
     assert {n.define_schema().node_id for n in asyncio.run(extension.get_node_list())} <= set(host.nodes)

@@ -8,10 +8,8 @@ import torch
 from osdface_core.errors import OSDFaceError
 from osdface_core.parse import SIDE, build_parser, face_maps, face_probability, feathered
 
-NAMES = (
-    "background skin nose glasses left_eye right_eye left_brow right_brow left_ear right_ear mouth upper_lip lower_lip hair hat earring "
-    "necklace neck cloth"
-).split()
+SKIN = ["skin", "nose", "glasses", "left_eye", "right_eye", "left_brow", "right_brow", "left_ear", "right_ear", "mouth"]
+NAMES = ["background", *SKIN, "upper_lip", "lower_lip", "hair", "hat", "earring", "necklace", "neck", "cloth"]
 NOT_FACE = {"background", "hat", "necklace", "neck", "cloth"}
 
 

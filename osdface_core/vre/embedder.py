@@ -67,7 +67,7 @@ def encoder_input(crops: Tensor) -> Tensor:
     A square goes to 512 with corners aligned, anything else is squashed without; [-1,1] is then normalised once more, as if it were
     [0,1]. The released weights were trained on prompts made that way, so the range must stay.
     """
-    x = crops.float() * 2 - 1
+    x = crops.float().contiguous() * 2 - 1  # a picture arrives channels-last, where torch's group norm on the CPU is less exact
     if x.shape[-2:] != (SIDE, SIDE):
         x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=x.shape[-2] == x.shape[-1])
     return x * 2 - 1

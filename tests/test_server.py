@@ -1,0 +1,229 @@
+"""The basic workflow on a photograph, over HTTP, in a real ComfyUI server with full-size stand-in weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import requests
+import torch
+import torch.nn.functional as F
+import websocket
+from torch import Tensor
+
+pytestmark = [pytest.mark.host, pytest.mark.full]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Writes whatever comes in to a file, bit for bit, where a picture would have 8 bits.
+KEEP_NODE = """
+import torch, folder_paths, os
+class KeepTensor:
+    OUTPUT_NODE, RETURN_TYPES, FUNCTION, CATEGORY = True, (), "keep", "test"
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("*",), "name": ("STRING", {})}}
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+    def keep(self, value, name):
+        torch.save(value.clone() if isinstance(value, torch.Tensor) else value, os.path.join(folder_paths.get_output_directory(), name))
+        return {"ui": {}}
+NODE_CLASS_MAPPINGS = {"KeepTensor": KeepTensor}
+"""
+
+
+@dataclass
+class Run:
+    executed: list[str]
+    messages: list[dict[str, Any]]
+
+    @property
+    def error(self) -> str | None:
+        return next((m["data"]["exception_message"].strip() for m in self.messages if m["type"] == "execution_error"), None)
+
+
+@dataclass
+class Server:
+    address: str
+    base: Path
+
+    def queue(self, prompt: dict[str, Any]) -> Run:
+        client = str(uuid.uuid4())
+        link = websocket.create_connection(f"ws://{self.address}/ws?clientId={client}", timeout=900)
+        answer = requests.post(f"http://{self.address}/prompt", json={"prompt": prompt, "client_id": client}, timeout=60)
+        assert answer.ok, answer.text
+        executed, messages = [], []
+        while True:
+            message = link.recv()
+            if isinstance(message, bytes):
+                continue
+            event = json.loads(message)
+            messages.append(event)
+            if event["type"] == "executing" and event["data"]["node"] is not None:
+                executed.append(event["data"]["node"])
+            if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                break
+        link.close()
+        return Run(executed, messages)
+
+    def kept(self, name: str) -> Any:
+        return torch.load(self.base / "output" / name, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def server(comfyui: Path, populate: Callable[[Path], None], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    base = tmp_path_factory.mktemp("server")
+    populate(base)
+    (base / "custom_nodes" / "keep").mkdir()
+    (base / "custom_nodes" / "keep" / "__init__.py").write_text(KEEP_NODE)
+    shutil.copy(data / "images" / "astronaut.png", base / "input" / "astronaut.png")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "main.py", "--cpu", "--disable-auto-launch", "--listen", "127.0.0.1", "--port", str(port), "--disable-api-nodes",
+        "--base-directory", str(base), "--user-directory", str(base / "user"), "--database-url", f"sqlite:///{base}/user/t.db",
+    ]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    log = (base / "log.txt").open("w")
+    process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    address = f"127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, (base / "log.txt").read_text()
+            try:
+                requests.get(f"http://{address}/system_stats", timeout=5)
+                break
+            except requests.ConnectionError:
+                time.sleep(0.5)
+        yield Server(address, base)
+    finally:
+        process.terminate()
+        process.wait(60)
+        log.close()
+
+
+def basic(**changed: Any) -> dict[str, Any]:
+    """The shipped basic workflow in API format, with the files that are at hand and widgets `node.input` changed."""
+    prompt = json.loads((ROOT / "tests" / "osdface_basic_api.json").read_text())
+    here = {"FaceDetectAlign.detector": "retinaface_mobile0.25", "OSDFaceVRE.vre_name": "associate_2.ckpt",
+            "FacePasteBack.mask_type": "ellipse", "LoadImage.image": "astronaut.png"}
+    for key, value in (here | changed).items():
+        kind, name = key.split(".")
+        node = next(n for n in prompt.values() if n["class_type"] == kind)
+        assert name in node["inputs"], key
+        node["inputs"][name] = value
+    return prompt
+
+
+def node_of(prompt: dict[str, Any], kind: str) -> str:
+    return next(key for key, node in prompt.items() if node["class_type"] == kind)
+
+
+def keeping(prompt: dict[str, Any], **values: tuple[str, int]) -> dict[str, Any]:
+    """The prompt with outputs written to files: name=(node kind, output)."""
+    for name, (kind, output) in values.items():
+        prompt[f"keep_{name}"] = {"class_type": "KeepTensor", "inputs": {"value": [node_of(prompt, kind), output], "name": name}}
+    return prompt
+
+
+@torch.inference_mode()
+def released_path(crops: Tensor, prompts: Tensor, seeded: ModuleType) -> Tensor:
+    """What the paper's formulas give for a crop on diffusers' networks with the LoRA added to the weights."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the outside truth for the restored crop")
+    _, unet_state, vae_state = seeded.sd21_base()
+    lora = seeded.lora()
+    for key, down in lora.items():
+        for down_part, up_part in ((".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight")):
+            if key.endswith(down_part):
+                module = key.removesuffix(down_part).removeprefix("unet.")
+                up = lora[f"unet.{module}{up_part}"]
+                weight = unet_state[f"{module}.weight"]
+                weight += (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True
+        )
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=[128, 256, 512, 512], layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4, sample_size=512,
+        )
+    unet.load_state_dict(unet_state, assign=True)
+    vae.load_state_dict(vae_state, assign=True)
+    latents = vae.encode(crops.movedim(-1, 1) * 2 - 1).latent_dist.mode() * 0.18215
+    noise = unet(latents, 399, encoder_hidden_states=prompts).sample
+    abar = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod[399].double()
+    x0 = ((latents - (1 - abar).sqrt() * noise) / abar.sqrt()).float()
+    return (vae.decode(x0 / 0.18215).sample.clamp(-1, 1) * 0.5 + 0.5).movedim(1, -1)
+
+
+def test_a_photograph_is_restored(server: Server, data: Path, seeded: ModuleType, load_picture: Callable[[Path], Tensor]) -> None:
+    prompt = keeping(
+        basic(),
+        crops=("FaceDetectAlign", 1), count=("FaceDetectAlign", 3), prompts=("OSDFaceVRE", 0), restored=("OSDFaceOneStep", 0),
+        image=("FacePasteBack", 0), mask=("FacePasteBack", 1),
+    )
+    assert server.queue(prompt).error is None
+    given = load_picture(data / "images" / "astronaut.png")
+    image, mask, crops, restored = (server.kept(n) for n in ("image", "mask", "crops", "restored"))
+    assert server.kept("count") == 1
+    assert crops.shape == restored.shape == (1, 512, 512, 3)
+
+    # The face of the picture, as an eye finds it: about the middle of the upper half.
+    y, x = (float(v) for v in (mask[0] > 0.5).nonzero().float().mean(0))
+    assert abs(x - 222) < 15
+    assert abs(y - 115) < 25
+    outside = mask[0] == 0
+    assert 0.5 < outside.float().mean() < 0.99
+    assert torch.equal(image[0][outside], given[0][outside])
+    assert (image[0][mask[0] == 1] - given[0][mask[0] == 1]).abs().mean() > 0.01
+
+    wanted = released_path(crops, server.kept("prompts")[0][0], seeded)
+    assert (restored - wanted).abs().max() < 1e-4
+
+    saved = load_picture(next((server.base / "output").glob("*.png")))
+    assert torch.equal(saved[0][outside], given[0][outside])
+
+
+def test_without_a_face_the_picture_passes_and_no_network_runs(server: Server, data: Path, load_picture: Callable[[Path], Tensor]) -> None:
+    from PIL import Image
+
+    rng = torch.Generator().manual_seed(0)
+    flat = F.interpolate(torch.rand(1, 3, 6, 6, generator=rng), (300, 401), mode="bilinear")[0].movedim(0, -1)
+    Image.fromarray((flat * 255).byte().numpy()).save(server.base / "input" / "flat.png")
+    prompt = keeping(basic(**{"LoadImage.image": "flat.png"}), image=("FacePasteBack", 0), mask=("FacePasteBack", 1))
+    run = server.queue(prompt)
+    assert run.error is None
+    assert torch.equal(server.kept("image"), load_picture(server.base / "input" / "flat.png"))
+    assert not server.kept("mask").any()
+    assert node_of(prompt, "FaceDetectAlign") in run.executed
+    for kind in ("OSDFaceVRE", "OSDFaceOneStep", "CheckpointLoaderSimple"):
+        assert node_of(prompt, kind) not in run.executed
+
+
+def test_an_error_reaches_the_user_as_one_sentence(server: Server) -> None:
+    prompt = basic()
+    for key, node in {
+        "split": {"class_type": "ImageScale", "inputs": {
+            "image": [node_of(prompt, "LoadImage"), 0], "upscale_method": "bilinear", "width": 4, "height": 4, "crop": "disabled"}},
+        "end": {"class_type": "PreviewImage", "inputs": {"images": ["step", 0]}},
+        "step": {"class_type": "OSDFaceOneStep", "inputs": prompt[node_of(prompt, "OSDFaceOneStep")]["inputs"] | {"crops": ["split", 0]}},
+    }.items():
+        prompt[key] = node
+    for kind in ("FacePasteBack", "SaveImage"):
+        del prompt[node_of(prompt, kind)]
+    error = server.queue(prompt).error
+    assert error == "`crops` are 4 x 4 px; at least 8 x 8 are wanted: connect larger pictures."
