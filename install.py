@@ -159,7 +159,7 @@ def run_by_hand(options: argparse.Namespace) -> int:
             describe(entry, finding, folders, given)
         elif finding.path is not None and finding.path != store.target(entry, folders):
             left.append(entry)
-            print(f"          it hides what would be put into {store.target(entry, folders).parent}: remove {finding.path} and run this again.")
+            print(f"          remove {finding.path}, then run this again: it would hide {store.target(entry, folders)}")
         else:
             try:
                 path = store.obtain(

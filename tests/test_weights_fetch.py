@@ -19,6 +19,7 @@ from tests.weight_server import Answer, Server, cut, other, running, stall, stat
 
 CONTENT = random.Random(0).randbytes(1_000_000)
 NAME = "detector.pth"
+RELEASE = "https://github.com/"
 FIRST, SECOND = "first/weights.pth", "second/weights.pth"
 REPOSITORY = "somebody/faces"
 
@@ -42,7 +43,7 @@ def entry(tmp_path: Path, *addresses: str, known: bool = True) -> WeightFile:
     content = tmp_path / "content"
     content.write_bytes(CONTENT)
     return WeightFile(
-        NAME, "a test", "facedetection", "none", "the moon", {}, addresses or tuple("https://github.com/" + path for path in (FIRST, SECOND)),
+        NAME, "a test", "facedetection", "none", "the moon", {}, addresses or (RELEASE + FIRST, RELEASE + SECOND),
         size=len(CONTENT) if known else None, sha256=sha256_of(content) if known else None,
     )  # fmt: skip
 
@@ -78,17 +79,16 @@ def test_a_cut_connection_is_resumed(server: Server, tmp_path: Path) -> None:
     ("answer", "reason"),
     [
         (other, "SHA-256"), (web_page, "web page"), (status(404), "404"), (status(403), "403"),
-        (status(500), "500"), (status(429, Retry_After="3600"), "429"),
+        (status(500), "500"), (status(429, Retry_After="3600"), "nothing came|429"),
     ],
 )  # fmt: skip
 def test_an_address_that_fails_leaves_nothing_and_the_next_is_tried(
     answer: Answer, reason: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-    monkeypatch.setattr(fetching, "_wait", lambda error, attempt, wait=fetching._wait: min(wait(error, attempt), 0.01))
+    monkeypatch.setattr(fetching, "LONGEST_SILENCE", 2.0)
     server.answers[server.release(FIRST, CONTENT)] = [answer] * 20
     with pytest.raises(UnreachableError, match=reason) as raised:
-        fetch(entry(tmp_path, "https://github.com/" + FIRST), tmp_path / "models")
+        fetch(entry(tmp_path, RELEASE + FIRST), tmp_path / "models")
     assert "the moon" in str(raised.value) and "\n" not in str(raised.value)
     assert there(tmp_path / "models") == [] and not list((tmp_path / "models").rglob("*.part"))
     server.release(SECOND, CONTENT)
@@ -204,7 +204,6 @@ def test_a_second_process_waits_and_takes_what_the_first_fetched(server: Server,
 
 def test_a_dead_host_is_asked_once(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OSDFACE_RELEASES", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
     unreachable: set[str] = set()
     with pytest.raises(UnreachableError) as raised:
         fetch(entry(tmp_path), tmp_path / "models", unreachable=unreachable)

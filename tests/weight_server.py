@@ -59,7 +59,8 @@ class Request(BaseHTTPRequestHandler):
             self.head(404, 0)
         else:
             digest = hashlib.sha256(content).hexdigest()
-            self.head(200, len(content), ETag=f'"{digest}"', X_Linked_Etag=f'"{digest}"', X_Linked_Size=str(len(content)), X_Repo_Commit="0" * 40)
+            linked = {"X_Linked_Etag": f'"{digest}"', "X_Linked_Size": str(len(content)), "X_Repo_Commit": "0" * 40}
+            self.head(200, len(content), ETag=f'"{digest}"', **linked)
 
     def do_GET(self) -> None:
         self.state.gets.append((self.path, self.headers.get("Range")))

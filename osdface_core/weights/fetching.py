@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -37,6 +38,8 @@ SPARE_DISK = 64 * 2**20
 TRIES = 3
 TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 LONGEST_WAIT = 60.0
+# huggingface_hub waits as long as a server asks it to, which may be an hour.
+LONGEST_SILENCE = 120.0
 POLL = 0.2
 WEB_PAGE = "a web page instead of the file"
 _METADATA_TIMEOUT = 10.0
@@ -168,10 +171,12 @@ def fetch(entry: WeightFile, folder: Path, progress: Progress | None = None, unr
                 waiting = True
                 if progress:
                     progress(0, entry.expected_size)
-        with lock:
+        try:
             if path.is_file() and (waiting or sha256_of(path) == (entry.sha256 or recorded_sha256(path))):
                 return path
             return _fetch(entry, path, incomplete, progress, unreachable)
+        finally:
+            lock.release()
     except OSError as error:
         raise disk_error(path, error) from error
 
@@ -183,6 +188,7 @@ def _fetch(entry: WeightFile, path: Path, incomplete: Path, progress: Progress |
         if host in unreachable:
             why.append(f"{address}: the server was not reached before")
             continue
+        part = incomplete / f"{entry.name}.part"
         try:
             source = _source(address, entry, path, progress)
             part = incomplete / f"{entry.name}.{(source.sha256 or 'unknown')[:12]}.part"
@@ -194,6 +200,11 @@ def _fetch(entry: WeightFile, path: Path, incomplete: Path, progress: Progress |
             log.info("%s: %s", address, error)
             why.append(f"{address}: {error}")
             continue
+        finally:
+            # A transfer that was given up may still hold its file, which Windows then does not let go.
+            with suppress(FileNotFoundError, PermissionError):
+                if not part.stat().st_size:
+                    part.unlink()
         record_sha256(path, digest)
         part.replace(path)
         for left in incomplete.glob(f"{entry.name}.*.part"):
@@ -309,18 +320,26 @@ def _get(entry: WeightFile, source: _Source, part: Path, progress: Progress | No
 
     thread = threading.Thread(target=work, name=f"fetch {entry.name}", daemon=True)
     thread.start()
+    came, when = file.there, time.monotonic()
     try:
         while thread.is_alive():
             thread.join(POLL)
             if progress:
                 progress(file.there, source.size or entry.expected_size)
+            if file.there != came:
+                came, when = file.there, time.monotonic()
+            elif time.monotonic() - when > LONGEST_SILENCE:
+                raise _NotReached(f"nothing came for {LONGEST_SILENCE:.0f} s")
     except BaseException:
         file.stopped.set()
         thread.join(1.0)
         raise
     if failure:
-        if _seen(part) == WEB_PAGE or getattr(failure[0], "errno", None) in _DISK_FULL:
-            part.unlink(missing_ok=True)
+        seen = _seen(part)
+        if seen == WEB_PAGE or getattr(failure[0], "errno", None) in _DISK_FULL:
+            part.unlink()
+        if seen == WEB_PAGE:
+            raise _NextAddress(f"gave {seen}") from failure[0]
         raise _Failed(failure[0])
 
 
