@@ -329,7 +329,7 @@ def _get(entry: WeightFile, source: _Source, part: Path, progress: Progress | No
             if file.there != came:
                 came, when = file.there, time.monotonic()
             elif time.monotonic() - when > LONGEST_SILENCE:
-                raise _NotReached(f"nothing came for {LONGEST_SILENCE:.0f} s")
+                raise _NextAddress(f"nothing came for {LONGEST_SILENCE:.0f} s")
     except BaseException:
         file.stopped.set()
         thread.join(1.0)
