@@ -88,9 +88,10 @@ def look(network: RetinaFace, pixels: Tensor, confidence: float) -> Candidates:
     boxes, scores = boxes[frame, anchor], scores[frame, anchor]
     # facexlib's landmarks have the first pixel's centre at 0; ours have it at 0.5.
     landmarks = landmarks[frame, anchor] + 0.5
-    kept = batched_nms(boxes, scores, frame, OVERLAP)
-    found = Candidates(frame[kept].cpu(), boxes[kept].cpu(), scores[kept].cpu(), landmarks[kept].cpu(), torch.zeros(len(kept)))
-    return found[(found.box.isfinite().all(1) & found.landmarks.isfinite().flatten(1).all(1))]
+    usable = boxes.isfinite().all(1) & landmarks.isfinite().flatten(1).all(1)
+    found = Candidates(frame, boxes, scores, landmarks, torch.zeros_like(frame))[usable]
+    kept = found[batched_nms(found.box, found.score, found.frame, OVERLAP)]
+    return Candidates(*(column.cpu() for column in kept.columns()))
 
 
 def shrunk(pixels: Tensor, longest: int) -> tuple[Tensor, Tensor]:
@@ -255,9 +256,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError)
 
 
-def pixels_seen(height: int, width: int) -> float:
-    """Pixels of a picture as the network sees it."""
-    return height * width * min(1.0, LONGEST_SIDE / max(height, width, 1)) ** 2
+def pixels_seen(height: int, width: int) -> int:
+    """The most pixels of a picture that the network sees at once, in the small copy or in a tile."""
+    return min(height, LONGEST_SIDE) * min(width, LONGEST_SIDE)
 
 
 def memory(count: int, height: int, width: int) -> float:
@@ -288,7 +289,7 @@ def detect(
 
     def work(part: slice) -> None:
         report(0)
-        pixels = finite(colour(images[part].to(network.device)).movedim(-1, 1))
+        pixels = finite(colour(images[part].to(network.home)).movedim(-1, 1))
         if any_angle:
             faces = look_from_all_sides(network, pixels, confidence, smallest, report)
         else:
@@ -303,7 +304,7 @@ def detect(
             report(1)
 
     scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
-    at_once = max(1, int(PIXELS_AT_ONCE / max(1.0, pixels_seen(height, width))))
+    at_once = max(1, PIXELS_AT_ONCE // max(1, pixels_seen(height, width)))
     if height and width:
         with torch.inference_mode():
             in_chunks(count, at_once, work, out_of_memory)

@@ -1,0 +1,256 @@
+"""Detection against facexlib's own, against geometry, and against pictures that nobody would send."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from osdface_core.align import TEMPLATE, apply, inverse, warp
+from osdface_core.detect import Detection, detect
+from osdface_core.errors import OSDFaceError
+from osdface_core.faces import find_faces
+from osdface_core.preview import draw
+from osdface_core.retinaface import RetinaFace, anchors, build_retinaface
+from osdface_core.select import Choice
+from osdface_core.types import Affine
+
+MOBILE = "weights/detection_mobilenet0.25_Final.pth"
+Load = Callable[[Path], Tensor]
+
+
+def weights(data: Path) -> dict[str, Tensor]:
+    return torch.load(data / MOBILE, map_location="cpu", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def network(data: Path) -> RetinaFace:
+    return build_retinaface(weights(data))
+
+
+def portraits(data: Path, step: int) -> list[Path]:
+    return sorted((data / "images" / "portraits").glob("*.jpg"))[::step]
+
+
+def halved(image: Tensor) -> Tensor:
+    return F.avg_pool2d(image.movedim(-1, 1), 2).movedim(1, -1)
+
+
+def turned(image: Tensor, degrees: float) -> tuple[Tensor, Affine]:
+    """The picture turned clockwise, none of it lost, and the map from the one to the other."""
+    height, width = image.shape[1:3]
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    w = math.ceil(abs(width * cos) + abs(height * sin) - 1e-6)
+    h = math.ceil(abs(width * sin) + abs(height * cos) - 1e-6)
+    matrix = (
+        (cos, -sin, w / 2 - cos * width / 2 + sin * height / 2),
+        (sin, cos, h / 2 - sin * width / 2 - cos * height / 2),
+    )
+    return warp(image[0].movedim(-1, 0), matrix, h, w).movedim(0, -1)[None].clamp(0, 1), matrix
+
+
+def iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def landmark_error(found: Detection, wanted: list[tuple[float, float]]) -> float:
+    """The worst landmark's distance, as a share of the face's height."""
+    return max(map(math.dist, found.landmarks, wanted)) / (found.box[3] - found.box[1])
+
+
+def test_boxes_and_landmarks_are_facexlibs(data: Path, network: RetinaFace, load_picture: Load) -> None:
+    theirs = pytest.importorskip("facexlib.detection.retinaface").RetinaFace("mobile0.25", device="cpu")
+    theirs.load_state_dict(weights(data))
+    pictures = [data / "images" / name for name in ("astronaut.png", "cc0_mosaic_6faces_1080p.png")] + portraits(data, 36)
+    compared = 0
+    for path in pictures:
+        image = load_picture(path)
+        bgr = np.ascontiguousarray((image[0] * 255).round().byte().numpy()[..., ::-1])
+        with torch.no_grad():
+            rows = theirs.detect_faces(bgr, 0.9)
+        ours = detect(image, network)[0]
+        assert len(ours) == len(rows)
+        for row in rows:
+            if max(row[2] - row[0], row[3] - row[1]) > 512:
+                continue  # larger than the largest anchor: facexlib's box is a guess, ours comes from a smaller copy
+            found = max(ours, key=lambda d, row=row: iou(d.box, row[:4]))
+            assert iou(found.box, row[:4]) > 0.99
+            # facexlib puts the first pixel's centre at 0, not at 0.5.
+            assert np.abs(np.array(found.landmarks) - 0.5 - row[5:].reshape(5, 2)).max() < 0.05
+            assert abs(found.score - row[4]) < 1e-3
+            compared += 1
+    assert compared >= 10
+
+
+@pytest.mark.parametrize("name", ["mobile0.25", "resnet50"])
+@pytest.mark.parametrize("size", [(96, 130), (1, 1), (7, 33)])
+def test_networks_compute_what_facexlibs_do(name: str, size: tuple[int, int]) -> None:
+    theirs = pytest.importorskip("facexlib.detection.retinaface")
+    utils = pytest.importorskip("facexlib.detection.retinaface_utils")
+    torch.manual_seed(0)
+    reference = theirs.RetinaFace(name, device="cpu")
+    for module in reference.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    for heads in (reference.BboxHead, reference.ClassHead, reference.LandmarkHead):
+        for head in heads:
+            head.conv1x1.weight.data *= 1e-3
+    state = {f"module.{key}": value.clone() for key, value in reference.state_dict().items()}
+    pictures = torch.randn(2, 3, *size) * 60
+    with torch.no_grad():
+        boxes, scores, landmarks = build_retinaface(state)(pictures)
+        their_boxes, their_scores, their_landmarks = reference(pictures)
+    priors = utils.PriorBox(reference.cfg, image_size=size).forward()[None]
+    scale = torch.tensor([size[1], size[0]], dtype=torch.float32)
+    torch.testing.assert_close(boxes, utils.batched_decode(their_boxes, priors, [0.1, 0.2]) * scale.repeat(2), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(scores, their_scores[..., 1], rtol=1e-4, atol=1e-5)
+    points = (utils.batched_decode_landm(their_landmarks, priors, [0.1, 0.2]) * scale.repeat(5)).unflatten(-1, (5, 2))
+    torch.testing.assert_close(landmarks, points, rtol=1e-4, atol=1e-3)
+
+
+def test_a_file_that_does_not_fit_is_refused_by_name(data: Path) -> None:
+    tensors = weights(data)
+    del tensors["fpn.merge1.0.weight"]
+    with pytest.raises(OSDFaceError, match=r"fpn\.merge1\.0\.weight.*detection_Resnet50_Final\.pth"):
+        build_retinaface(tensors)
+    with pytest.raises(OSDFaceError, match="does not fit"):
+        build_retinaface({"conv.weight": torch.zeros(1)})
+
+
+def test_one_face_in_each_portrait_and_every_face_of_the_others(data: Path, network: RetinaFace, load_picture: Load) -> None:
+    for path in portraits(data, 15):
+        assert len(detect(load_picture(path), network)[0]) == 1, path.name
+    # A torso that the detector takes for a face when it sees it large.
+    assert len(detect(load_picture(data / "images/portraits/male_031.jpg"), network)[0]) == 1
+    assert len(detect(load_picture(data / "images/astronaut.png"), network)[0]) == 1
+    assert len(detect(load_picture(data / "images/camera.png"), network)[0]) == 1
+    assert len(detect(load_picture(data / "images/cc0_mosaic_6faces_1080p.png"), network)[0]) == 6
+
+
+@pytest.mark.parametrize("degrees", [30, 60, 90, 135, 180, 270])
+def test_faces_at_any_angle_are_found_and_cut_out_upright(data: Path, network: RetinaFace, load_picture: Load, degrees: int) -> None:
+    for path in portraits(data, 60):
+        upright = halved(load_picture(path))
+        (known,) = detect(upright, network)[0]
+        image, matrix = turned(upright, degrees)
+        found = find_faces(image, network, any_angle=True)
+        assert len(found.everyone) == 1, path.name
+        face = found.everyone[0]
+        assert landmark_error(known, [apply(inverse(matrix), *p) for p in face.landmarks]) < 0.06
+        # Where the eyes of the upright picture come to lie in the crop: left and right of each other, above the mouth.
+        left, right, _, mouth, _ = (apply(face.matrix, *apply(matrix, *p)) for p in known.landmarks)
+        assert abs(math.degrees(math.atan2(right[1] - left[1], right[0] - left[0]))) < 12
+        assert mouth[1] > left[1] + 50
+        assert all(math.dist(p, t) < 50 for p, t in zip((left, right), TEMPLATE, strict=False))
+
+
+def test_a_face_that_fills_a_large_picture_is_one_face(data: Path, network: RetinaFace, load_picture: Load) -> None:
+    image = load_picture(portraits(data, 20)[1])[:, 50:650, 200:800].movedim(-1, 1)
+    large = F.interpolate(image, (2400, 2400), mode="bilinear").movedim(1, -1)
+    (small_found,) = detect(F.interpolate(image, (300, 300), mode="area").movedim(1, -1), network)[0]
+    (found,) = detect(large, network)[0]
+    assert iou(tuple(c / 8 for c in found.box), small_found.box) > 0.75
+    assert landmark_error(found, [(x * 8, y * 8) for x, y in small_found.landmarks]) < 0.06
+
+
+def test_small_faces_of_a_large_picture_are_found_with_exact_landmarks(data: Path, network: RetinaFace, load_picture: Load) -> None:
+    mosaic = load_picture(data / "images/cc0_mosaic_6faces_1080p.png").movedim(-1, 1)
+    group = F.interpolate(mosaic, (180, 320), mode="area")
+    image = torch.full((1, 3, 2160, 3840), 0.5)
+    corners = [(60, 90), (1830, 1000), (3500, 1970)]
+    for x, y in corners:
+        image[:, :, y : y + 180, x : x + 320] = group
+    found = detect(image.movedim(1, -1), network)[0]
+    assert len(found) == 6 * len(corners)
+    reference = detect(F.interpolate(mosaic, (720, 1280), mode="area").movedim(1, -1), network)[0]
+    for x, y in corners:
+        for known in reference:
+            wanted = [(x + a / 4, y + b / 4) for a, b in known.landmarks]
+            assert min(landmark_error(d, wanted) for d in found) < 0.08
+
+
+def test_alpha_and_single_channels_and_batches_change_nothing(data: Path, network: RetinaFace, load_picture: Load) -> None:
+    image = load_picture(data / "images/astronaut.png")
+    grey = load_picture(data / "images/camera.png")
+    alone, of_grey = detect(image, network)[0], detect(grey, network)[0]
+    assert detect(torch.cat([image, torch.rand(1, 512, 512, 1)], -1), network)[0] == alone
+    (of_one_channel,) = detect(grey[..., :1], network)[0]
+    assert of_one_channel.landmarks == pytest.approx(np.array(of_grey[0].landmarks), abs=1e-2)
+    together = detect(torch.cat([grey, image, torch.zeros_like(image)]), network)
+    assert [len(faces) for faces in together] == [1, 1, 0]
+    for one, other in ((together[1][0], alone[0]), (together[0][0], of_grey[0])):
+        assert one.landmarks == pytest.approx(np.array(other.landmarks), abs=1e-2)
+    assert detect(image.half(), network)[0][0].landmarks == pytest.approx(np.array(alone[0].landmarks), abs=0.5)
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 64, 64, 3), (1, 1, 1, 3), (2, 1, 700, 1), (1, 8000, 37, 4), (1, 37, 8001, 3), (3, 33, 65, 2), (1, 0, 5, 3), (1, 7, 1, 5)]
+)
+@pytest.mark.parametrize("any_angle", [False, True])
+def test_pictures_of_any_shape_and_value_pass(network: RetinaFace, shape: tuple[int, ...], any_angle: bool) -> None:
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
+    image[..., :1, :] = math.nan
+    image[..., -1:, :] = math.inf
+    found = find_faces(image, network, any_angle=any_angle, crop_size=576, choice=Choice(min_size=0), smoothing=0.5)
+    assert (found.faces.frames, found.faces.height, found.faces.width) == shape[:3]
+    assert found.faces.crops.shape == (len(found.faces), 576, 576, 3)
+    preview = draw(image, found.everyone, found.verdicts)
+    assert len(preview) == shape[0] and preview.shape[3] == 3 and max(preview.shape[1:3]) <= 1024
+    assert preview.isfinite().all()
+
+
+def test_a_face_half_out_of_the_picture_is_cut_out_whole(data: Path, network: RetinaFace, load_picture: Load) -> None:
+    image = load_picture(data / "images/astronaut.png")[:, 90:, 190:]
+    found = find_faces(image, network, confidence=0.5)
+    assert len(found.faces) == 1 and min(found.faces.faces[0].box) < 0
+    assert found.faces.crops.isfinite().all()
+
+
+def test_anything_but_a_batch_of_pictures_is_refused(network: RetinaFace) -> None:
+    with pytest.raises(OSDFaceError, match="`image` has 3 dimensions"):
+        find_faces(torch.zeros(5, 5, 3), network)
+
+
+def test_a_callers_error_stops_the_search_and_progress_counts_every_picture(network: RetinaFace) -> None:
+    images, done = torch.zeros(5, 40, 40, 3), []
+    find_faces(images, network, progress=lambda count, picture=None: done.append(count))
+    assert sum(done) == 5
+
+    def stop(count: int, picture: Tensor | None = None) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        find_faces(images, network, progress=stop)
+
+
+def test_a_batch_that_does_not_fit_is_halved(data: Path, network: RetinaFace, load_picture: Load) -> None:
+    class Little(nn.Module):
+        home = torch.device("cpu")
+        largest = 0
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("full")
+            self.largest = max(self.largest, len(x))
+            return network(x)
+
+    little = Little()
+    image = load_picture(data / "images/astronaut.png")
+    found = detect(torch.cat([image] * 5), little)  # type: ignore[arg-type]
+    assert [len(faces) for faces in found] == [1] * 5
+    assert little.largest == 2
+
+
+def test_anchors_cover_a_picture_whose_sides_no_step_divides() -> None:
+    centres, sides = anchors(33, 65)
+    assert len(centres) == len(sides) == 2 * (5 * 9 + 3 * 5 + 2 * 3)
+    assert centres[0].tolist() == [4, 4] and centres[2].tolist() == [12, 4]
+    assert sides[:2].tolist() == [16, 32] and sides[-2:].tolist() == [256, 512]
