@@ -141,8 +141,11 @@ class RetinaFace(nn.Module):
         self.LandmarkHead = nn.ModuleList(Head(width, 10, operations) for _ in STEPS)
 
     @property
-    def device(self) -> torch.device:
-        """Where pictures must be. A host may page parameters in and out as they are used; buffers stay where it computes."""
+    def home(self) -> torch.device:
+        """The device where pictures must be. A host may page parameters in and out as they are used; buffers stay where it computes.
+
+        Not called `device`: hosts set an attribute of that name on the modules that they hold.
+        """
         return next(self.buffers()).device
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

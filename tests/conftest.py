@@ -90,7 +90,7 @@ def populate(stand_ins: Path, data: Path) -> Callable[[Path], None]:
 
     def fill(base: Path) -> None:
         models = base / "models"
-        for name in ("models/checkpoints", "models/osdface", "models/loras", "models/facedetection", "custom_nodes", "input", "user"):
+        for name in ("models/checkpoints", "models/osdface", "models/loras", "models/facedetection", "custom_nodes", "input", "output", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
         (models / "checkpoints" / "v2-1_512-ema-pruned.safetensors").symlink_to(stand_ins / "v2-1_512-seeded.safetensors")
         for file in (stand_ins / "osdface").iterdir():
