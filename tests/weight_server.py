@@ -63,7 +63,9 @@ class Request(BaseHTTPRequestHandler):
             self.head(200, len(content), ETag=f'"{digest}"', **linked)
 
     def do_GET(self) -> None:
-        self.state.gets.append((self.path, self.headers.get("Range")))
+        # huggingface_hub also asks the hub for things of its own.
+        if not self.path.startswith("/api/"):
+            self.state.gets.append((self.path, self.headers.get("Range")))
         waiting = self.state.answers.get(self.path)
         content = self.state.files.get(self.path)
         if waiting:
