@@ -10,8 +10,9 @@ from comfy_api.latest import io
 from ..osdface_core.detect import memory
 from ..osdface_core.faces import find_faces
 from ..osdface_core.preview import draw
-from ..osdface_core.retinaface import RetinaFace, build_retinaface
+from ..osdface_core.retinaface import RetinaFace
 from ..osdface_core.select import ORDER, SELECT, Choice
+from ..osdface_core.weights.sanity import build_detector
 from . import host
 
 DETECTORS = {
@@ -136,7 +137,7 @@ class FaceDetectAlign(io.ComfyNode):
         crop_size: int,
         smoothing: float,
     ) -> io.NodeOutput:
-        network = host.network(host.find(DETECTORS[detector]), build_retinaface, memory=memory(*image.shape[:3]))
+        network = host.network(host.find(DETECTORS[detector]), build_detector, memory=memory(*image.shape[:3]))
         assert isinstance(network, RetinaFace)
         found = find_faces(
             image,

@@ -47,7 +47,7 @@ def find_faces(
 
     The batch is taken as a video: a face is followed from frame to frame and keeps its number until a cut. Unrelated pictures are so
     many cuts. images: (B,H,W,C) in [0,1]; B may be 0, C anything. smoothing: 0..1, see track.steadied. progress: called with 1 for
-    each picture that is searched, with 0 in between; what it raises ends the job. Raises OSDFaceError for an input that cannot be understood.
+    each picture searched, with 0 in between; what it raises ends the job. Raises OSDFaceError for an input that cannot be understood.
     """
     choice = choice or Choice()
     if images.ndim != 4:

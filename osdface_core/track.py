@@ -212,14 +212,14 @@ def steadied(matrices: dict[int, Affine], bridged: set[int], size: int, smoothin
             if frame in matrices:
                 poses[i] = _pose(matrices[frame], size)
         poses[:, 3] = np.unwrap(_held(poses[:, 3], weights))
-        strength = 10 ** (STRONGEST * smoothing - 1)
+        strength = 10 ** (STRONGEST * smoothing - 0.5)
         for k, factor in enumerate((1, 1, SIZE_FACTOR, ANGLE_FACTOR)):
             poses[:, k] = whittaker(poses[:, k], weights, strength * factor)
         out |= {frame: _matrix(poses[frame - run[0]], size) for frame in run}
     return out
 
 
-# At full smoothing the penalty on the centre's second differences is 10 to the power of STRONGEST less one. A change of size or
+# Decades that the penalty on the centre's second differences grows by from no smoothing to full. A change of size or
 # tilt is seen as shimmer long before one of place is, and heads are quicker to move than to grow or tilt.
 STRONGEST = 3.0
 SIZE_FACTOR, ANGLE_FACTOR = 10.0, 10.0

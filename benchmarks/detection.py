@@ -1,0 +1,247 @@
+"""Detection beside facexlib's: faces found at every angle, agreement, time, and the steadiness of crops in a video.
+
+    python -m benchmarks.detection DATA [counts] [agreement] [time] [video]
+
+DATA is the folder with images/ and weights/. Prints a table for each part that is named, or for all. facexlib and OpenCV are wanted for
+all but the counts. Times are of this machine; the ratios are the point.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from osdface_core.align import TEMPLATE, apply, compose, inverse, warp
+from osdface_core.detect import Detection, detect
+from osdface_core.faces import find_faces
+from osdface_core.retinaface import RetinaFace, build_retinaface
+from osdface_core.types import Affine
+
+ANGLES = (0, 30, 60, 90, 135, 180)
+# A face counts as found the right way up if its worst landmark is within this share of the face's height of where it must be.
+RIGHT = 0.15
+CONFIDENCE = 0.9
+
+
+def load(path: Path) -> Tensor:
+    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).float()[None] / 255
+
+
+def turned(image: Tensor, degrees: float) -> tuple[Tensor, Affine]:
+    """The picture turned clockwise with none of it lost, and the map from the one to the other."""
+    height, width = image.shape[1:3]
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    w = math.ceil(abs(width * cos) + abs(height * sin) - 1e-6)
+    h = math.ceil(abs(width * sin) + abs(height * cos) - 1e-6)
+    matrix = (
+        (cos, -sin, w / 2 - cos * width / 2 + sin * height / 2),
+        (sin, cos, h / 2 - sin * width / 2 - cos * height / 2),
+    )
+    return warp(image[0].movedim(-1, 0), matrix, h, w).movedim(0, -1)[None].clamp(0, 1), matrix
+
+
+def error(known: Detection, found: Detection, matrix: Affine) -> float:
+    wanted = [apply(matrix, *point) for point in known.landmarks]
+    return max(map(math.dist, found.landmarks, wanted)) / (known.box[3] - known.box[1])
+
+
+def counts(data: Path, network: RetinaFace) -> None:
+    portraits = sorted((data / "images" / "portraits").glob("*.jpg"))
+    singles = [len(detect(load(path), network, confidence=CONFIDENCE)[0]) for path in portraits]
+    print(f"{len(portraits)} portraits of 1024 px: {singles.count(1)} with one face, {sum(n > 1 for n in singles)} with more, ", end="")
+    print(f"{singles.count(0)} with none", flush=True)
+    sets = {
+        "portraits, 512 px": [F.avg_pool2d(load(path).movedim(-1, 1), 2).movedim(1, -1) for path in portraits],
+        "mosaic, six faces": [load(data / "images" / "cc0_mosaic_6faces_1080p.png")],
+        "astronaut": [load(data / "images" / "astronaut.png")],
+        "camera, a profile": [load(data / "images" / "camera.png")],
+    }
+    for name, pictures in sets.items():
+        known = [detect(picture, network, confidence=CONFIDENCE)[0] for picture in pictures]
+        print(f"{name}: {sum(map(len, known))} faces upright")
+        for any_angle in (False, True):
+            cells = []
+            for degrees in ANGLES:
+                right = extra = 0
+                for picture, faces in zip(pictures, known, strict=True):
+                    image, matrix = turned(picture, degrees)
+                    found = detect(image, network, confidence=CONFIDENCE, any_angle=any_angle)[0]
+                    hits = sum(any(error(face, d, matrix) < RIGHT for d in found) for face in faces)
+                    right += hits
+                    extra += max(0, len(found) - hits)
+                cells.append(f"{degrees}: {right}" + (f" (+{extra} wrong)" if extra else ""))
+            print(f"  any_angle {'on ' if any_angle else 'off'}: " + ", ".join(cells), flush=True)
+
+
+def facexlib_detector(data: Path) -> Any:
+    from facexlib.detection.retinaface import RetinaFace as Theirs
+
+    theirs = Theirs("mobile0.25", device="cpu")
+    theirs.load_state_dict(weights(data))
+    return theirs
+
+
+def bgr(image: Tensor) -> np.ndarray:
+    return np.ascontiguousarray((image[0] * 255).round().byte().numpy()[..., ::-1])
+
+
+def weights(data: Path) -> dict[str, Tensor]:
+    return torch.load(data / "weights" / "detection_mobilenet0.25_Final.pth", map_location="cpu", weights_only=True)
+
+
+def iou(a: Any, b: Any) -> float:
+    shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def agreement(data: Path, network: RetinaFace) -> None:
+    theirs = facexlib_detector(data)
+    paths = sorted((data / "images" / "portraits").glob("*.jpg"))
+    paths += [data / "images" / name for name in ("astronaut.png", "camera.png", "cc0_mosaic_6faces_1080p.png")]
+    apart: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    only_theirs = only_ours = 0
+    for path in paths:
+        image = load(path)
+        with torch.inference_mode():
+            rows = theirs.detect_faces(bgr(image), CONFIDENCE)
+        ours = detect(image, network, confidence=CONFIDENCE)[0]
+        only_ours += sum(all(iou(d.box, row[:4]) < 0.5 for row in rows) for d in ours)
+        for row in rows:
+            best = max(ours, key=lambda d: iou(d.box, row[:4]))
+            if iou(best.box, row[:4]) < 0.5:
+                only_theirs += 1
+                continue
+            distance = np.linalg.norm(np.array(best.landmarks) - 0.5 - row[5:].reshape(5, 2), axis=1).max()
+            apart[max(row[2] - row[0], row[3] - row[1]) > 512].append((iou(best.box, row[:4]), float(distance)))
+    for large, pairs in apart.items():
+        near = sum(overlap > 0.95 and distance < 1 for overlap, distance in pairs)
+        print(f"faces {'over' if large else 'up to'} 512 px: {near} of {len(pairs)} agree (IoU over 0.95, landmarks within 1 px), ", end="")
+        print(f"least IoU {min(p[0] for p in pairs):.4f}, farthest landmark {max(p[1] for p in pairs):.3f} px")
+    print(f"only facexlib finds {only_theirs}, only we find {only_ours}")
+
+
+def clock(work: Callable[[], object], times: int = 3) -> float:
+    work()
+    spent = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        spent.append(time.perf_counter() - start)
+    return min(spent)
+
+
+def speed(data: Path, network: RetinaFace) -> None:
+    theirs = facexlib_detector(data)
+    mosaic = load(data / "images" / "cc0_mosaic_6faces_1080p.png")
+    large = F.interpolate(mosaic.movedim(-1, 1), (2160, 3840), mode="bilinear").movedim(1, -1)
+    small = F.interpolate(mosaic.movedim(-1, 1), (540, 960), mode="area").movedim(1, -1)
+    for name, images in (("960x540, 8 frames", small.expand(8, -1, -1, -1)), ("1920x1080", mosaic), ("3840x2160", large)):
+        pictures = [bgr(image[None]) for image in images]
+        with torch.inference_mode():
+            a = clock(lambda pictures=pictures: [theirs.detect_faces(p, CONFIDENCE) for p in pictures])
+            b = clock(lambda images=images: detect(images, network, confidence=CONFIDENCE))
+            c = clock(lambda images=images: detect(images, network, confidence=CONFIDENCE, smallest=48))
+            d = clock(lambda images=images: detect(images, network, confidence=CONFIDENCE, any_angle=True), 1)
+        print(f"{name}: facexlib {a * 1e3:.0f} ms, ours {b * 1e3:.0f} ms ({a / b:.1f} times faster), ", end="")
+        print(f"min_size 48 {c * 1e3:.0f} ms ({a / c:.1f}), any_angle {d * 1e3:.0f} ms ({a / d:.1f})", flush=True)
+
+
+FRAMES, SIDE = 60, 480
+
+
+def motion(t: float) -> Affine:
+    """Pan, zoom and roll of a 1024 px portrait in a frame of 480 px."""
+    scale = 0.47 * (1 + 0.15 * math.sin(t / 17))
+    angle = math.radians(8 * math.sin(t / 13))
+    a, b = scale * math.cos(angle), scale * math.sin(angle)
+    x, y = 240 + 25 * math.sin(t / 11) + 0.3 * t, 240 + 10 * math.cos(t / 9)
+    return (a, -b, x - a * 512 + b * 420), (b, a, y - b * 512 - a * 420)
+
+
+def corners(matrix: Affine) -> np.ndarray:
+    back = inverse(matrix)
+    return np.array([apply(back, x, y) for x in (0.0, 512.0) for y in (0.0, 512.0)])
+
+
+def steadiness(matrices: dict[int, Affine]) -> tuple[float, float, float]:
+    """Of a crop's corners in pixels: change of the error from frame to frame, the error, and the frames by which they trail."""
+    frames = sorted(matrices)
+    own = np.mean([corners(compose(matrices[t], motion(t % FRAMES))) for t in frames], axis=0)
+    true = np.array([[apply(motion(t % FRAMES), x, y) for x, y in own] for t in frames])
+    off = np.array([corners(matrices[t]) for t in frames]) - true
+    velocity = (true[2:] - true[:-2]) / 2
+    lag = -(off[1:-1] * velocity).sum() / (velocity**2).sum()
+    return float(np.linalg.norm(np.diff(off, axis=0), axis=-1).mean()), float(np.linalg.norm(off, axis=-1).mean()), float(lag)
+
+
+def video(data: Path, network: RetinaFace) -> None:
+    import cv2
+
+    theirs = facexlib_detector(data)
+    paths = sorted((data / "images" / "portraits").glob("*.jpg"))
+    generator = torch.Generator().manual_seed(0)
+    template = (np.array(TEMPLATE) - 0.5).astype(np.float32)
+    shots = [paths[n] for n in (5, 60, 120, 150)]
+    parts = []
+    for path in shots:
+        source = load(path)[0].movedim(-1, 0)
+        part = torch.stack([warp(source, motion(t), SIDE, SIDE).movedim(0, -1) for t in range(FRAMES)])
+        part = part + torch.randn(part.shape, generator=generator) * 0.03
+        parts.append((part.clamp(0, 1) * 255).round() / 255)
+    images = torch.cat(parts)
+    blank = FRAMES // 2
+    images[blank] = 0
+    rows: dict[str, list[tuple[float, float, float]]] = {}
+
+    def note(name: str, matrices: dict[int, Affine]) -> None:
+        for n in range(len(shots)):
+            rows.setdefault(name, []).append(steadiness({t: m for t, m in matrices.items() if t // FRAMES == n}))
+
+    by_facexlib = {}
+    for t, image in enumerate(images):
+        with torch.inference_mode():
+            found = theirs.detect_faces(bgr(image[None]), CONFIDENCE)
+        if len(found):
+            largest = max(found, key=lambda row: row[2] - row[0])
+            (a, _, x), (b, _, y) = cv2.estimateAffinePartial2D(largest[5:].reshape(5, 2), template, method=cv2.LMEDS)[0]
+            # From pixel centres at whole numbers to pixel centres at .5.
+            by_facexlib[t] = (a, -b, x + 0.5 - 0.5 * (a - b)), (b, a, y + 0.5 - 0.5 * (a + b))
+    note("facexlib, frame by frame", by_facexlib)
+    for smoothing in (0.0, 0.25, 0.5, 0.75, 1.0):
+        found_by_us = find_faces(images, network, confidence=CONFIDENCE, smoothing=smoothing)
+        largest_of: dict[int, Any] = {}
+        for face in found_by_us.everyone:
+            if face.frame not in largest_of or face.size > largest_of[face.frame].size:
+                largest_of[face.frame] = face
+        note(f"smoothing {smoothing}", {t: face.matrix for t, face in largest_of.items()})
+        if smoothing == 0:
+            cuts = [t for t in range(1, len(images)) if largest_of.get(t) and largest_of.get(t - 1)]
+            cuts = [t for t in cuts if largest_of[t].shot != largest_of[t - 1].shot]
+            print(f"cuts at {cuts}, faces in {len(largest_of)} of {len(images)} frames, one in the blank frame: {blank in largest_of}")
+    raw = statistics.fmean(row[0] for row in rows["facexlib, frame by frame"])
+    for name, values in rows.items():
+        jitter, off, lag = (statistics.fmean(row[k] for row in values) for k in range(3))
+        worst = max(abs(row[2]) for row in values)
+        print(f"{name}: jitter {jitter:.2f} px a frame (1/{raw / jitter:.1f}), error {off:.2f} px, ", end="")
+        print(f"lag {lag:.2f} frames (worst {worst:.2f})")
+
+
+PARTS = {"counts": counts, "agreement": agreement, "time": speed, "video": video}
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    detector = build_retinaface(weights(folder))
+    for part in sys.argv[2:] or PARTS:
+        print(f"# {part}")
+        PARTS[part](folder, detector)
