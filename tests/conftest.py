@@ -90,7 +90,8 @@ def populate(stand_ins: Path, data: Path) -> Callable[[Path], None]:
 
     def fill(base: Path) -> None:
         models = base / "models"
-        for name in ("models/checkpoints", "models/osdface", "models/loras", "models/facedetection", "custom_nodes", "input", "output", "user"):
+        folders = [f"models/{name}" for name in ("checkpoints", "osdface", "loras", "facedetection")]
+        for name in (*folders, "custom_nodes", "input", "output", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
         (models / "checkpoints" / "v2-1_512-ema-pruned.safetensors").symlink_to(stand_ins / "v2-1_512-seeded.safetensors")
         for file in (stand_ins / "osdface").iterdir():
