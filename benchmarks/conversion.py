@@ -1,6 +1,6 @@
 """Peak memory and time of converting the visual embedder's checkpoint at full size, beside what torch itself needs for it.
 
-    python benchmarks/conversion.py [--out DIR]
+    python -m benchmarks.conversion [--out DIR]
 
 Writes a stand-in of the released 1.8 GB checkpoint (same tensors, random numbers) into a temporary folder; each way runs in a
 process of its own, with the checkpoint in the page cache.
@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from osdface_core.weights.fetching import sha256_of
 
 OURS = """
 from osdface_core.weights.convert import convert_vre
@@ -39,8 +42,8 @@ print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAG
 """
 
 
-def write_stand_in(folder: Path, size: float) -> tuple[Path, Path]:
-    """A Lightning checkpoint of about `size` bytes and the projector beside it."""
+def write_stand_in(checkpoint: Path, projector: Path, size: float) -> None:
+    """A Lightning checkpoint of about `size` bytes, and the projector."""
     import torch
 
     from osdface_core.vre.embedder import VisualEmbedder
@@ -52,10 +55,8 @@ def write_stand_in(folder: Path, size: float) -> tuple[Path, Path]:
     rest = int((size - kept) / 4 / 400)
     state |= {f"vqvae.decoder.{number}.weight": torch.randn(rest) for number in range(200)}
     optimizer = {number: {"step": 7, "exp_avg": torch.randn(rest), "exp_avg_sq": torch.rand(rest)} for number in range(100)}
-    checkpoint, projector = folder / "associate_2.ckpt", folder / "embedding_change_weights.pth"
     torch.save({"state_dict": state, "optimizer_states": [{"state": optimizer}], "epoch": 9}, checkpoint)
     torch.save({n.removeprefix("projector."): torch.randn(s) for n, s in shapes.items() if n.startswith("projector.")}, projector)
-    return checkpoint, projector
 
 
 def main() -> None:
@@ -66,9 +67,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.out) as name:
         folder = Path(name)
         start = time.perf_counter()
-        checkpoint, projector = write_stand_in(folder, options.size)
+        checkpoint, projector = folder / "associate_2.ckpt", folder / "embedding_change_weights.pth"
+        # In a process of its own: one that has once been large hands its peak on to those that it starts.
+        writer = multiprocessing.get_context("spawn").Process(target=write_stand_in, args=(checkpoint, projector, options.size))
+        writer.start()
+        writer.join()
         print(f"stand-in of {checkpoint.stat().st_size / 1e9:.2f} GB written in {time.perf_counter() - start:.0f} s")
-        checkpoint.read_bytes()
+        sha256_of(checkpoint)
         results = {}
         ways = {
             "this project": OURS,
