@@ -43,7 +43,7 @@ BYTES_PER_PIXEL = 400
 
 @dataclass(frozen=True)
 class Detection:
-    """A face in pixels of the picture. box: x1, y1, x2, y2. landmarks: as in types.Face. score: 0..1. angle: degrees clockwise."""
+    """A face in pixels of the picture. box: x1, y1, x2, y2. landmarks: as in types.Face. score: 0..1. angle: as in types.Face."""
 
     box: Box
     landmarks: Points
@@ -249,7 +249,16 @@ def look_from_all_sides(network: RetinaFace, pixels: Tensor, confidence: float, 
         passes.append(turned_back(found, turns, width, height))
     found, seen = look_closer(network, pixels, Candidates.join(passes), confidence, report)
     found = found[seen]
-    return found[batched_nms(found.box, found.score, found.frame, OVERLAP)]
+    best = found[batched_nms(found.box, found.score, found.frame, OVERLAP)]
+    # The box is best seen by the pass in which the face was nearest to upright.
+    down = best.landmarks[:, 3:].mean(1) - best.landmarks[:, :2].mean(1)
+    quarter = (torch.atan2(-down[:, 0], down[:, 1]) / (math.pi / 2)).round().long() % 4 * 90
+    fitting = overlaps(best, found)[0] * (found.angle[None] == quarter[:, None])
+    box = best.box.clone()
+    for i, shared in enumerate(fitting):
+        if shared.max() > OVERLAP:
+            box[i] = found.box[shared.argmax()]
+    return replace(best, box=box, angle=quarter)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -152,7 +152,8 @@ def split(faces: Faces, choice: Choice) -> tuple[Faces, Faces, str]:
 def report(faces: Sequence[Face], verdicts: Sequence[str], frames: int) -> str:
     """How many were found and chosen; then for each face its number, box, size, confidence, and whether it was chosen or why not.
 
-    A person who is followed over several pictures has one line: where they are first, and the range of size and confidence.
+    A person who is followed over several pictures has one line: where they are first, and the range of size and confidence. Pictures
+    without a face are named at the end.
     """
     persons = people(faces)
     chosen = sum(verdict == CHOSEN for verdict in verdicts)
@@ -171,7 +172,17 @@ def report(faces: Sequence[Face], verdicts: Sequence[str], frames: int) -> str:
             f"{where}face {number}: box {box}, size {_range([f.size for f in own], '.0f')} px, "
             f"confidence {_range([f.score for f in own], '.3f')}{turned}: {verdict}"
         )
+    empty = sorted(set(range(frames)) - {face.frame for face in faces})
+    if faces and empty:
+        lines.append(f"no face in {'picture' if len(empty) == 1 else 'pictures'} {_runs(empty)}")
     return "\n".join(lines)
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """0,1,2,5 -> 0-2, 5"""
+    starts = [n for i, n in enumerate(numbers) if not i or n != numbers[i - 1] + 1]
+    ends = [n for i, n in enumerate(numbers) if i + 1 == len(numbers) or n != numbers[i + 1] - 1]
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _range(values: Sequence[float], form: str) -> str:

@@ -117,7 +117,7 @@ def follow(found: Sequence[Sequence[Detection]], shot_numbers: Sequence[int]) ->
     """Joins the faces of each shot by their overlap from frame to frame, and bridges short misses."""
     tracks: list[Track] = []
     for frame, (detections, shot) in enumerate(zip(found, shot_numbers, strict=True)):
-        alive = [t for t in tracks if t.shot == shot and frame - max(t.detections) <= FORGOTTEN]
+        alive = [t for t in tracks if t.shot == shot and frame - next(reversed(t.detections)) <= FORGOTTEN]
         pairs = sorted(
             (
                 (overlap(expected, detection.box), -i, -j)

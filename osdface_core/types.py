@@ -19,7 +19,7 @@ class Face:
     frame: index of the picture in its batch. box: x1, y1, x2, y2. landmarks: left eye, right eye, nose, left and right mouth
     corner, as seen by the viewer. score: the detector's confidence, 0..1. number: the face's number in its picture (over a video:
     its person's number), as drawn in the preview and as `indices` names it. matrix: the similarity that takes a point of the
-    picture to its place in the crop. angle: the clockwise turn in degrees of the pass that found it (0 but for `any_angle`).
+    picture to its place in the crop. angle: with `any_angle`, how far the face is turned clockwise: 0, 90, 180 or 270.
     shot: the run of frames between two cuts that the face belongs to; a number names a person within a shot.
     """
 

@@ -144,6 +144,11 @@ def test_faces_at_any_angle_are_found_and_cut_out_upright(data: Path, network: R
         found = find_faces(image, network, any_angle=True)
         assert len(found.everyone) == 1, path.name
         face = found.everyone[0]
+        assert face.angle == {30: 0, 60: 90, 135: face.angle}.get(degrees, degrees)
+        if degrees % 90 == 0:
+            box = [apply(matrix, x, y) for x, y in (known.box[:2], known.box[2:])]
+            xs, ys = zip(*box, strict=True)
+            assert iou((min(xs), min(ys), max(xs), max(ys)), face.box) > 0.95
         assert landmark_error(known, [apply(inverse(matrix), *p) for p in face.landmarks]) < 0.06
         # Where the eyes of the upright picture come to lie in the crop: left and right of each other, above the mouth.
         left, right, _, mouth, _ = (apply(face.matrix, *apply(matrix, *p)) for p in known.landmarks)

@@ -153,6 +153,8 @@ def test_the_report_has_a_line_for_a_person_of_a_video() -> None:
     lines = report(faces, choose(faces, Choice(max_faces=1), WIDTH, HEIGHT), 30).splitlines()
     assert len(lines) == 3
     assert lines[1].startswith("pictures 0-29 (30), face 0:") and "size 50-79 px" in lines[1] and lines[1].endswith(": chosen")
+    faces = [face(100, 100, 50, frame=t) for t in (0, 4)]
+    assert report(faces, [CHOSEN] * 2, 8).splitlines()[-1] == "no face in pictures 1-3, 5-7"
     assert lines[2].startswith("picture 7, face 1:") and lines[2].endswith("beyond max_faces 1")
 
 
