@@ -12,12 +12,13 @@ from ..osdface_core.faces import find_faces
 from ..osdface_core.preview import draw
 from ..osdface_core.retinaface import RetinaFace
 from ..osdface_core.select import ORDER, SELECT, Choice
+from ..osdface_core.weights import catalogue
 from ..osdface_core.weights.sanity import build_detector
 from . import host
 
 DETECTORS = {
-    "retinaface_resnet50": "detection_Resnet50_Final.pth",
-    "retinaface_mobile0.25": "detection_mobilenet0.25_Final.pth",
+    "retinaface_resnet50": catalogue.DETECTOR.name,
+    "retinaface_mobile0.25": catalogue.SMALL_DETECTOR.name,
 }
 FACES = io.Custom("OSDFACE_FACES")
 
@@ -119,7 +120,7 @@ class FaceDetectAlign(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, detector: str | None = None, **_: Any) -> str:
-        return host.state_of(DETECTORS.get(detector or ""), host.FACES)
+        return host.state_of(DETECTORS.get(detector or ""), catalogue.FACES)
 
     @classmethod
     def execute(

@@ -5,7 +5,9 @@ The only file that knows ComfyUI's insides. Measured on 0.3.64; what newer versi
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -29,14 +31,17 @@ from ..osdface_core.errors import OSDFaceError
 from ..osdface_core.lora import LoraModule, parse_lora
 from ..osdface_core.vre import build_embedder, read_embedder
 from ..osdface_core.vre.embedder import VisualEmbedder
+from ..osdface_core.weights import catalogue
 from ..osdface_core.weights.reading import read_tensors
+from ..osdface_core.weights.store import ensure
 
 log = logging.getLogger(__name__)
 
-OSDFACE = "osdface"
-FACES = "facedetection"
-SEARCHED = {OSDFACE: (OSDFACE,), FACES: (FACES, "facerestore_models", OSDFACE), "loras": (OSDFACE, "loras")}
+# Folders of a menu's files; the LoRA may lie with the other LoRAs.
+SEARCHED = catalogue.SEARCHED | {catalogue.LORAS: (catalogue.OSDFACE, catalogue.LORAS)}
 EXTENSIONS = {".safetensors", ".ckpt", ".pth"}
+# ComfyUI's settings file holds this once the user has allowed downloads there (web/osdface.js); the variable does the same.
+DOWNLOAD_SETTING, DOWNLOAD_VARIABLE = "OSDFace.download", "OSDFACE_DOWNLOAD"
 NONE = "none"
 
 CHECKPOINT = "Load Stable Diffusion 2.1-base (v2-1_512-ema-pruned.safetensors) with Load Checkpoint."
@@ -52,41 +57,68 @@ EMBEDDER_MEMORY = 450 * 1024**2
 
 def register_folders() -> None:
     """Makes ComfyUI look in models/osdface and models/facedetection, beside what extra_model_paths.yaml names for them."""
-    for name in (OSDFACE, FACES):
+    for name in (catalogue.OSDFACE, catalogue.FACES):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
         folder_paths.folder_names_and_paths[name][1].update(EXTENSIONS)
 
 
-def files(kind: str) -> list[str]:
-    """Names of the files in the folders that are searched for `kind`."""
-    found: dict[str, None] = {}
+def names(kind: str, *first: str) -> list[str]:
+    """What a menu of files offers: the names that a shared workflow holds, present or not, then whatever else is there."""
+    found = dict.fromkeys(first)
     for folder in SEARCHED[kind]:
         if folder in folder_paths.folder_names_and_paths:
             found |= dict.fromkeys(folder_paths.get_filename_list(folder))
     return list(found)
 
 
-def find(name: str, kind: str = FACES) -> Path:
-    """The file `name` in the folders that are searched for `kind`. Raises OSDFaceError if it is in none."""
+def find(name: str, kind: str = catalogue.FACES) -> Path:
+    """The file `name` in the folders that are searched for `kind`; fetched first if it is missing and the user has allowed that.
+
+    Raises OSDFaceError, which says how to get it.
+    """
+    if (path := _present(name, kind)) is not None:
+        return path
+    folders = {
+        folder: [Path(path) for path in folder_paths.get_folder_paths(folder)]
+        for searched in SEARCHED.values()
+        for folder in searched
+        if folder in folder_paths.folder_names_and_paths
+    }
+    return ensure(name, folders, allow_download=_downloads_allowed(), progress=_download_progress())
+
+
+def _present(name: str, kind: str) -> Path | None:
     for folder in SEARCHED[kind]:
         if (path := folder_paths.get_full_path(folder, name)) is not None:
             return Path(path)
-    raise OSDFaceError(f"{name} is not in models/{SEARCHED[kind][0]}: run `python install.py` in the pack's folder, or put it there.")
+    return None
 
 
-def names(kind: str, *first: str) -> list[str]:
-    """What a menu of files offers: the names that a shared workflow holds, present or not, then whatever else is there."""
-    return list(dict.fromkeys([*first, *files(kind)]))
+def _downloads_allowed() -> bool:
+    if os.environ.get(DOWNLOAD_VARIABLE, "").lower() in ("1", "true", "yes", "on"):
+        return True
+    settings = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
+    try:
+        return json.loads(settings.read_text(encoding="utf-8")).get(DOWNLOAD_SETTING) is True
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _download_progress() -> Callable[[int, int], None]:
+    """For bytes there of bytes in all."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def report(done: int, total: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, max(total, 1))
+
+    return report
 
 
 def state_of(name: str | None, kind: str) -> str:
     """A text that changes when the named file does, for nodes that read it; empty for none, or one that is not there."""
-    if name is None or name == NONE:
-        return ""
-    try:
-        return str(fingerprint(find(name, kind)))
-    except OSDFaceError:
-        return ""
+    path = None if name is None or name == NONE else _present(name, kind)
+    return "" if path is None else str(fingerprint(path))
 
 
 def fingerprint(path: Path) -> tuple[str, int, int]:
@@ -129,7 +161,7 @@ def build_vre(tensors: dict[str, Tensor], operations: Any) -> VisualEmbedder:
 
 def embedder(vre_name: str, faces: int) -> VisualEmbedder:
     """The Visual Representation Embedder of a file of models/osdface, with room for so many faces at once."""
-    module = network(find(vre_name, OSDFACE), build_vre, memory=faces * EMBEDDER_MEMORY, read=read_embedder)
+    module = network(find(vre_name, catalogue.OSDFACE), build_vre, memory=faces * EMBEDDER_MEMORY, read=read_embedder)
     assert isinstance(module, VisualEmbedder)
     return module
 

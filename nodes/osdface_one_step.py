@@ -10,9 +10,8 @@ from comfy_api.latest import io
 from ..osdface_core.backbone import TIMESTEP, TIMESTEPS
 from ..osdface_core.errors import OSDFaceError
 from ..osdface_core.one_step import check_crops, check_prompts, restore
+from ..osdface_core.weights.catalogue import LORA, LORAS
 from . import host
-
-DEFAULT_LORA = "pytorch_lora_weights.safetensors"
 
 
 class OSDFaceOneStep(io.ComfyNode):
@@ -30,8 +29,8 @@ class OSDFaceOneStep(io.ComfyNode):
                 io.Conditioning.Input("conditioning", tooltip="From OSDFace Visual Prompts; a text prompt does not do."),
                 io.Combo.Input(
                     "lora_name",
-                    options=[*host.names("loras", DEFAULT_LORA), host.NONE],
-                    default=DEFAULT_LORA,
+                    options=[*host.names(LORAS, LORA.name), host.NONE],
+                    default=LORA.name,
                     tooltip="OSDFace's LoRA, from models/osdface or models/loras; none for a model that already holds it.",
                 ),
                 io.Float.Input(
@@ -62,7 +61,7 @@ class OSDFaceOneStep(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> str:
-        return host.state_of(lora_name, "loras")
+        return host.state_of(lora_name, LORAS)
 
     @classmethod
     def execute(
@@ -81,7 +80,7 @@ class OSDFaceOneStep(io.ComfyNode):
         check_prompts(prompts, len(crops))
         host.check_model(model)
         if lora_name != host.NONE and lora_strength != 0:
-            model = host.with_lora(model, host.find(lora_name, "loras"), lora_strength)
+            model = host.with_lora(model, host.find(lora_name, LORAS), lora_strength)
         result = restore(
             crops,
             prompts,

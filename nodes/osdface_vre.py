@@ -10,9 +10,8 @@ from comfy_api.latest import io
 from ..osdface_core.chunks import in_chunks
 from ..osdface_core.one_step import check_crops
 from ..osdface_core.vre import TOKENS, WIDTH
+from ..osdface_core.weights.catalogue import OSDFACE, VRE, VRE_CHECKPOINT
 from . import host
-
-DEFAULT = "osdface_vre.safetensors"
 
 
 class OSDFaceVRE(io.ComfyNode):
@@ -27,8 +26,8 @@ class OSDFaceVRE(io.ComfyNode):
                 io.Image.Input("crops", tooltip="Aligned face crops, from Face Detect & Align."),
                 io.Combo.Input(
                     "vre_name",
-                    options=host.names(host.OSDFACE, DEFAULT, "associate_2.ckpt"),
-                    default=DEFAULT,
+                    options=host.names(OSDFACE, VRE.name, VRE_CHECKPOINT.name),
+                    default=VRE.name,
                     tooltip="The embedder's weights, from models/osdface.",
                 ),
             ],
@@ -41,7 +40,7 @@ class OSDFaceVRE(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vre_name: str | None = None, **_: Any) -> str:
-        return host.state_of(vre_name, host.OSDFACE)
+        return host.state_of(vre_name, OSDFACE)
 
     @classmethod
     def execute(cls, crops: torch.Tensor, vre_name: str) -> io.NodeOutput:

@@ -195,8 +195,43 @@ def test_a_truncated_file_is_named(name: str, host: Any, checkpoint: tuple[Any, 
 
 
 def test_a_file_that_is_not_there_is_named_with_the_remedy(host: Any) -> None:
-    with pytest.raises(host.error, match=r"osdface_vre.safetensors is not in models/osdface: run `python install.py`"):
+    says = r"osdface_vre.safetensors is missing .*install.py --only osdface_vre.safetensors .* or allow downloads"
+    with pytest.raises(host.error, match=says):
         run(host, "OSDFaceVRE", crops=torch.zeros(1, 64, 64, 3), vre_name="osdface_vre.safetensors")
+
+
+def test_menus_offer_what_a_shared_workflow_names_present_or_not(host: Any) -> None:
+    """So that it validates on a fresh install; the file that is missing is asked for when it is needed."""
+    for node, menu, name in (
+        ("OSDFaceVRE", "vre_name", "osdface_vre.safetensors"),
+        ("OSDFaceOneStep", "lora_name", LORA),
+        ("FaceDetectAlign", "detector", "retinaface_resnet50"),
+        ("FacePasteBack", "mask_type", "parsing"),
+    ):
+        kind, options = host.nodes[node].INPUT_TYPES()["required"][menu]
+        assert name in (options["options"] if kind == "COMBO" else kind)
+
+
+@pytest.mark.parametrize("how", ["nowhere", "variable", "setting"])
+def test_a_missing_file_is_fetched_only_where_the_user_allowed_it(how: str, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = host.base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(exist_ok=True)
+    settings.write_text(json.dumps({"OSDFace.download": how == "setting"}))
+    monkeypatch.setenv("OSDFACE_DOWNLOAD", "1" if how == "variable" else "")
+    asked = {}
+
+    def ensure(name: str, folders: Any, *, allow_download: bool, progress: Callable[[int, int], None]) -> Path:
+        asked.update(name=name, folders=folders, allowed=allow_download)
+        progress(10, 100)
+        return Path(name)
+
+    monkeypatch.setattr(host.host, "ensure", ensure)
+    host.host.find("detection_Resnet50_Final.pth")
+    assert asked["allowed"] == (how != "nowhere")
+    assert asked["folders"]["facedetection"][0] == host.base / "models" / "facedetection"
+    host.comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(host.comfy.model_management.InterruptProcessingException):
+        host.host.find("detection_Resnet50_Final.pth")
 
 
 @pytest.mark.parametrize(

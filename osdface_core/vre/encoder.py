@@ -8,7 +8,6 @@ torch.nn, or a host's own classes that cast and page weights.
 from __future__ import annotations
 
 from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,7 +18,8 @@ CHANNELS = 64
 MULTIPLIERS = (1, 2, 2, 2, 4, 8)
 FEATURES = 512
 
-Operations = ModuleType | type | Any
+# torch.nn, or a host's own classes that cast and page weights.
+Operations = Any
 
 
 def _norm(channels: int, operations: Operations) -> nn.Module:

@@ -1,0 +1,15 @@
+// The one setting: whether a missing weight file may be fetched while a graph runs.
+import { app } from "../../scripts/app.js";
+
+app.registerExtension({
+  name: "OSDFace",
+  settings: [
+    {
+      id: "OSDFace.download",
+      name: "Fetch missing OSDFace weights when a graph needs them",
+      tooltip: "Files are checked against their known SHA-256. Without this, run install.py once.",
+      type: "boolean",
+      defaultValue: false,
+    },
+  ],
+});
