@@ -38,7 +38,7 @@ SAME = 0.6
 OVERLAP = 0.4
 # Pixels that go through the network at once, and what each costs in the ResNet50's activations.
 PIXELS_AT_ONCE = 8 * 1024**2
-BYTES_PER_PIXEL = 400
+BYTES_PER_PIXEL = 300
 
 
 @dataclass(frozen=True)

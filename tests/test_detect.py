@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from osdface_core.align import TEMPLATE, apply, inverse, warp
@@ -210,6 +213,30 @@ def test_pictures_of_any_shape_and_value_pass(network: RetinaFace, shape: tuple[
     preview = draw(image, found.everyone, found.verdicts)
     assert len(preview) == shape[0] and preview.shape[3] == 3 and max(preview.shape[1:3]) <= 1024
     assert preview.isfinite().all()
+
+
+@given(st.integers(0, 2), st.integers(1, 90), st.integers(1, 90), st.integers(1, 5))
+@settings(deadline=None, max_examples=20)
+def test_no_shape_is_refused(frames: int, height: int, width: int, channels: int) -> None:
+    torch.manual_seed(0)
+    # An untrained network sees faces of every size everywhere.
+    found = find_faces(torch.rand(frames, height, width, channels), untrained(), confidence=0.5, choice=Choice(min_size=0))
+    assert (found.faces.frames, found.faces.height, found.faces.width) == (frames, height, width)
+    assert found.faces.crops.shape == (len(found.faces), 512, 512, 3)
+    assert sorted({face.frame for face in found.everyone}) == list(range(frames))
+    assert len(draw(torch.rand(frames, height, width, channels), found.everyone, found.verdicts)) == frames
+
+
+@functools.cache
+def untrained() -> RetinaFace:
+    torch.manual_seed(0)
+    network = RetinaFace("mobilenet0.25").eval()
+    for heads, weight in ((network.BboxHead, 1.0), (network.LandmarkHead, 1.0), (network.ClassHead, 0.0)):
+        for head in heads:
+            head.conv1x1.weight.data *= weight
+    for head in network.ClassHead:
+        head.conv1x1.bias.data = torch.tensor([0.0, -1.0, 0.0, 0.1])
+    return network
 
 
 def test_a_face_half_out_of_the_picture_is_cut_out_whole(data: Path, network: RetinaFace, load_picture: Load) -> None:
