@@ -45,14 +45,10 @@ def released(seeded: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    from huggingface_hub import constants
-
     for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", *install.MANAGER_VARIABLES):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     with running() as state:
-        monkeypatch.setattr(constants, "ENDPOINT", state.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", state.url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setenv("HF_ENDPOINT", state.url)
         monkeypatch.setenv("OSDFACE_RELEASES", state.url)
         yield state

@@ -15,10 +15,14 @@ Answer = Callable[["Request", bytes], None]
 
 @dataclass
 class Server:
-    """files: content by URL path. answers: what is done with each GET of a path in turn; then, or without any, it is served rightly."""
+    """files: content by URL path. moved: URL that a path leads to, as the hub leads to its storage.
+
+    answers: what is done with each GET of a path in turn; then, or without any, it is served rightly.
+    """
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
+    moved: dict[str, str] = field(default_factory=dict)
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     gets: list[tuple[str, str | None]] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
@@ -60,7 +64,10 @@ class Request(BaseHTTPRequestHandler):
         else:
             digest = hashlib.sha256(content).hexdigest()
             linked = {"X_Linked_Etag": f'"{digest}"', "X_Linked_Size": str(len(content)), "X_Repo_Commit": "0" * 40}
-            self.head(200, len(content), ETag=f'"{digest}"', **linked)
+            if self.path in self.state.moved:
+                self.head(302, 0, Location=self.state.moved[self.path], **linked)
+            else:
+                self.head(200, len(content), ETag=f'"{digest}"', **linked)
 
     def do_GET(self) -> None:
         # huggingface_hub also asks the hub for things of its own.
@@ -70,6 +77,8 @@ class Request(BaseHTTPRequestHandler):
         content = self.state.files.get(self.path)
         if waiting:
             waiting.pop(0)(self, content or b"")
+        elif self.path in self.state.moved:
+            self.head(302, 0, Location=self.state.moved[self.path])
         elif content is None:
             self.head(404, 0)
         else:

@@ -37,6 +37,7 @@ RECORD = ".sha256"
 SPARE_DISK = 64 * 2**20
 TRIES = 3
 TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+MOST_BREAKS = 100
 LONGEST_WAIT = 60.0
 # huggingface_hub waits as long as a server asks it to, which may be an hour.
 LONGEST_SILENCE = 120.0
@@ -230,7 +231,7 @@ def _source(address: str, entry: WeightFile, path: Path, progress: Progress | No
     except ImportError as error:
         raise _NextAddress("huggingface_hub is not installed: run this with the Python of ComfyUI") from error
     owner, repository, file = address.removeprefix(HUB).split("/", 2)
-    url = hf_hub_url(f"{owner}/{repository}", file)
+    url = hf_hub_url(f"{owner}/{repository}", file, endpoint=os.environ.get("HF_ENDPOINT") or None)
 
     def ask() -> HfFileMetadata:
         try:
@@ -282,7 +283,7 @@ def _transfer(entry: WeightFile, source: _Source, part: Path, progress: Progress
     if source.sha256 is None or (resumed and source.size is not None and part.stat().st_size > source.size):
         part.unlink(missing_ok=True)
         resumed = False
-    _tried(lambda: _get(entry, source, part, progress), entry, progress)
+    _tried(lambda: _get_on(entry, source, part, progress), entry, progress)
     digest = sha256_of(part)
     if source.sha256 is not None and digest != source.sha256:
         what = _seen(part)
@@ -300,6 +301,21 @@ def _transfer(entry: WeightFile, source: _Source, part: Path, progress: Progress
 def _seen(part: Path) -> str:
     with part.open("rb") as file:
         return WEB_PAGE if file.read(256).lstrip().startswith(b"<") else "another file"
+
+
+def _get_on(entry: WeightFile, source: _Source, part: Path, progress: Progress | None) -> None:
+    """Transfers, going on after each break for as long as more comes: only newer versions of huggingface_hub do so themselves."""
+    for _ in range(MOST_BREAKS):
+        before = part.stat().st_size if part.is_file() else 0
+        try:
+            return _get(entry, source, part, progress)
+        except _Failed as error:
+            now = part.stat().st_size if part.is_file() else 0
+            if source.size is not None and now > source.size:  # the whole file came after the first half
+                part.unlink()
+            elif now <= before or getattr(error.cause, "response", None) is not None:
+                raise
+    raise _NotReached(f"the connection broke {MOST_BREAKS} times")
 
 
 def _get(entry: WeightFile, source: _Source, part: Path, progress: Progress | None) -> None:
