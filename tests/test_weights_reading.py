@@ -199,9 +199,19 @@ def string_bomb(path: Path) -> None:
     archive(path, b"\x80\x04\x8d" + struct.pack("<Q", 10**11) + b"abc.")
 
 
+def nested_without_end(path: Path) -> None:
+    """A key whose hash would overflow the stack."""
+    archive(path, b"\x80\x02})" + b"\x85" * 5_000_000 + b"K\x01s.")
+
+
+def repeated_within_itself(path: Path) -> None:
+    """A key of two to the power of 60 items, each pair being the same tuple twice."""
+    archive(path, b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.")
+
+
 MALICIOUS = [
     system, evaluation, through_getattr, nested, old_system, bare, torch_itself, beyond_its_storage, repeated_for_ever,
-    larger_than_the_file, negative, traversal, packed_bomb, memo_bomb, string_bomb,
+    larger_than_the_file, negative, traversal, packed_bomb, memo_bomb, string_bomb, nested_without_end, repeated_within_itself,
 ]  # fmt: skip
 
 

@@ -56,6 +56,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = pickle.dumps(_LEGACY_MAGIC, protocol=2)
 _LEGACY_PROTOCOL = 1001
 _PICKLE_LIMIT = 16 * 2**20  # the part without the tensors' bytes; real ones take less than 1 MiB
+_DEEPEST_TUPLE = 100
 _CHUNK = 2**20
 
 
@@ -154,14 +155,46 @@ def _damaged(name: str, why: str, cause: BaseException | None = None) -> NoRetur
     raise OSDFaceError(f"{name} cannot be read as a checkpoint ({why}): fetch the file again.") from cause
 
 
+def _walk(data: io.BytesIO) -> None:
+    """Goes through a pickle's opcodes without doing them. Raises UnpicklingError for what would hang or crash the unpickler.
+
+    That is a memo slot far beyond what was written, for which it would allocate gigabytes, and tuples nested so deep, or repeated
+    so often within one another, that to hash one as a key of a dict overflows the stack or takes for ever.
+    """
+    stack: list[tuple[int, int] | None] = []  # depth and number of items of each value, were it hashed; None for a mark
+    memo: dict[object, tuple[int, int] | None] = {}
+    for opcode, arg, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            slot = len(memo) if name == "MEMOIZE" else arg
+            if isinstance(slot, int) and slot > data.tell():
+                raise pickle.UnpicklingError("it asks for a memo larger than itself")
+            memo[slot] = stack[-1]
+            continue
+        if name == "DUP" or name.endswith("GET"):
+            stack.append(stack[-1] if name == "DUP" else memo[arg])
+            continue
+        taken = len(opcode.stack_before)
+        items = []
+        if pickletools.markobject in opcode.stack_before or (name == "POP" and stack[-1] is None):
+            while (item := stack.pop()) is not None:
+                items.append(item)
+            taken = opcode.stack_before.index(pickletools.markobject) if name != "POP" else 0
+        items += [stack.pop() or (0, 0) for _ in range(taken)]
+        for left in opcode.stack_after:
+            value = (0, 1)
+            if name.startswith("TUPLE") or name == "FROZENSET":
+                value = 1 + max((depth for depth, _ in items), default=0), 1 + sum(count for _, count in items)
+                if value[0] > _DEEPEST_TUPLE or value[1] > _PICKLE_LIMIT:
+                    raise pickle.UnpicklingError("it nests tuples without end")
+            stack.append(None if left is pickletools.markobject else value)
+
+
 def _unpickle(data: io.BytesIO, name: str) -> tuple[Any, dict[str, Storage]]:
     """The pickle that starts where `data` stands, and the storages it names; leaves `data` standing behind it."""
     try:
         start = data.tell()
-        for opcode, arg, _ in pickletools.genops(data):
-            # A slot of the memo far beyond what was written would make Python allocate gigabytes.
-            if opcode.name.endswith("PUT") and isinstance(arg, int) and arg > data.tell():
-                _damaged(name, "its pickle asks for a memo larger than itself")
+        _walk(data)
         end = data.tell()
         data.seek(start)
         reader = _Reader(data, name)
