@@ -16,7 +16,7 @@ def as_api(workflow: dict[str, Any]) -> dict[str, Any]:
     for node in workflow["nodes"]:
         if node["type"] == "MarkdownNote":
             continue
-        values = iter(node["widgets_values"] if "widgets_values" in node else [])
+        values = iter(node.get("widgets_values", []))
         inputs = {}
         for given in node["inputs"]:
             if given["type"] == "IMAGEUPLOAD":
