@@ -121,13 +121,14 @@ def bounds(matrix: Affine, width: float, height: float) -> tuple[float, float, f
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def warp(source: Tensor, matrix: Affine, height: int, width: int) -> Tensor:
+def warp(source: Tensor, matrix: Affine, height: int, width: int, grain: float = 1.0) -> Tensor:
     """Resamples `source` (C,H,W) through `matrix`, which takes a point of it to its place in the result (C,height,width) fp32.
 
     Cubic convolution (Keys 1981, a = -0.75 as in OpenCV) where the result is as large or larger. Where it is smaller, the least
     squares counterpart of that: the picture which, enlarged by cubic convolution, comes nearest to the source (Unser, Aldroubi and
     Eden 1995). So nothing is aliased, and what was enlarged comes back as it was. Beyond the source's edge its outermost pixels
-    are repeated.
+    are repeated. grain: width, in pixels of the result, of the pixels that the source was enlarged from; 1 if the result is to have
+    those very pixels, as in a picture that was not resized since.
     """
     back = inverse(matrix)
     step = reach(back)
@@ -148,7 +149,7 @@ def warp(source: Tensor, matrix: Affine, height: int, width: int) -> Tensor:
         fine, border = 1, 0
     else:
         fine, border = max(3, math.ceil(1.25 * step / block)), FILTER
-        kernel = _shrinking(step, block, fine)
+        kernel = _shrinking(step, block, fine, max(grain, 1 / step))
     result = torch.empty(source.shape[0], height, width, device=source.device)
     columns = (width + 2 * border) * fine
     at_once = max(1, SAMPLES // (columns * fine) - 2 * border)
@@ -184,27 +185,33 @@ def sampled(source: Tensor, back: Affine, height: int, width: int, mode: str = "
     return F.grid_sample(source[None], grid, mode=mode, padding_mode="border", align_corners=False)[0]
 
 
-def _shrinking(step: float, block: int, fine: int) -> Tensor:
+def _shrinking(step: float, block: int, fine: int, grain: float) -> Tensor:
     """The filter that turns `fine` samples a pixel into pixels of `step` source pixels each, fp64. The samples are taken from the
     source after torch has shrunk it `block` times.
 
-    It is to give back a picture's pixels from samples of its enlargement: with those samples as columns, the least filter h with
-    U h = (.., 0, 1, 0, ..). The ridge keeps it from raising frequencies near the limit, the more the nearer the sizes are: there
-    the source may hold as much at those frequencies as at any.
+    For every place that a pixel of width `grain` may have had before it was enlarged, the least filter that gives back what that
+    enlargement is at the pixel's centre (for a smaller grain its mean, over as much of the pixel as makes the sharpness a pixel's).
     """
     taps = (torch.arange((2 * FILTER + 1) * fine, dtype=torch.float64) + 0.5) / fine - FILTER - 0.5
-    pixels = torch.arange(-FILTER - CUBIC - 2, FILTER + CUBIC + 3, dtype=torch.float64)
+    same = abs(grain - 1) < 1e-3
+    grain = 1.0 if same else max(grain, 0.25)
+    apart = grain if same else grain / 8
+    count = math.ceil((FILTER + CUBIC * grain + 1) / apart)
+    places = torch.arange(-count, count + 1, dtype=torch.float64)[:, None] * apart
     # The source is itself sampled by cubic interpolation, which on average convolves it with that kernel, and was shrunk with one.
-    blur = torch.linspace(-2 * CUBIC, 2 * CUBIC, 161, dtype=torch.float64)
+    blur = torch.linspace(-2 * CUBIC, 2 * CUBIC, 81, dtype=torch.float64)
     weight = _cubic(blur)
     if block > 1:
-        places = (torch.arange(2 * CUBIC * block, dtype=torch.float64) + 0.5) / block - CUBIC
-        weight = (_cubic(blur[:, None] - places) * _cubic(places, -0.5)).sum(1)
+        pixels = (torch.arange(2 * CUBIC * block, dtype=torch.float64) + 0.5) / block - CUBIC
+        weight = (_cubic(blur[:, None] - pixels) * _cubic(pixels, -0.5)).sum(1)
     weight = weight / weight.sum()
-    enlarging = (_cubic(taps - pixels[:, None] - blur[:, None, None] * block / step) * weight[:, None, None]).sum(0)
-    ridge = 0.25 / step**3 * fine * torch.eye(len(pixels), dtype=torch.float64)
-    one = (pixels == 0).double()
-    kernel = enlarging.T @ torch.linalg.solve(enlarging @ enlarging.T + ridge, one)
+    enlarged = (_cubic((taps - places - blur[:, None, None] * block / step) / grain) * weight[:, None, None]).sum(0)
+    within = torch.linspace(-0.5, 0.5, 17, dtype=torch.float64) * math.sqrt(max(0.0, 1 - grain**2))
+    wanted = _cubic((within - places) / grain).mean(1)
+    # The ridge is what smooths: all else that the source may hold is kept out as far as this leaves. It is the larger the nearer the
+    # sizes are, for there the source may hold as much at the limit as anywhere.
+    ridge = (0.25 / step**3 if grain <= 1 else 1e-4) * fine * (grain / apart) * torch.eye(len(taps), dtype=torch.float64)
+    kernel = torch.linalg.solve(enlarged.T @ enlarged + ridge, enlarged.T @ wanted)
     return kernel / kernel.sum()
 
 

@@ -107,7 +107,8 @@ def paste(
         patches = []
         for i, face_mask in of_frame:
             to_crop = compose(to_restored, compose(faces.faces[i].matrix, from_image))
-            patch = _patch(images[frame], restored[i].to(images.device, torch.float32), to_crop, look, face_mask, kept)
+            crop = restored[i].to(images.device, torch.float32)
+            patch = _patch(images[frame], crop, to_crop, 1 / reach(from_image), look, face_mask, kept)
             if patch is not None:
                 patches.append(patch)
             report(1)
@@ -182,9 +183,12 @@ def _kept(keep: Tensor, images: Tensor) -> Tensor:
 
 
 def _patch(
-    image: Tensor, restored: Tensor, to_crop: Affine, look: _Look, face_mask: Tensor | None, kept: Tensor | None
+    image: Tensor, restored: Tensor, to_crop: Affine, grown: float, look: _Look, face_mask: Tensor | None, kept: Tensor | None
 ) -> _Patch | None:
-    """The face at its place in `image` (H,W,C), or None where no pixel of it would change. to_crop: from there to `restored` (h,w,3)."""
+    """The face at its place in `image` (H,W,C), or None where no pixel of it would change.
+
+    to_crop: from there to `restored` (h,w,3). grown: how many times `image` is as large as the picture that the face was cut from.
+    """
     height, width = restored.shape[:2]
     to_unit = scaling(1 / width, 1 / height)
     x1, y1, x2, y2 = bounds(inverse(to_crop), width, height)
@@ -212,7 +216,8 @@ def _patch(
     if look.keep_detail > 0:
         crop = crop - look.keep_detail * own
         lowest, highest = min(lowest, float(before.min())), max(highest, float(before.max()))
-    pixels = warp(crop, moved(inverse(to_crop), -columns.start, -rows.start), *weight.shape).movedim(0, -1)
+    from_crop = moved(inverse(to_crop), -columns.start, -rows.start)
+    pixels = warp(crop, from_crop, weight.shape[0], weight.shape[1], grown).movedim(0, -1)
     if look.keep_detail > 0:
         pixels = pixels + look.keep_detail * before
     # Cubic resampling overshoots at edges. What was within [0,1] stays there; wider ranges keep theirs.
