@@ -30,14 +30,16 @@ TOO_LARGE = 640
 EASILY_SEEN = 20
 # The window of the second look, and how large a face is in it: between 150 and 400 px landmarks are equally precise, below they get
 # worse (docs/detection.md).
-WINDOW, BEST_SIZE, MOST_ENLARGED = 320, 160, 2.0
+WINDOW, BEST_SIZE, MOST_ENLARGED = 288, 144, 2.0
 WINDOWS_AT_ONCE = 32
-# A box that lies inside another by more than this is the same face.
-SAME = 0.6
+# A box that lies inside another by more than this is the same face; seen by two passes, also the same way up if so few degrees apart.
+SAME, SAME_TURN = 0.6, 25
 # Boxes that overlap by more than this are one face (facexlib's value).
 OVERLAP = 0.4
 # Pixels that go through the network at once, and what each costs in the ResNet50's activations.
 PIXELS_AT_ONCE = 8 * 1024**2
+# On a CPU more at once is slower, not faster.
+PIXELS_AT_ONCE_CPU = 2 * 1024**2
 BYTES_PER_PIXEL = 300
 
 
@@ -227,7 +229,8 @@ def look_closer(network: RetinaFace, pixels: Tensor, found: Candidates, confiden
         closer = look(network, cuts, confidence)
         middle = (closer.box[:, :2] + closer.box[:, 2:]) / 2 - WINDOW / 2
         eyes = closer.landmarks[:, 1] - closer.landmarks[:, 0]
-        good = (middle.norm(dim=1) < BEST_SIZE / 2) & (eyes[:, 1].abs() < eyes[:, 0]) & (longer_side(closer) > BEST_SIZE / 4)
+        growth = longer_side(closer) / BEST_SIZE
+        good = (middle.norm(dim=1) < BEST_SIZE / 2) & (eyes[:, 1].abs() < eyes[:, 0]) & (growth > 0.5) & (growth < 2)
         for k, (i, matrix) in enumerate(part):
             here = torch.nonzero(good & (closer.frame == k))[:, 0]
             if len(here):
@@ -247,18 +250,38 @@ def look_from_all_sides(network: RetinaFace, pixels: Tensor, confidence: float, 
         report(0)
         found = look_at_all_sizes(network, pixels.rot90(turns, (2, 3)), confidence * SUPPORT, smallest, report)
         passes.append(turned_back(found, turns, width, height))
-    found, seen = look_closer(network, pixels, Candidates.join(passes), confidence, report)
+    everything = Candidates.join(passes)
+    turn = clockwise(everything)
+    alike = torch.cos(turn[:, None] - turn[None]) > math.cos(math.radians(SAME_TURN))
+    views = everything[surest(everything.score, (overlaps(everything, everything)[0] > OVERLAP) & alike)]
+    found, seen = look_closer(network, pixels, views, confidence, report)
     found = found[seen]
-    best = found[batched_nms(found.box, found.score, found.frame, OVERLAP)]
+    found = found[surest(found.score, overlaps(found, found)[1] > SAME)]
     # The box is best seen by the pass in which the face was nearest to upright.
-    down = best.landmarks[:, 3:].mean(1) - best.landmarks[:, :2].mean(1)
-    quarter = (torch.atan2(-down[:, 0], down[:, 1]) / (math.pi / 2)).round().long() % 4 * 90
-    fitting = overlaps(best, found)[0] * (found.angle[None] == quarter[:, None])
-    box = best.box.clone()
+    quarter = (clockwise(found) / (math.pi / 2)).round().long() % 4 * 90
+    fitting = overlaps(found, everything)[0] * (everything.angle[None] == quarter[:, None])
+    box = found.box.clone()
     for i, shared in enumerate(fitting):
         if shared.max() > OVERLAP:
-            box[i] = found.box[shared.argmax()]
-    return replace(best, box=box, angle=quarter)
+            box[i] = everything.box[shared.argmax()]
+    return replace(found, box=box, angle=quarter)
+
+
+def clockwise(found: Candidates) -> Tensor:
+    """How far each face is turned clockwise, in radians: the way from the eyes to the mouth against straight down."""
+    down = found.landmarks[:, 3:].mean(1) - found.landmarks[:, :2].mean(1)
+    return torch.atan2(-down[:, 0], down[:, 1])
+
+
+def surest(scores: Tensor, same: Tensor) -> Tensor:
+    """Of those that are the `same` (n,n), the most confident: indices, in order of confidence."""
+    left = torch.ones(len(scores), dtype=torch.bool)
+    kept = []
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        if left[i]:
+            kept.append(i)
+            left &= ~same[i]
+    return torch.tensor(kept, dtype=torch.long)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -313,7 +336,8 @@ def detect(
             report(1)
 
     scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
-    at_once = max(1, PIXELS_AT_ONCE // max(1, pixels_seen(height, width)))
+    most = PIXELS_AT_ONCE_CPU if network.home.type == "cpu" else PIXELS_AT_ONCE
+    at_once = max(1, most // max(1, pixels_seen(height, width)))
     if height and width:
         with torch.inference_mode():
             in_chunks(count, at_once, work, out_of_memory)

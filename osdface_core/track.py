@@ -212,7 +212,7 @@ def steadied(matrices: dict[int, Affine], bridged: set[int], size: int, smoothin
             if frame in matrices:
                 poses[i] = _pose(matrices[frame], size)
         poses[:, 3] = np.unwrap(_held(poses[:, 3], weights))
-        strength = 10 ** (STRONGEST * smoothing - 0.5)
+        strength = 10 ** (STRONGEST * smoothing - 0.4)
         for k, factor in enumerate((1, 1, SIZE_FACTOR, ANGLE_FACTOR)):
             poses[:, k] = whittaker(poses[:, k], weights, strength * factor)
         out |= {frame: _matrix(poses[frame - run[0]], size) for frame in run}
@@ -221,7 +221,7 @@ def steadied(matrices: dict[int, Affine], bridged: set[int], size: int, smoothin
 
 # Decades that the penalty on the centre's second differences grows by from no smoothing to full. A change of size or
 # tilt is seen as shimmer long before one of place is, and heads are quicker to move than to grow or tilt.
-STRONGEST = 3.0
+STRONGEST = 2.5
 SIZE_FACTOR, ANGLE_FACTOR = 10.0, 10.0
 # Rounds of reweighting; values that a drift is the mean of; and how far it must stand out of the noise before it is believed, since a
 # detector's noise is not white.
