@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from .align import apply, colour, inverse, reach, similarity, warp
+from .align import apply, colour, compose, inverse, reach, sampled, scaling, similarity
 from .align import moved as shifted
 from .chunks import Progress, in_chunks
 from .errors import OSDFaceError
@@ -202,6 +202,14 @@ def turned_back(found: Candidates, turns: int, width: int, height: int) -> Candi
     return replace(found, box=box, landmarks=points[:, 2:], angle=found.angle + 90 * turns)
 
 
+def window(picture: Tensor, matrix: Affine) -> Tensor:
+    """(3,H,W) -> (3,288,288) through `matrix`. Means of a few samples a pixel: a detector wants no more."""
+    back = inverse(matrix)
+    fine = min(4, math.ceil(reach(back)))
+    samples = sampled(picture, compose(back, scaling(1 / fine, 1 / fine)), WINDOW * fine, WINDOW * fine, "bilinear")
+    return F.avg_pool2d(samples, fine)
+
+
 def look_closer(network: RetinaFace, pixels: Tensor, found: Candidates, confidence: float, report: Progress) -> tuple[Candidates, Tensor]:
     """The same faces with landmarks and confidence from a second look at each, upright and at the size where landmarks are best.
 
@@ -225,7 +233,7 @@ def look_closer(network: RetinaFace, pixels: Tensor, found: Candidates, confiden
     for start in range(0, len(windows), WINDOWS_AT_ONCE):
         report(0)
         part = windows[start : start + WINDOWS_AT_ONCE]
-        cuts = torch.stack([warp(pixels[int(found.frame[i])], matrix, WINDOW, WINDOW).clamp(0, 1) for i, matrix in part])
+        cuts = torch.stack([window(pixels[int(found.frame[i])], matrix) for i, matrix in part])
         closer = look(network, cuts, confidence)
         middle = (closer.box[:, :2] + closer.box[:, 2:]) / 2 - WINDOW / 2
         eyes = closer.landmarks[:, 1] - closer.landmarks[:, 0]
