@@ -65,6 +65,16 @@ class FacePasteBack(io.ComfyNode):
                     "wavelet: all but its detail, so that light and shadow stay too.",
                 ),
                 io.Mask.Input("keep", optional=True, tooltip="Pixels that must stay as they are, such as a hand or a microphone."),
+                io.Float.Input(
+                    "keep_detail",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="For faces larger than the crop in a clean picture: how much of the picture's own detail stays that is finer "
+                    "than the crop can hold. Noise stays with it; a larger crop_size is the better remedy.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The picture with the restored faces."),
@@ -87,6 +97,7 @@ class FacePasteBack(io.ComfyNode):
         color_match: str,
         restored: Tensor | None = None,
         keep: Tensor | None = None,
+        keep_detail: float = 0.0,
     ) -> io.NodeOutput:
         pasted, mask = paste(
             image,
@@ -97,6 +108,7 @@ class FacePasteBack(io.ComfyNode):
             feather=feather,
             color_match=color_match,
             keep=keep,
+            keep_detail=keep_detail,
             parse=_parse,
             progress=host.progress(len(faces)),
         )
