@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +17,6 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.ops
-import comfy.sample
 import comfy.samplers
 import comfy.utils
 import folder_paths
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 from ..osdface_core.backbone import LATENT_CHANNELS, STRIDE, TIMESTEP, TIMESTEPS, alphas_cumprod
 from ..osdface_core.errors import OSDFaceError
 from ..osdface_core.lora import LoraModule, parse_lora
-from ..osdface_core.vre import build_embedder, read_embedder
+from ..osdface_core.vre import build_embedder, embedder_files, read_embedder
 from ..osdface_core.vre.embedder import VisualEmbedder
 from ..osdface_core.weights import catalogue
 from ..osdface_core.weights.reading import read_tensors
@@ -59,7 +57,8 @@ def register_folders() -> None:
     """Makes ComfyUI look in models/osdface and models/facedetection, beside what extra_model_paths.yaml names for them."""
     for name in (catalogue.OSDFACE, catalogue.FACES):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
-        folder_paths.folder_names_and_paths[name][1].update(EXTENSIONS)
+        paths, extensions = folder_paths.folder_names_and_paths[name]
+        folder_paths.folder_names_and_paths[name] = paths, set(extensions) | EXTENSIONS if extensions else EXTENSIONS
 
 
 def names(kind: str, *first: str) -> list[str]:
@@ -115,22 +114,21 @@ def _download_progress() -> Callable[[int, int], None]:
     return report
 
 
-def state_of(name: str | None, kind: str) -> str:
+def state_of(name: str | None, kind: str, files_of: Callable[[Path], tuple[Path, ...]] = lambda path: (path,)) -> str:
     """A text that changes when the named file does, for nodes that read it; empty for none, or one that is not there."""
     path = None if name is None or name == NONE else _present(name, kind)
-    return "" if path is None else str(fingerprint(path))
+    return "" if path is None else str(fingerprint(*files_of(path)))
 
 
-def fingerprint(path: Path) -> tuple[str, int, int]:
-    """Changes when the file does: its path, size and time of change."""
-    stat = path.stat()
-    return str(path), stat.st_size, stat.st_mtime_ns
+def fingerprint(*files: Path) -> tuple[tuple[str, int, int], ...]:
+    """Changes when one of the files does: path, size and time of change of each."""
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 # Networks of our own
 
 
-_networks: dict[tuple[str, str], tuple[tuple[str, int, int], comfy.model_patcher.ModelPatcher]] = {}
+_networks: dict[tuple[str, str], tuple[object, comfy.model_patcher.ModelPatcher]] = {}
 
 
 def network(
@@ -138,14 +136,15 @@ def network(
     build: Callable[[dict[str, Tensor], Any], nn.Module],
     memory: float = 0,
     read: Callable[[Path], dict[str, Tensor]] = read_tensors,
+    files_of: Callable[[Path], tuple[Path, ...]] = lambda path: (path,),
 ) -> nn.Module:
     """The network of a weight file, on the device that ComfyUI computes on, ready to be called.
 
-    build: (tensors, operations) -> module. memory: bytes that its activations will want. The network is read once for each state
-    of its file, stays loaded between runs, and leaves the device when ComfyUI needs the room.
+    build: (tensors, operations) -> module. memory: bytes that its activations will want. files_of: all files that `read` reads.
+    The network is read once for each state of its files, stays loaded between runs, and leaves the device when ComfyUI needs the room.
     """
     key = (build.__module__ + "." + build.__qualname__, str(path))
-    state = fingerprint(path)
+    state = fingerprint(*files_of(path))
     if key not in _networks or _networks[key][0] != state:
         module = build(read(path), comfy.ops.manual_cast)
         patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
@@ -155,24 +154,27 @@ def network(
     return patcher.model
 
 
-def build_vre(tensors: dict[str, Tensor], operations: Any) -> VisualEmbedder:
-    return build_embedder(tensors, operations)
-
-
-def embedder(vre_name: str, faces: int) -> VisualEmbedder:
-    """The Visual Representation Embedder of a file of models/osdface, with room for so many faces at once."""
-    module = network(find(vre_name, catalogue.OSDFACE), build_vre, memory=faces * EMBEDDER_MEMORY, read=read_embedder)
+def embedder(vre_name: str, faces: int) -> tuple[VisualEmbedder, torch.device]:
+    """The Visual Representation Embedder of a file of models/osdface, with room for so many faces at once, and where it computes."""
+    path = find(vre_name, catalogue.OSDFACE)
+    module = network(path, build_embedder, faces * EMBEDDER_MEMORY, read_embedder, embedder_files)
     assert isinstance(module, VisualEmbedder)
-    return module
+    return module, mm.get_torch_device()
 
 
 def embedder_faces_that_fit() -> int:
     device = mm.get_torch_device()
-    return 1 if mm.is_device_cpu(device) else _clamp(mm.get_free_memory(device) / EMBEDDER_MEMORY)
+    return 1 if mm.is_device_cpu(device) else _clamp(_room(device) / EMBEDDER_MEMORY)
 
 
 def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, mm.OOM_EXCEPTION)
+
+
+def _room(device: torch.device, *staying: comfy.model_patcher.ModelPatcher) -> float:
+    """Bytes for activations once ComfyUI has made all the room it can: every loaded model may leave but those that stay."""
+    loaded = sum(patcher.loaded_size() for patcher in mm.loaded_models() if patcher and patcher.load_device == device)
+    return mm.get_free_memory(device) + loaded - sum(patcher.model_size() for patcher in staying) - mm.extra_reserved_memory()
 
 
 def _clamp(faces: float) -> int:
@@ -254,32 +256,43 @@ def check_vae(vae: Any) -> None:
 # The LoRA
 
 
-def read_lora(path: Path) -> dict[str, LoraModule]:
-    return parse_lora(read_tensors(path), path.name)
-
-
 def with_lora(model: Any, path: Path, strength: float) -> Any:
-    """A clone of MODEL with OSDFace's LoRA on all of its 278 modules; MODEL itself stays as it is.
+    """A clone of MODEL with OSDFace's LoRA on all of its 278 modules; MODEL's own patches stay as they are.
 
-    Raises OSDFaceError if a tensor of the file, or a weight of the model, is left over.
+    The clone lives as long as the MODEL: ComfyUI then keeps the merged weights from run to run, and finds the patches when it has to
+    merge a part of them anew. Raises OSDFaceError if a tensor of the file, or a weight of the model, is left over.
     """
-    lora = read_lora(path)
+    state = fingerprint(path), strength, model.patches_uuid
+    known = getattr(model, "osdface_clone", None)
+    if known is None or known[0] != state:
+        clone = _merged(model, parse_lora(read_tensors(path), path.name), path.name, strength)
+        # ComfyUI hands the loaded weights to the parent when a clone goes. The oldest one outlives all that share them.
+        while clone.parent.parent is not None:
+            clone.parent = clone.parent.parent
+        model.osdface_clone = known = state, clone
+    return known[1]
+
+
+def _merged(model: Any, lora: dict[str, LoraModule], source: str, strength: float) -> Any:
     targets = {name: f"diffusion_model.{module.ldm}" for name, module in lora.items()}
     tensors = {}
     for name, module in lora.items():
         tensors[f"{name}.lora_down.weight"] = module.down
         tensors[f"{name}.lora_up.weight"] = module.up
         tensors[f"{name}.alpha"] = torch.tensor(module.scale * module.down.shape[0])
-    patches = comfy.lora.load_lora(tensors, targets)
-    clone = model.clone()
-    left_over = set(targets.values()) - set(clone.add_patches(patches, strength))
-    if left_over:
-        names = sorted(left_over)
-        raise OSDFaceError(
-            f"`model` has no weight for {len(names)} of the {len(targets)} modules of {path.name} (such as {names[0]}). {CHECKPOINT}"
+    if present := set(targets.values()) & set(model.patches):
+        log.warning(
+            "`model` already holds another LoRA on %d of the %d modules of %s: if that is OSDFace's own, choose `none` as lora_name.",
+            len(present),
+            len(targets),
+            source,
         )
-    # ComfyUI merges weights again whenever this id changes. The same model, file and strength keep theirs from run to run.
-    clone.patches_uuid = uuid.uuid5(model.patches_uuid, f"{fingerprint(path)} {strength}")
+    clone = model.clone()
+    left_over = sorted(set(targets.values()) - set(clone.add_patches(comfy.lora.load_lora(tensors, targets), strength)))
+    if left_over:
+        raise OSDFaceError(
+            f"`model` has no weight for {len(left_over)} of the {len(targets)} modules of {source} (such as {left_over[0]}). {CHECKPOINT}"
+        )
     return clone
 
 
@@ -287,12 +300,16 @@ def with_lora(model: Any, path: Path, strength: float) -> Any:
 
 
 class HostBackbone:
-    """ComfyUI's MODEL and VAE as the core's Backbone. `conditioning` options (hooks and the like) go along to the sampler."""
+    """ComfyUI's MODEL and VAE as the core's Backbone.
 
-    def __init__(self, model: Any, vae: Any, options: dict[str, Any] | None = None) -> None:
+    options: what nodes have added to the conditioning (hooks and the like); it goes along to the sampler. lora: file and strength.
+    Raises OSDFaceError for a wrong base, autoencoder or LoRA.
+    """
+
+    def __init__(self, model: Any, vae: Any, options: dict[str, Any] | None = None, lora: tuple[Path, float] | None = None) -> None:
         check_model(model)
         check_vae(vae)
-        self.model = model
+        self.model = model if lora is None else with_lora(model, *lora)
         self.vae = vae
         self.options = options or {}
         self.latent_format = model.get_model_object("latent_format")
@@ -321,8 +338,7 @@ class HostBackbone:
         if mm.is_device_cpu(device):
             return 1
         a_face = self.model.memory_required((1, LATENT_CHANNELS, height // STRIDE, width // STRIDE))
-        still_to_load = self.model.model_size() - self.model.loaded_size()
-        return _clamp((mm.get_free_memory(device) - still_to_load) / a_face)
+        return _clamp(_room(device, self.model) / a_face)
 
     def out_of_memory(self, error: BaseException) -> bool:
         return out_of_memory(error)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..osdface_core.backbone import TIMESTEP, TIMESTEPS
 from ..osdface_core.errors import OSDFaceError
-from ..osdface_core.one_step import check_crops, check_prompts, restore
+from ..osdface_core.one_step import restore
 from ..osdface_core.weights.catalogue import LORA, LORAS
 from . import host
 
@@ -75,21 +75,23 @@ class OSDFaceOneStep(io.ComfyNode):
         timestep: int,
         faces_per_batch: int,
     ) -> io.NodeOutput:
-        check_crops(crops)
         prompts, options = _prompts(conditioning)
-        check_prompts(prompts, len(crops))
-        host.check_model(model)
-        if lora_name != host.NONE and lora_strength != 0:
-            model = host.with_lora(model, host.find(lora_name, LORAS), lora_strength)
+        lora = None if lora_name == host.NONE or lora_strength == 0 else (host.find(lora_name, LORAS), lora_strength)
         result = restore(
             crops,
             prompts,
-            host.HostBackbone(model, vae, options),
+            host.HostBackbone(model, vae, options, lora),
             timestep=timestep,
             faces_per_batch=faces_per_batch,
             progress=host.progress(len(crops)),
         )
-        return io.NodeOutput(result.crops)
+        if not result.failed:
+            return io.NodeOutput(result.crops)
+        which = ", ".join(map(str, result.failed))
+        if len(result.failed) == len(crops):
+            raise OSDFaceError(f"Every face (crops {which}) came out as NaN: start ComfyUI with --fp32-vae, or with --force-fp32.")
+        says = f"Crops {which} came out as NaN and are left as they were: start ComfyUI with --fp32-vae, or with --force-fp32."
+        return io.NodeOutput(result.crops, ui=ui.PreviewText(says))
 
 
 def _prompts(conditioning: list[Any]) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..osdface_core.chunks import in_chunks
 from ..osdface_core.one_step import check_crops
-from ..osdface_core.vre import TOKENS, WIDTH
+from ..osdface_core.vre import embed, embedder_files
 from ..osdface_core.weights.catalogue import OSDFACE, VRE, VRE_CHECKPOINT
 from . import host
 
@@ -40,21 +39,16 @@ class OSDFaceVRE(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vre_name: str | None = None, **_: Any) -> str:
-        return host.state_of(vre_name, OSDFACE)
+        return host.state_of(vre_name, OSDFACE, embedder_files)
 
     @classmethod
     def execute(cls, crops: torch.Tensor, vre_name: str) -> io.NodeOutput:
         check_crops(crops)
-        prompts = torch.zeros(len(crops), TOKENS, WIDTH)
-        report = host.progress(len(crops))
-        pixels = crops.movedim(-1, 1)
-
-        def work(part: slice) -> None:
-            network = host.embedder(vre_name, part.stop - part.start)
-            device = host.mm.get_torch_device()
-            prompts[part] = network(pixels[part].to(device)).to(prompts)
-            report(part.stop - part.start)
-
-        if len(crops):
-            in_chunks(len(crops), host.embedder_faces_that_fit(), work, host.out_of_memory)
+        prompts = embed(
+            crops,
+            lambda faces: host.embedder(vre_name, faces),
+            at_once=host.embedder_faces_that_fit(),
+            out_of_memory=host.out_of_memory,
+            progress=host.progress(len(crops)),
+        )
         return io.NodeOutput([[prompts, {}]])

@@ -44,11 +44,6 @@ class LoraModule:
     up: Tensor
     scale: float
 
-    def delta(self) -> Tensor:
-        """What the base weight gains, in fp32 and in the base weight's shape."""
-        product = self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
-        return product.reshape(modules()[self.diffusers.removesuffix(".weight")].shape)
-
 
 @dataclass(frozen=True)
 class _Place:

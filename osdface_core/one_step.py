@@ -56,7 +56,7 @@ def check_prompts(prompts: Tensor, count: int) -> None:
     remedy = "connect the conditioning of OSDFace Visual Prompts made from the same crops."
     if prompts.ndim != 3 or tuple(prompts.shape[1:]) != (TOKENS, WIDTH):
         raise OSDFaceError(f"`conditioning` is {tuple(prompts.shape)}; OSDFace's visual prompts (N,{TOKENS},{WIDTH}) are wanted: {remedy}")
-    if len(prompts) and float(prompts.min()) < SILU_MINIMUM:
+    if len(prompts) and not float(prompts.min()) >= SILU_MINIMUM:  # NaN too
         raise OSDFaceError(f"`conditioning` was not made by OSDFace's visual embedder (a text prompt, perhaps); {remedy}")
     if len(prompts) != count:
         raise OSDFaceError(f"`conditioning` holds prompts for {len(prompts)} faces and `crops` holds {count}; they must be equal: {remedy}")
@@ -99,7 +99,7 @@ def restore(
     if not 0 <= timestep < TIMESTEPS:
         raise OSDFaceError(f"`timestep` is {timestep}; a whole number from 0 to {TIMESTEPS - 1} is wanted: set it to {TIMESTEP}.")
     height, width = working_size(*crops.shape[1:3])
-    out = torch.empty(count, height, width, 3)
+    out = torch.empty(count, height, width, 3, device=crops.device)
     failed: list[int] = []
 
     report = progress or (lambda done, picture=None: None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -83,26 +85,21 @@ def test_four_crops_at_once_are_each_alone_and_again_the_same(
     host: Any, checkpoint: tuple[Any, Any], crop: Callable[[str], torch.Tensor]
 ) -> None:
     model, vae = checkpoint
-    small = crop("many_codes")[:, ::4, ::4].contiguous()
-    face = crop("astronaut_lq")
-    crops = torch.cat([face, crop("portrait_severe_lq"), face.flip(2), torch.nn.functional.pad(small, (0, 0, 192, 192, 192, 192))])
-    # The decoder takes the longest and has no part in this: four small latents stand for it.
-    conditioning = prompts_of(host, crops)
-    backbone = host.host.HostBackbone(host.host.with_lora(model, host.host.find(LORA, "loras"), 1.0), vae)
-    pixels = host.one_step.network_input(crops)
+    faces = torch.cat([crop("astronaut_lq"), crop("portrait_severe_lq"), crop("many_codes"), crop("astronaut_lq").flip(2)])
+    crops = faces[:, 120:312, 150:350]
 
-    def x0(part: slice) -> torch.Tensor:
-        return backbone.denoise(backbone.encode(pixels[part]), conditioning[0][0][part], 399)
+    def restored(crops: torch.Tensor, at_once: int) -> tuple[torch.Tensor, torch.Tensor]:
+        conditioning = prompts_of(host, crops)
+        given = {"model": model, "vae": vae, "crops": crops, "conditioning": conditioning}
+        return conditioning[0][0], run(host, "OSDFaceOneStep", **given, **STEP | {"faces_per_batch": at_once})
 
-    together = x0(slice(0, 4))
-    decoded = backbone.decode(together[:, :, :16, :16])
+    prompts, together = restored(crops, 4)
     for i in range(4):
-        alone = prompts_of(host, crops[i : i + 1])[0][0]
-        assert (sorted_rows(alone[0]) - sorted_rows(conditioning[0][0][i])).abs().max() < 1e-5
-        apart = x0(slice(i, i + 1))
-        assert (apart - together[i : i + 1]).abs().max() < 1e-5
-        assert (backbone.decode(together[i : i + 1, :, :16, :16]) - decoded[i : i + 1]).abs().max() < 1e-5
-    assert torch.equal(x0(slice(3, 4)), apart)
+        prompts_alone, alone = restored(crops[i : i + 1], 1)
+        assert (sorted_rows(prompts_alone[0]) - sorted_rows(prompts[i])).abs().max() < 1e-5
+        assert (alone[0] - together[i]).abs().max() < 1e-5
+    host.comfy.model_management.unload_all_models()
+    assert torch.equal(restored(crops, 4)[1], together)
 
 
 def test_no_crops_give_no_restored(host: Any, checkpoint: tuple[Any, Any]) -> None:
@@ -119,9 +116,67 @@ def test_the_lora_lands_on_278_weights_of_a_clone(host: Any, checkpoint: tuple[A
     clone = host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5)
     assert len(clone.patches) == 278
     assert ({key: list(value) for key, value in model.patches.items()}, model.patches_uuid) == before
-    again = host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5)
-    assert again.patches_uuid == clone.patches_uuid
-    assert host.host.with_lora(model, host.host.find(LORA, "loras"), 0.6).patches_uuid != clone.patches_uuid
+    assert host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5) is clone
+    assert host.host.with_lora(model, host.host.find(LORA, "loras"), 0.6) is not clone
+
+
+def test_the_clone_with_the_lora_goes_with_its_model(host: Any, checkpoint: tuple[Any, Any]) -> None:
+    model = checkpoint[0].clone()
+    clone = weakref.ref(host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5))
+    assert clone() is not None
+    del model
+    gc.collect()
+    assert clone() is None
+
+
+def test_a_changed_strength_leaves_nothing_behind(host: Any, checkpoint: tuple[Any, Any]) -> None:
+    management, (model, _) = host.comfy.model_management, checkpoint
+    for strength in (0.5, 0.6):
+        management.load_models_gpu([host.host.with_lora(model, host.host.find(LORA, "loras"), strength)])
+        gc.collect()
+        assert all(patcher is not None for patcher in management.loaded_models())
+    management.load_models_gpu([model])
+    assert not model.backup
+
+
+def test_the_lora_survives_a_model_that_is_unloaded_and_loaded_in_part(
+    host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card with little memory. Six layers stand for the UNet; ComfyUI's own classes do the loading."""
+    import comfy.model_patcher
+    import comfy.ops
+
+    class Layers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(comfy.ops.disable_weight_init.Linear(64, 64) for _ in range(6))
+            for parameter in self.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    module, cpu, management = Layers(), torch.device("cpu"), host.comfy.model_management
+    model = comfy.model_patcher.ModelPatcher(module, cpu, cpu)
+    patches = {f"layers.{i}.weight": ("diff", (torch.randn(64, 64) * 0.05,)) for i in range(6)}
+
+    def merged(model: Any, *_: Any) -> Any:
+        clone = model.clone()
+        clone.add_patches(patches, 1.0)
+        return clone
+
+    monkeypatch.setattr(host.host, "_merged", merged)
+    monkeypatch.setattr(host.host, "parse_lora", lambda *_: {})
+    file, x = host.host.find(LORA, "loras"), torch.randn(1, 64)
+    management.load_models_gpu([host.host.with_lora(model, file, 1.0)])
+    first = module(x).clone()
+    gc.collect()
+    loaded = next(m for m in management.current_loaded_models if m.model is not None and m.model.model is module)
+    loaded.model_unload(model.model_size() // 2)
+    host.host.with_lora(model, file, 1.0).partially_load(cpu, extra_memory=model.model_size() // 6)
+    assert (module(x) - first).abs().max() < 1e-5
 
 
 def test_a_merged_weight_is_base_plus_strength_times_up_times_down(
@@ -255,6 +310,7 @@ import comfy.options
 comfy.options.enable_args_parsing()
 import asyncio, nodes, comfy_api.latest, torchvision
 before = list(sys.path)
+before_modules = set(sys.modules)
 reached = []
 watched = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen")
 sys.addaudithook(lambda event, args: reached.append((event, args)) if event in watched else None)
@@ -266,7 +322,7 @@ assert not reached, reached
 unwanted = {{"cv2", "facexlib", "peft", "diffusers", "numba", "huggingface_hub", "pooch"}} & set(sys.modules) - before_modules
 assert not unwanted, unwanted
 print("fine")
-""".replace("before = list(sys.path)", "before = list(sys.path)\nbefore_modules = set(sys.modules)")
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.strip().endswith("fine"), done.stderr
 
@@ -355,9 +411,50 @@ def test_a_vae_of_another_family_is_refused(host: Any, checkpoint: tuple[Any, An
 
 
 def test_our_networks_leave_when_comfyui_needs_room_and_come_back(host: Any, crop: Callable[[str], torch.Tensor]) -> None:
+    management = host.comfy.model_management
+
+    def embedder_is_loaded() -> bool:
+        return any(type(patcher.model).__name__ == "VisualEmbedder" for patcher in management.loaded_models() if patcher)
+
     first = prompts_of(host, crop("astronaut_lq"))[0][0]
-    host.comfy.model_management.unload_all_models()
+    assert embedder_is_loaded()
+    management.unload_all_models()
+    assert not embedder_is_loaded()
     assert torch.equal(prompts_of(host, crop("astronaut_lq"))[0][0], first)
+    assert embedder_is_loaded()
+
+
+def test_another_projector_beside_the_checkpoint_is_noticed(host: Any, seeded: ModuleType) -> None:
+    folder = host.base / "models" / "osdface" / "other"
+    folder.mkdir()
+    (folder / "associate_2.ckpt").symlink_to(host.host.find("associate_2.ckpt", "osdface"))
+    crops, inputs = torch.rand(1, 64, 64, 3), {"vre_name": "other/associate_2.ckpt"}
+    torch.save(seeded.embedding_change(), folder / "embedding_change_weights.pth")
+    before = run(host, "OSDFaceVRE", crops=crops, **inputs)[0][0], host.nodes["OSDFaceVRE"].fingerprint_inputs(**inputs)
+    torch.save(seeded.embedding_change(salt="other"), folder / "embedding_change_weights.pth")
+    after = run(host, "OSDFaceVRE", crops=crops, **inputs)[0][0], host.nodes["OSDFaceVRE"].fingerprint_inputs(**inputs)
+    assert before[1] != after[1]
+    assert not torch.equal(before[0], after[0])
+
+
+def test_faces_that_come_out_as_nan_are_told(host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, vae = checkpoint
+    crops = torch.rand(2, 64, 72, 3)
+    given = {"model": model, "vae": vae, "crops": crops, "conditioning": prompts_of(host, crops)} | STEP
+    decode, broken = vae.decode, [True, False]
+
+    def decode_to_nan(latents: torch.Tensor) -> torch.Tensor:
+        out = decode(latents)
+        return out * torch.nan if broken.pop(0) else out
+
+    monkeypatch.setattr(vae, "decode", decode_to_nan)
+    result = host.nodes["OSDFaceOneStep"].execute(**given)
+    assert torch.equal(result.args[0][0], crops[0])
+    assert result.args[0][1].isfinite().all()
+    assert "Crops 0 came out as NaN and are left as they were" in result.ui.as_dict()["text"][0]
+    broken[:] = [True, True]
+    with pytest.raises(host.error, match=r"Every face \(crops 0, 1\) came out as NaN: start ComfyUI with --fp32-vae"):
+        host.nodes["OSDFaceOneStep"].execute(**given)
 
 
 def test_a_network_is_read_once_while_its_file_stays(

@@ -172,6 +172,7 @@ def test_crops_that_do_not_fit_are_refused(given: Tensor, says: str) -> None:
         (torch.rand(3, 77, 1024), "prompts for 3 faces and `crops` holds 2"),
         (torch.rand(2, 77, 768), r"`conditioning` is \(2, 77, 768\); OSDFace's visual prompts \(N,77,1024\) are wanted"),
         (torch.randn(2, 77, 1024), "`conditioning` was not made by OSDFace's visual embedder"),
+        (torch.full((2, 77, 1024), torch.nan), "`conditioning` was not made by OSDFace's visual embedder"),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused(given: Tensor, says: str) -> None:

@@ -92,10 +92,18 @@ def test_the_projector_must_lie_beside_the_checkpoint(released: Path, tmp_path: 
         read_embedder(tmp_path / "associate_2.ckpt")
 
 
+def test_weights_in_half_precision_are_searched_in_fp32(released: Path) -> None:
+    state = {name: t.half() for name, t in read_embedder(released / "associate_2.ckpt").items()}
+    with torch.inference_mode():
+        prompts = build_embedder(state)(torch.rand(1, 3, 64, 64))
+    assert prompts.dtype == torch.float32
+
+
 def test_a_missing_or_misshapen_tensor_is_named(released: Path) -> None:
     state = read_embedder(released / "associate_2.ckpt")
+    state["encoder.conv_in.bias"] = torch.full((64,), torch.nan)
     state["encoder.conv_in.weight"] = state["encoder.conv_in.weight"][:32]
     del state["quant_conv.bias"]
-    says = r"encoder.conv_in.weight is \(32, 3, 3, 3\) instead of \(64, 3, 3, 3\); quant_conv.bias is missing"
+    says = r"conv_in.weight is \(32, 3, 3, 3\) instead of \(64, 3, 3, 3\); encoder.conv_in.bias is not finite; quant_conv.bias is missing"
     with pytest.raises(OSDFaceError, match=says):
         build_embedder(state)

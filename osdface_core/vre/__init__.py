@@ -1,6 +1,6 @@
 """Visual Representation Embedder: encoder, code selection, projector, and the reading of their weights."""
 
-from .embedder import TOKENS, WIDTH, VisualEmbedder, choose_codes
-from .loading import build_embedder, read_embedder
+from .embedder import TOKENS, WIDTH, VisualEmbedder, choose_codes, embed
+from .loading import build_embedder, embedder_files, read_embedder
 
-__all__ = ["TOKENS", "WIDTH", "VisualEmbedder", "build_embedder", "choose_codes", "read_embedder"]
+__all__ = ["TOKENS", "WIDTH", "VisualEmbedder", "build_embedder", "choose_codes", "embed", "embedder_files", "read_embedder"]

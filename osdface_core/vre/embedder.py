@@ -6,10 +6,13 @@ the text width of Stable Diffusion 2.1, take the place of the text prompt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..chunks import Progress, in_chunks
 from .encoder import FEATURES, Encoder, Operations
 
 SIDE = 512
@@ -59,6 +62,32 @@ class VisualEmbedder(nn.Module):
     def forward(self, crops: Tensor) -> Tensor:
         """crops (B,3,H,W) in [0,1], any size; the prompts (B,77,1024), fp32."""
         return self.projector(self.codes(crops))
+
+
+def embed(
+    crops: Tensor,
+    network: Callable[[int], tuple[VisualEmbedder, torch.device]],
+    *,
+    at_once: int = 1,
+    out_of_memory: Callable[[BaseException], bool] = lambda error: False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The visual prompts (N,77,1024) of crops (N,H,W,3) in [0,1], fp32, on the device of `crops`.
+
+    network: called before each chunk with its number of faces; gives the embedder, ready, and the device that it computes on.
+    at_once: faces in a chunk. progress: called with 1 for each face; what it raises ends the job.
+    """
+    prompts = torch.empty(len(crops), TOKENS, WIDTH, device=crops.device)
+    pixels = crops.movedim(-1, 1)
+
+    def work(part: slice) -> None:
+        embedder, device = network(part.stop - part.start)
+        prompts[part] = embedder(pixels[part].to(device)).to(prompts)
+        for _ in range(part.start, part.stop):
+            (progress or (lambda done: None))(1)
+
+    in_chunks(len(crops), at_once, work, out_of_memory)
+    return prompts
 
 
 def encoder_input(crops: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """The convolutional encoder of the Visual Representation Embedder.
 
 A VQGAN encoder (Esser et al. 2021) in the shape that OSDFace trained: 512 px in, 16 x 16 features of 512 channels out, self-attention
-at the last level. Parameter names are those of `associate_2.ckpt`, so that its tensors load strictly. Layers come from `operations`:
-torch.nn, or a host's own classes that cast and page weights.
+at the last level. Parameter names are those of `associate_2.ckpt`, so that its tensors load strictly.
 """
 
 from __future__ import annotations

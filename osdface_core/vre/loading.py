@@ -17,6 +17,12 @@ BARE_PREFIXES = ("encoder.", "quant_conv.", "quantize.embedding.", "projector.")
 PROJECTOR_FILES = ("embedding_change_weights.pth", "embedding_change.pth")
 
 
+def embedder_files(path: Path) -> tuple[Path, ...]:
+    """The files that `read_embedder` reads: `path`, and the projector's file beside a checkpoint that does not hold it."""
+    beside = (path.with_name(name) for name in PROJECTOR_FILES)
+    return (path, *([] if path.suffix == ".safetensors" else [file for file in beside if file.is_file()][:1]))
+
+
 def read_embedder(path: Path) -> dict[str, Tensor]:
     """The embedder's tensors under their own names, from `path`.
 
@@ -27,32 +33,36 @@ def read_embedder(path: Path) -> dict[str, Tensor]:
     state = {name.removeprefix(LQ_PREFIX): t for name, t in tensors.items()}
     state = {name: t for name, t in state.items() if name.startswith(BARE_PREFIXES)}
     if not any(name.startswith("projector.") for name in state):
-        beside = next((path.with_name(n) for n in PROJECTOR_FILES if path.with_name(n).is_file()), None)
-        if beside is None:
+        _, *projector = embedder_files(path)
+        if not projector:
             raise OSDFaceError(
                 f"{path.name} holds no projector: put {PROJECTOR_FILES[0]} beside it in {path.parent}, or run `python install.py`."
             )
-        state |= {f"projector.{name}": t for name, t in read_tensors(beside).items()}
+        state |= {f"projector.{name}": t for name, t in read_tensors(projector[0]).items()}
     return state
 
 
 def build_embedder(state: dict[str, Tensor], operations: Operations = nn, source: str = "the file") -> VisualEmbedder:
-    """A network ready to run, its parameters the very tensors of `state`.
+    """A network in fp32, ready to run.
 
-    Raises OSDFaceError that names each tensor that is missing or misshapen; others are left aside.
+    Raises OSDFaceError that names each tensor that is missing, misshapen or not finite; others are left aside.
     """
     with torch.device("meta"):
         network = VisualEmbedder(operations)
     wanted = network.state_dict()
-    wrong = [
-        f"{name} is {'missing' if name not in state else f'{tuple(state[name].shape)} instead of {tuple(w.shape)}'}"
-        for name, w in wanted.items()
-        if name not in state or state[name].shape != w.shape
-    ]
+    wrong = [f"{name} is {fault}" for name, w in wanted.items() if (fault := _fault(state.get(name), w.shape))]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise OSDFaceError(
             f"{source} is not OSDFace's visual embedder ({'; '.join(wrong[:3])}{more}): load osdface_vre.safetensors or associate_2.ckpt."
         )
     network.load_state_dict({name: state[name] for name in wanted}, assign=True)
-    return network.eval().requires_grad_(False)
+    return network.float().eval().requires_grad_(False)
+
+
+def _fault(tensor: Tensor | None, shape: torch.Size) -> str:
+    if tensor is None:
+        return "missing"
+    if tensor.shape != shape:
+        return f"{tuple(tensor.shape)} instead of {tuple(shape)}"
+    return "" if bool(tensor.isfinite().all()) else "not finite"
