@@ -31,4 +31,4 @@ def in_chunks(count: int, size: int, work: Callable[[slice], None], out_of_memor
             start = stop
             continue
         # Outside of `except`: the traceback would keep the failed chunk's tensors alive.
-        log.warning("Out of memory with %d faces at once; going on with %d.", stop - start, size)
+        log.warning("Out of memory with %d at once; going on with %d.", stop - start, size)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .chunks import in_chunks
-from .errors import OSDFaceError
-
-# torch.nn, or a host's own classes that cast and page weights.
-Operations = Any
+from .networks import Operations, filled
 
 SIDE = 512
 WIDTHS = (64, 128, 256, 256, 256)
@@ -83,19 +79,10 @@ class ParseNet(nn.Module):
 
 
 def build_parser(tensors: dict[str, Tensor], operations: Operations = nn) -> ParseNet:
-    """A network ready to run, its parameters the very tensors given. Raises OSDFaceError if they are not all of ParseNet's."""
-    with torch.device("meta"):
-        network = ParseNet(operations)
-    wanted = {name: t.shape for name, t in network.state_dict().items()}
-    given = {name: t.shape for name, t in tensors.items()}
-    if given != wanted:
-        wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-        raise OSDFaceError(
-            f"The face parser's file does not fit ParseNet: {len(wrong)} tensors are missing, left over or of another shape (such as "
-            f"{wrong[0]}); use parsing_parsenet.pth of facexlib."
-        )
-    network.load_state_dict(tensors, assign=True)
-    return network.float().eval().requires_grad_(False)
+    """A network ready to run. Raises OSDFaceError if the tensors are not those of ParseNet."""
+    return filled(
+        lambda: ParseNet(operations), tensors, "The face parser's file does not fit ParseNet", "use parsing_parsenet.pth of facexlib."
+    )
 
 
 def face_maps(crops: Tensor, network: ParseNet, out_of_memory: Callable[[BaseException], bool] = lambda error: False) -> Tensor:

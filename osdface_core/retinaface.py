@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from .errors import OSDFaceError
-
-# torch.nn, or a host's own classes that cast and page weights.
-Operations = Any
+from .networks import Operations, filled
 
 # Two anchors of these sides at every cell of the three feature maps; what facexlib's files were trained with.
 STEPS = (8, 16, 32)
@@ -177,19 +172,13 @@ def anchors(height: int, width: int, device: torch.device | None = None) -> tupl
 def build_retinaface(tensors: dict[str, Tensor], operations: Operations = nn) -> RetinaFace:
     """A network ready to run, its trunk chosen by what `tensors` holds.
 
-    Raises OSDFaceError that names what is missing, left over or misshapen.
+    Raises OSDFaceError that names what is missing, left over, misshapen or not finite.
     """
     tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
-    with torch.device("meta"):
-        network = RetinaFace("resnet50" if "body.conv1.weight" in tensors else "mobilenet0.25", operations)
-    wanted = {name: t.shape for name, t in network.state_dict().items()}
-    wrong = sorted(
-        name for name in wanted.keys() | tensors.keys() if name not in wanted or name not in tensors or tensors[name].shape != wanted[name]
+    trunk = "resnet50" if "body.conv1.weight" in tensors else "mobilenet0.25"
+    return filled(
+        lambda: RetinaFace(trunk, operations),
+        tensors,
+        "The face detector's file does not fit RetinaFace",
+        "use detection_Resnet50_Final.pth or detection_mobilenet0.25_Final.pth of facexlib.",
     )
-    if wrong:
-        raise OSDFaceError(
-            f"The face detector's file does not fit RetinaFace: {len(wrong)} of its {len(wanted)} tensors are missing, left over or of "
-            f"another shape (such as {wrong[0]}); use detection_Resnet50_Final.pth or detection_mobilenet0.25_Final.pth of facexlib."
-        )
-    network.load_state_dict(tensors, assign=True)
-    return network.float().eval().requires_grad_(False)

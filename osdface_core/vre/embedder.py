@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..chunks import Progress, in_chunks
-from .encoder import FEATURES, Encoder, Operations
+from ..networks import Operations
+from .encoder import FEATURES, Encoder
 
 SIDE = 512
 CODES = 1024

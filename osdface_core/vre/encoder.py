@@ -7,18 +7,17 @@ at the last level. Parameter names are those of `associate_2.ckpt`, so that its 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..networks import Operations
+
 CHANNELS = 64
 MULTIPLIERS = (1, 2, 2, 2, 4, 8)
 FEATURES = 512
 
-# torch.nn, or a host's own classes that cast and page weights.
-Operations = Any
 
 
 def _norm(channels: int, operations: Operations) -> nn.Module:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import OSDFaceError
+from ..networks import Operations, filled
 from ..weights.reading import read_tensors
 from .embedder import VisualEmbedder
-from .encoder import Operations
 
 LQ_PREFIX = "vqvae_LQ."
 BARE_PREFIXES = ("encoder.", "quant_conv.", "quantize.embedding.", "projector.")
@@ -42,27 +41,12 @@ def read_embedder(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def build_embedder(state: dict[str, Tensor], operations: Operations = nn, source: str = "the file") -> VisualEmbedder:
-    """A network in fp32, ready to run.
-
-    Raises OSDFaceError that names each tensor that is missing, misshapen or not finite; others are left aside.
-    """
-    with torch.device("meta"):
-        network = VisualEmbedder(operations)
-    wanted = network.state_dict()
-    wrong = [f"{name} is {fault}" for name, w in wanted.items() if (fault := _fault(state.get(name), w.shape))]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise OSDFaceError(
-            f"{source} is not OSDFace's visual embedder ({'; '.join(wrong[:3])}{more}): load osdface_vre.safetensors or associate_2.ckpt."
-        )
-    network.load_state_dict({name: state[name] for name in wanted}, assign=True)
-    return network.float().eval().requires_grad_(False)
-
-
-def _fault(tensor: Tensor | None, shape: torch.Size) -> str:
-    if tensor is None:
-        return "missing"
-    if tensor.shape != shape:
-        return f"{tuple(tensor.shape)} instead of {tuple(shape)}"
-    return "" if bool(tensor.isfinite().all()) else "not finite"
+def build_embedder(state: dict[str, Tensor], operations: Operations = nn, source: str = "The file") -> VisualEmbedder:
+    """A network in fp32, ready to run; tensors without a place in it are left aside. Raises OSDFaceError that names what does not fit."""
+    return filled(
+        lambda: VisualEmbedder(operations),
+        state,
+        f"{source} does not fit OSDFace's visual embedder",
+        "load osdface_vre.safetensors or associate_2.ckpt.",
+        spare=True,
+    )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..detect import detect
 from ..errors import OSDFaceError
-from ..retinaface import Operations, RetinaFace, build_retinaface
+from ..networks import Operations
+from ..retinaface import RetinaFace, build_retinaface
 
 PICTURE = 256
 FACES = (48, 60, 80, 100, 120)  # widths of the drawn heads in pixels
