@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -119,6 +120,12 @@ def feathered(face_map: Tensor, feather: float) -> Tensor:
 
 
 def _blurred(picture: Tensor, sigma: float) -> Tensor:
+    # A wide blur leaves nothing that a smaller picture could not hold, and is many times as fast there.
+    smaller = 2 ** max(0, int(math.log2(sigma / 3)))
+    height, width = picture.shape
+    if smaller > 1 and height % smaller == width % smaller == 0:
+        small = _blurred(F.avg_pool2d(picture[None], smaller)[0], sigma / smaller)
+        return F.interpolate(small[None, None], (height, width), mode="bicubic")[0, 0]
     reach = round(3 * sigma)
     x = torch.arange(-reach, reach + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (x / sigma) ** 2)
