@@ -1,6 +1,6 @@
 """Pasting beside facexlib's FaceRestoreHelper: time, and how well an untouched crop comes back. One run, the same faces for both.
 
-    python benchmarks/paste.py PORTRAIT.jpg [--mask box | parsing] [--threads 2]
+    python -m benchmarks.paste PORTRAIT.jpg [--mask box | parsing] [--threads 2]
 
 facexlib needs numba, filterpy and OpenCV. With --mask parsing both get the same ready-made label map: the network itself is left out
 of both, so that pasting alone is timed.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -18,8 +17,6 @@ import cv2
 import numpy as np
 import torch
 from facexlib.utils.face_restoration_helper import FaceRestoreHelper
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from osdface_core.align import cut_all, similarity
 from osdface_core.parse import face_probability
