@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .align import filtered
 from .chunks import in_chunks
 from .networks import Operations, filled
 
@@ -125,10 +126,10 @@ def _blurred(picture: Tensor, sigma: float) -> Tensor:
     height, width = picture.shape
     if smaller > 1 and height % smaller == width % smaller == 0:
         small = _blurred(F.avg_pool2d(picture[None], smaller)[0], sigma / smaller)
-        return F.interpolate(small[None, None], (height, width), mode="bicubic")[0, 0]
+        return F.interpolate(small[None, None], (height, width), mode="bilinear")[0, 0]
     reach = round(3 * sigma)
     x = torch.arange(-reach, reach + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (x / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).float().to(picture.device)
-    padded = F.pad(picture[None, None], (reach, reach, reach, reach), mode="replicate")
-    return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[0, 0]
+    kernel = kernel / kernel.sum()
+    padded = F.pad(picture[None, None], (reach, reach, reach, reach), mode="replicate")[0]
+    return filtered(filtered(padded, kernel).transpose(1, 2).contiguous(), kernel)[0].T.contiguous()

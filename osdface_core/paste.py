@@ -255,7 +255,8 @@ def _blend(image: Tensor, out: Tensor, mask: Tensor, total: Tensor, patches: lis
 
     Where faces overlap, their pixels are averaged by weight, and the average has the weight that pasting one after the other gives.
     """
-    total.zero_()
+    for patch in patches:
+        total[patch.rows, patch.columns] = 0
     for patch in patches:
         place = patch.rows, patch.columns
         total[place] += patch.weight
