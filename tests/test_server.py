@@ -216,6 +216,39 @@ def test_a_photograph_is_restored(server: Server, data: Path, seeded: ModuleType
     assert torch.equal(saved[0][outside], given[0][outside])
 
 
+def test_only_the_people_who_were_chosen_change(server: Server, data: Path, load_picture: Callable[[Path], Tensor]) -> None:
+    """Two of the mosaic's six, by Face Select; their crops come back inverted, which anyone would see."""
+    shutil.copy(data / "images" / "cc0_mosaic_6faces_1080p.png", server.base / "input" / "group.png")
+    choice = {"select": "by index", "order": "left to right", "indices": "1,3-3", "max_faces": 0, "min_size": 24, "max_size": 0}
+    prompt = {
+        "load": {"class_type": "LoadImage", "inputs": {"image": "group.png"}},
+        "find": {
+            "class_type": "FaceDetectAlign",
+            "inputs": choice
+            | {"image": ["load", 0], "detector": "retinaface_mobile0.25", "confidence": 0.9, "select": "all", "indices": "0"}
+            | {"any_angle": False, "crop_size": 512, "smoothing": 0.0},
+        },
+        "choose": {"class_type": "FaceSelect", "inputs": choice | {"faces": ["find", 0]}},
+        "invert": {"class_type": "ImageInvert", "inputs": {"image": ["choose", 1]}},
+        "paste": {
+            "class_type": "FacePasteBack",
+            "inputs": {"image": ["load", 0], "faces": ["choose", 0], "restored": ["invert", 0], "strength": 1.0, "mask_type": "ellipse"}
+            | {"feather": 0.1, "color_match": "none"},
+        },
+        "keep_group": {"class_type": "KeepTensor", "inputs": {"value": ["paste", 0], "name": "group"}},
+        "keep_rest": {"class_type": "KeepTensor", "inputs": {"value": ["choose", 3], "name": "rest"}},
+    }
+    assert server.queue(prompt).error is None
+    given, pasted = load_picture(data / "images" / "cc0_mosaic_6faces_1080p.png")[0], server.kept("group")[0]
+    assert server.kept("rest").shape == (4, 512, 512, 3)
+    # Six portraits side by side in two rows of three: what is numbered from the left alternates between the rows.
+    height, width = given.shape[0] // 2, given.shape[1] // 3
+    tiles = [(y * height, x * width) for y in range(2) for x in range(3)]
+    changed = [(pasted[y : y + height, x : x + width] != given[y : y + height, x : x + width]).any(-1).float().mean() for y, x in tiles]
+    assert sum(float(c) > 0.05 for c in changed) == 2
+    assert sum(float(c) == 0 for c in changed) == 4
+
+
 def test_an_error_reaches_the_user_as_one_sentence(server: Server) -> None:
     prompt = basic()
     for key, node in {
