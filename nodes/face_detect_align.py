@@ -90,7 +90,7 @@ class FaceDetectAlign(io.ComfyNode):
                 io.Boolean.Input(
                     "any_angle",
                     default=False,
-                    tooltip="Also finds faces that lie or stand on their head, and cuts them out upright. Seven to nine times as slow.",
+                    tooltip="Also finds faces that lie or stand on their head, and cuts them out upright. Six to twenty times as slow.",
                 ),
                 io.Int.Input(
                     "crop_size",

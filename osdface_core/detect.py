@@ -320,7 +320,7 @@ def detect(
     """The faces of each picture, most confident first.
 
     images: (B,H,W,C), colours in [0,1]; B may be 0, C anything. confidence: 0..1. any_angle: also faces that lie or stand
-    on their head, at seven to nine times the cost. smallest: pixels of the smallest faces that matter; the less, the more parts of a
+    on their head, at six to twenty times the cost. smallest: pixels of the smallest faces that matter; the less, the more parts of a
     large picture are searched. progress: called with 1 for each picture done.
     """
     count, height, width = images.shape[:3]
