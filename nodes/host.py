@@ -267,7 +267,7 @@ def with_lora(model: Any, path: Path, strength: float) -> Any:
     if known is None or known[0] != state:
         clone = _merged(model, parse_lora(read_tensors(path), path.name), path.name, strength)
         # ComfyUI hands the loaded weights to the parent when a clone goes. The oldest one outlives all that share them.
-        while clone.parent.parent is not None:
+        while clone.parent is not None and clone.parent.parent is not None:
             clone.parent = clone.parent.parent
         model.osdface_clone = known = state, clone
     return known[1]
@@ -315,7 +315,8 @@ class HostBackbone:
         self.latent_format = model.get_model_object("latent_format")
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.latent_format.process_in(self.vae.encode(pixels.movedim(1, -1)))
+        # Newer hosts may hand out half precision.
+        return self.latent_format.process_in(self.vae.encode(pixels.movedim(1, -1)).float())
 
     def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
         sigma = self.model.get_model_object("model_sampling").sigmas[timestep]
