@@ -6,6 +6,7 @@ app.registerExtension({
   settings: [
     {
       id: "OSDFace.download",
+      category: ["OSDFace", "Weights", "Download"],
       name: "Fetch missing OSDFace weights when a graph needs them",
       tooltip: "Files are checked against their known SHA-256. Without this, run install.py once.",
       type: "boolean",
