@@ -69,7 +69,7 @@ def landmark_error(found: Detection, wanted: list[tuple[float, float]]) -> float
 
 
 def test_boxes_and_landmarks_are_facexlibs(data: Path, network: RetinaFace, load_picture: Load) -> None:
-    theirs = pytest.importorskip("facexlib.detection.retinaface").RetinaFace("mobile0.25", device="cpu")
+    theirs = pytest.importorskip("facexlib.detection.retinaface", reason="facexlib is not installed").RetinaFace("mobile0.25", device="cpu")
     theirs.load_state_dict(weights(data))
     pictures = [data / "images" / name for name in ("astronaut.png", "cc0_mosaic_6faces_1080p.png")] + portraits(data, 36)
     compared = 0
@@ -95,8 +95,8 @@ def test_boxes_and_landmarks_are_facexlibs(data: Path, network: RetinaFace, load
 @pytest.mark.parametrize("name", ["mobile0.25", "resnet50"])
 @pytest.mark.parametrize("size", [(96, 130), (1, 1), (7, 33)])
 def test_networks_compute_what_facexlibs_do(name: str, size: tuple[int, int]) -> None:
-    theirs = pytest.importorskip("facexlib.detection.retinaface")
-    utils = pytest.importorskip("facexlib.detection.retinaface_utils")
+    theirs = pytest.importorskip("facexlib.detection.retinaface", reason="facexlib is not installed")
+    utils = pytest.importorskip("facexlib.detection.retinaface_utils", reason="facexlib is not installed")
     torch.manual_seed(0)
     reference = theirs.RetinaFace(name, device="cpu")
     for module in reference.modules():

@@ -181,6 +181,21 @@ def test_outside_of_the_mask_every_bit_stays_and_no_input_is_written_to() -> Non
     assert (out[0, ..., :3] != image[0, ..., :3])[mask[0] > 0.01].any(-1).all()
 
 
+def test_a_minus_zero_between_the_mask_and_its_bounding_box_stays_one(noise: Tensor) -> None:
+    faces = found(noise, [placed(60, 20, (60, 60))], [0], crop=64)
+    restored = torch.rand(1, 64, 64, 3)
+    _, mask = paste(noise, faces, restored, mask_type="ellipse")
+    rows, columns = (mask[0].amax(axis).nonzero() for axis in (1, 0))
+    box = torch.zeros_like(mask, dtype=torch.bool)
+    box[0, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+    corners = box & (mask == 0)
+    assert corners.any()
+    image = noise.clone()
+    image[corners] = -0.0
+    out, _ = paste(image, faces, restored, mask_type="ellipse")
+    assert torch.signbit(out[corners]).all()
+
+
 def test_without_a_face_the_very_picture_comes_back(noise: Tensor) -> None:
     out, mask = paste(noise, Faces.empty(1, 200, 240), torch.zeros(0, 512, 512, 3), mask_type="box")
     assert out is noise

@@ -104,12 +104,12 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """(B,3,512,512) -> (B,512,16,16)."""
 
-    def __init__(self, operations: Operations = nn, channels: int = CHANNELS, multipliers: tuple[int, ...] = MULTIPLIERS) -> None:
+    def __init__(self, operations: Operations = nn) -> None:
         super().__init__()
-        self.conv_in = operations.Conv2d(3, channels, 3, padding=1)
-        widths = [channels, *(channels * m for m in multipliers)]
+        self.conv_in = operations.Conv2d(3, CHANNELS, 3, padding=1)
+        widths = [CHANNELS, *(CHANNELS * m for m in MULTIPLIERS)]
         self.down = nn.ModuleList(
-            Level(a, b, last=i == len(multipliers) - 1, operations=operations)
+            Level(a, b, last=i == len(MULTIPLIERS) - 1, operations=operations)
             for i, (a, b) in enumerate(pairwise(widths))
         )
         self.mid = Middle(widths[-1], operations)
