@@ -1,6 +1,18 @@
 """Visual Representation Embedder: encoder, code selection, projector, and the reading of their weights."""
 
 from .embedder import TOKENS, WIDTH, VisualEmbedder, choose_codes, embed
-from .loading import build_embedder, embedder_files, read_embedder
+from .encoder import Shape
+from .loading import build_embedder, embedder_files, read_embedder, shape_of
 
-__all__ = ["TOKENS", "WIDTH", "VisualEmbedder", "build_embedder", "choose_codes", "embed", "embedder_files", "read_embedder"]
+__all__ = [
+    "TOKENS",
+    "WIDTH",
+    "Shape",
+    "VisualEmbedder",
+    "build_embedder",
+    "choose_codes",
+    "embed",
+    "embedder_files",
+    "read_embedder",
+    "shape_of",
+]

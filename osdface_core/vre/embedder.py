@@ -14,21 +14,20 @@ from torch import Tensor, nn
 
 from ..chunks import Progress, in_chunks
 from ..networks import Operations
-from .encoder import FEATURES, Encoder
+from .encoder import FULL, Encoder, Shape
 
 SIDE = 512
-CODES = 1024
 TOKENS = 77
 WIDTH = 1024
 
 
 class Projector(nn.Module):
-    """(B,77,512) -> (B,77,1024): two 1x1 convolutions, each followed by SiLU (the last one too, as released)."""
+    """(B,77,features) -> (B,77,1024): two 1x1 convolutions, each followed by SiLU (the last one too, as released)."""
 
-    def __init__(self, operations: Operations = nn) -> None:
+    def __init__(self, operations: Operations = nn, shape: Shape = FULL) -> None:
         super().__init__()
-        self.conv1 = operations.Conv1d(FEATURES, 256, 1)
-        self.conv2 = operations.Conv1d(256, WIDTH, 1)
+        self.conv1 = operations.Conv1d(shape.features, shape.hidden, 1)
+        self.conv2 = operations.Conv1d(shape.hidden, WIDTH, 1)
 
     def forward(self, codes: Tensor) -> Tensor:
         h = F.silu(self.conv1(codes.transpose(1, 2)))
@@ -36,28 +35,30 @@ class Projector(nn.Module):
 
 
 class CodeBook(nn.Module):
-    def __init__(self, operations: Operations = nn) -> None:
+    def __init__(self, operations: Operations = nn, shape: Shape = FULL) -> None:
         super().__init__()
-        self.embedding = operations.Embedding(CODES, FEATURES)
+        self.codes = shape.codes
+        self.embedding = operations.Embedding(shape.codes, shape.features)
 
     def entries(self, device: torch.device) -> Tensor:
-        """All code vectors, (1024,512) fp32; through the layer, so that a host may cast or page it."""
-        return self.embedding(torch.arange(CODES, device=device)).float()
+        """All code vectors, (codes,features) fp32; through the layer, so that a host may cast or page it."""
+        return self.embedding(torch.arange(self.codes, device=device)).float()
 
 
 class VisualEmbedder(nn.Module):
     """Face crops to visual prompts. Names of parameters: `encoder.*`, `quant_conv.*`, `quantize.embedding.weight`, `projector.*`."""
 
-    def __init__(self, operations: Operations = nn) -> None:
+    def __init__(self, operations: Operations = nn, shape: Shape = FULL) -> None:
         super().__init__()
-        self.encoder = Encoder(operations)
-        self.quant_conv = operations.Conv2d(FEATURES, FEATURES, 1)
-        self.quantize = CodeBook(operations)
-        self.projector = Projector(operations)
+        self.side = shape.side
+        self.encoder = Encoder(operations, shape)
+        self.quant_conv = operations.Conv2d(shape.features, shape.features, 1)
+        self.quantize = CodeBook(operations, shape)
+        self.projector = Projector(operations, shape)
 
     def codes(self, crops: Tensor) -> Tensor:
-        """The code book rows chosen for each crop. crops (B,3,H,W) in [0,1], any size; (B,77,512) fp32."""
-        features = self.quant_conv(self.encoder(encoder_input(crops)))
+        """The code book rows chosen for each crop. crops (B,3,H,W) in [0,1], any size; (B,77,features) fp32."""
+        features = self.quant_conv(self.encoder(encoder_input(crops, self.side)))
         return choose_codes(features.float(), self.quantize.entries(crops.device))
 
     def forward(self, crops: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def embed(
     """The visual prompts (N,77,1024) of crops (N,H,W,3) in [0,1], fp32, on the device of `crops`.
 
     network: called before each chunk with its number of faces; gives the embedder, ready, and the device that it computes on.
-    at_once: faces in a chunk. progress: called with 1 for each face; what it raises ends the job.
+    at_once: faces in a chunk. progress: called with 1 and the crop (3,H,W) for each face; what it raises ends the job.
     """
     prompts = torch.empty(len(crops), TOKENS, WIDTH, device=crops.device)
     pixels = crops.movedim(-1, 1)
@@ -84,15 +85,15 @@ def embed(
     def work(part: slice) -> None:
         embedder, device = network(part.stop - part.start)
         prompts[part] = embedder(pixels[part].to(device)).to(prompts)
-        for _ in range(part.start, part.stop):
-            (progress or (lambda done: None))(1)
+        for crop in pixels[part]:
+            (progress or (lambda done, picture: None))(1, crop)
 
     in_chunks(len(crops), at_once, work, out_of_memory)
     return prompts
 
 
-def encoder_input(crops: Tensor) -> Tensor:
-    """(B,3,H,W) in [0,1] -> (B,3,512,512) in [-3,1], fp32, as the released code feeds its encoder.
+def encoder_input(crops: Tensor, side: int = SIDE) -> Tensor:
+    """(B,3,H,W) in [0,1] -> (B,3,side,side) in [-3,1], fp32, as the released code feeds its encoder, whose side is 512.
 
     A square goes to 512 with corners aligned, anything else is squashed without; [-1,1] is then normalised once more, as if it were
     [0,1]. The released weights were trained on prompts made that way, so the range must stay.
@@ -100,6 +101,8 @@ def encoder_input(crops: Tensor) -> Tensor:
     x = crops.float().contiguous() * 2 - 1  # a picture arrives channels-last, where torch's group norm on the CPU is less exact
     if x.shape[-2:] != (SIDE, SIDE):
         x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=x.shape[-2] == x.shape[-1])
+    if side != SIDE:
+        x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
     return x * 2 - 1
 
 

@@ -6,6 +6,7 @@ at the last level. Parameter names are those of `associate_2.ckpt`, so that its 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -14,14 +15,35 @@ from torch import Tensor, nn
 
 from ..networks import Operations
 
-CHANNELS = 64
-MULTIPLIERS = (1, 2, 2, 2, 4, 8)
-FEATURES = 512
+GRID = 16
+NORM_GROUPS = 32
 
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths of an embedder's networks; the defaults are OSDFace's. Every level but the last halves, and 16 x 16 positions remain.
+
+    channels: of the first layer; multipliers: of each level's width, in these; features: of a code; codes: in the code book;
+    hidden: between the projector's layers.
+    """
+
+    channels: int = 64
+    multipliers: tuple[int, ...] = (1, 2, 2, 2, 4, 8)
+    features: int = 512
+    codes: int = 1024
+    hidden: int = 256
+
+    @property
+    def side(self) -> int:
+        """Pixels a side of the picture that the encoder takes."""
+        return GRID << (len(self.multipliers) - 1)
+
+
+FULL = Shape()
 
 
 def _norm(channels: int, operations: Operations) -> nn.Module:
-    return operations.GroupNorm(32, channels, eps=1e-6)
+    return operations.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -102,19 +124,19 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B,3,512,512) -> (B,512,16,16)."""
+    """(B,3,side,side) -> (B,features,16,16); in OSDFace (B,3,512,512) -> (B,512,16,16)."""
 
-    def __init__(self, operations: Operations = nn) -> None:
+    def __init__(self, operations: Operations = nn, shape: Shape = FULL) -> None:
         super().__init__()
-        self.conv_in = operations.Conv2d(3, CHANNELS, 3, padding=1)
-        widths = [CHANNELS, *(CHANNELS * m for m in MULTIPLIERS)]
+        self.conv_in = operations.Conv2d(3, shape.channels, 3, padding=1)
+        widths = [shape.channels, *(shape.channels * m for m in shape.multipliers)]
         self.down = nn.ModuleList(
-            Level(a, b, last=i == len(MULTIPLIERS) - 1, operations=operations)
+            Level(a, b, last=i == len(shape.multipliers) - 1, operations=operations)
             for i, (a, b) in enumerate(pairwise(widths))
         )
         self.mid = Middle(widths[-1], operations)
         self.norm_out = _norm(widths[-1], operations)
-        self.conv_out = operations.Conv2d(widths[-1], FEATURES, 3, padding=1)
+        self.conv_out = operations.Conv2d(widths[-1], shape.features, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)

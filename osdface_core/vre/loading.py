@@ -10,6 +10,7 @@ from ..errors import OSDFaceError
 from ..networks import Operations, filled
 from ..weights.reading import read_tensors
 from .embedder import VisualEmbedder
+from .encoder import FULL, NORM_GROUPS, Shape
 
 LQ_PREFIX = "vqvae_LQ."
 BARE_PREFIXES = ("encoder.", "quant_conv.", "quantize.embedding.", "projector.")
@@ -41,10 +42,22 @@ def read_embedder(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def shape_of(state: dict[str, Tensor]) -> Shape:
+    """The widths of the networks that these tensors were taken from; OSDFace's where they do not tell."""
+    levels = 1 + max((int(name.split(".")[2]) for name in state if name.startswith("encoder.down.")), default=-1)
+    names = ("encoder.down.0.block.0.norm1", "quant_conv", "quantize.embedding", "projector.conv1")
+    found = [state.get(f"{name}.weight") for name in (*names, *(f"encoder.down.{i}.block.1.conv2" for i in range(levels)))]
+    sizes = [tensor.shape[0] for tensor in found if tensor is not None and tensor.ndim]
+    if not levels or len(sizes) < len(found) or not all(sizes) or any(width % NORM_GROUPS for width in (sizes[0], *sizes[4:])):
+        return FULL
+    channels, features, codes, hidden, *widths = sizes
+    return Shape(channels, tuple(width // channels for width in widths), features, codes, hidden)
+
+
 def build_embedder(state: dict[str, Tensor], operations: Operations = nn, source: str = "The file") -> VisualEmbedder:
     """A network in fp32, ready to run; tensors without a place in it are left aside. Raises OSDFaceError that names what does not fit."""
     return filled(
-        lambda: VisualEmbedder(operations),
+        lambda: VisualEmbedder(operations, shape_of(state)),
         state,
         f"{source} does not fit OSDFace's visual embedder",
         "load osdface_vre.safetensors or associate_2.ckpt.",
