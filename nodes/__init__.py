@@ -8,9 +8,10 @@ from .face_detect_align import FaceDetectAlign
 from .face_paste_back import FacePasteBack
 from .face_select import FaceSelect
 from .osdface_one_step import OSDFaceOneStep
+from .osdface_restore import OSDFaceRestore
 from .osdface_vre import OSDFaceVRE
 
 
 class OSDFaceExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [FaceDetectAlign, OSDFaceVRE, OSDFaceOneStep, FacePasteBack, FaceSelect]
+        return [FaceDetectAlign, OSDFaceVRE, OSDFaceOneStep, FacePasteBack, FaceSelect, OSDFaceRestore]

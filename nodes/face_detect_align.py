@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..osdface_core.chunks import Progress
 from ..osdface_core.detect import memory
-from ..osdface_core.faces import find_faces
+from ..osdface_core.faces import Found, find_faces
 from ..osdface_core.preview import draw
 from ..osdface_core.retinaface import RetinaFace
 from ..osdface_core.select import ORDER, SELECT, Choice
@@ -138,18 +139,32 @@ class FaceDetectAlign(io.ComfyNode):
         crop_size: int,
         smoothing: float,
     ) -> io.NodeOutput:
-        network = host.network(host.find(DETECTORS[detector]), build_detector, memory=memory(*image.shape[:3]))
-        assert isinstance(network, RetinaFace)
-        found = find_faces(
-            image,
-            network,
-            confidence=confidence,
-            any_angle=any_angle,
-            choice=Choice(select, order, indices, max_faces, min_size, max_size),
-            crop_size=crop_size,
-            smoothing=smoothing,
-            out_of_memory=host.out_of_memory,
-            progress=host.progress(len(image)),
-        )
+        choice = Choice(select, order, indices, max_faces, min_size, max_size)
+        found = detected(image, detector, confidence, choice, any_angle, crop_size, smoothing, host.progress(len(image)))
         preview = draw(image, found.everyone, found.verdicts)
         return io.NodeOutput(found.faces, found.faces.crops, preview, len(found.faces), found.report)
+
+
+def detected(
+    image: torch.Tensor,
+    detector: str,
+    confidence: float,
+    choice: Choice,
+    any_angle: bool,
+    crop_size: int,
+    smoothing: float,
+    progress: Progress,
+) -> Found:
+    network = host.network(host.find(DETECTORS[detector]), build_detector, memory=memory(*image.shape[:3]))
+    assert isinstance(network, RetinaFace)
+    return find_faces(
+        image,
+        network,
+        confidence=confidence,
+        any_angle=any_angle,
+        choice=choice,
+        crop_size=crop_size,
+        smoothing=smoothing,
+        out_of_memory=host.out_of_memory,
+        progress=progress,
+    )

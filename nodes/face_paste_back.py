@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..osdface_core.chunks import Progress
 from ..osdface_core.color import COLOR_MATCHES
 from ..osdface_core.parse import FACE_MEMORY, ParseNet, build_parser, face_maps
 from ..osdface_core.paste import MASK_TYPES, paste
@@ -99,23 +100,39 @@ class FacePasteBack(io.ComfyNode):
         keep: Tensor | None = None,
         keep_detail: float = 0.0,
     ) -> io.NodeOutput:
-        pasted, mask = paste(
-            image,
-            faces,
-            faces.crops if restored is None else restored,
-            strength=strength,
-            mask_type=mask_type,
-            feather=feather,
-            color_match=color_match,
-            keep=keep,
-            keep_detail=keep_detail,
-            parse=_parse,
-            progress=host.progress(len(faces)),
-        )
-        return io.NodeOutput(pasted, mask)
+        given = faces.crops if restored is None else restored
+        steps = host.progress(len(faces))
+        return io.NodeOutput(*pasted(image, faces, given, strength, mask_type, feather, color_match, keep, keep_detail, steps))
 
 
-def _parse(crops: Tensor) -> Tensor:
+def pasted(
+    image: Tensor,
+    faces: Faces,
+    restored: Tensor,
+    strength: float,
+    mask_type: str,
+    feather: float,
+    color_match: str,
+    keep: Tensor | None,
+    keep_detail: float,
+    progress: Progress,
+) -> tuple[Tensor, Tensor]:
+    return paste(
+        image,
+        faces,
+        restored,
+        strength=strength,
+        mask_type=mask_type,
+        feather=feather,
+        color_match=color_match,
+        keep=keep,
+        keep_detail=keep_detail,
+        parse=parse,
+        progress=progress,
+    )
+
+
+def parse(crops: Tensor) -> Tensor:
     """Called only when there is a face to parse: a graph without faces needs no parser's file."""
     network = host.network(host.find(PARSER), build_parser, memory=len(crops) * FACE_MEMORY)
     assert isinstance(network, ParseNet)

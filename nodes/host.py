@@ -189,15 +189,34 @@ def progress(total: int) -> Callable[..., None]:
 
     It moves ComfyUI's bar, shows the picture, and raises ComfyUI's own error when the user has asked to stop.
     """
-    bar = comfy.utils.ProgressBar(total)
+    return stages(total)(total)
 
-    def report(done: int = 1, picture: Tensor | None = None) -> None:
-        mm.throw_exception_if_processing_interrupted()
-        if done:
-            preview = None if picture is None else ("JPEG", _pil(picture), PREVIEW_SIDE)
-            bar.update_absolute(bar.current + done, total, preview)
 
-    return report
+def stages(*shares: int) -> Callable[[int], Callable[..., None]]:
+    """One bar over the stages of a job, each with its share of it. Called with the next stage's number of steps, gives its `progress`.
+
+    The bar never goes back, however many steps a stage turns out to have.
+    """
+    bar = comfy.utils.ProgressBar(sum(shares))
+    left = list(shares)
+    start = 0
+
+    def begin(total: int) -> Callable[..., None]:
+        nonlocal start
+        offset, share, steps = start, left.pop(0), 0
+        start += share
+
+        def report(done: int = 1, picture: Tensor | None = None) -> None:
+            nonlocal steps
+            mm.throw_exception_if_processing_interrupted()
+            if done:
+                steps += done
+                preview = None if picture is None else ("JPEG", _pil(picture), PREVIEW_SIDE)
+                bar.update_absolute(offset + share * steps // max(total, 1), bar.total, preview)
+
+        return report
+
+    return begin
 
 
 def _pil(picture: Tensor) -> Image.Image:

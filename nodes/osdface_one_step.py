@@ -8,10 +8,13 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..osdface_core.backbone import TIMESTEP, TIMESTEPS
+from ..osdface_core.chunks import Progress
 from ..osdface_core.errors import OSDFaceError
-from ..osdface_core.one_step import restore
+from ..osdface_core.one_step import Restored, restore
 from ..osdface_core.weights.catalogue import LORA, LORAS
 from . import host
+
+AGAINST_NAN = "start ComfyUI with --fp32-vae, or with --force-fp32."
 
 
 class OSDFaceOneStep(io.ComfyNode):
@@ -76,22 +79,33 @@ class OSDFaceOneStep(io.ComfyNode):
         faces_per_batch: int,
     ) -> io.NodeOutput:
         prompts, options = _prompts(conditioning)
-        lora = None if lora_name == host.NONE or lora_strength == 0 else (host.find(lora_name, LORAS), lora_strength)
-        result = restore(
-            crops,
-            prompts,
-            host.HostBackbone(model, vae, options, lora),
-            timestep=timestep,
-            faces_per_batch=faces_per_batch,
-            progress=host.progress(len(crops)),
+        result = restored(
+            model, vae, crops, prompts, lora_name, host.progress(len(crops)), lora_strength, timestep, faces_per_batch, options
         )
         if not result.failed:
             return io.NodeOutput(result.crops)
         which = ", ".join(map(str, result.failed))
         if len(result.failed) == len(crops):
-            raise OSDFaceError(f"Every face (crops {which}) came out as NaN: start ComfyUI with --fp32-vae, or with --force-fp32.")
-        says = f"Crops {which} came out as NaN and are left as they were: start ComfyUI with --fp32-vae, or with --force-fp32."
+            raise OSDFaceError(f"Every face (crops {which}) came out as NaN: {AGAINST_NAN}")
+        says = f"Crops {which} came out as NaN and are left as they were: {AGAINST_NAN}"
         return io.NodeOutput(result.crops, ui=ui.PreviewText(says))
+
+
+def restored(
+    model: Any,
+    vae: Any,
+    crops: torch.Tensor,
+    prompts: torch.Tensor,
+    lora_name: str,
+    progress: Progress,
+    lora_strength: float = 1.0,
+    timestep: int = TIMESTEP,
+    faces_per_batch: int = 0,
+    options: dict[str, Any] | None = None,
+) -> Restored:
+    lora = None if lora_name == host.NONE or lora_strength == 0 else (host.find(lora_name, LORAS), lora_strength)
+    backbone = host.HostBackbone(model, vae, options, lora)
+    return restore(crops, prompts, backbone, timestep=timestep, faces_per_batch=faces_per_batch, progress=progress)
 
 
 def _prompts(conditioning: list[Any]) -> tuple[torch.Tensor, dict[str, Any]]:

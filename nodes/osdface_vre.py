@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..osdface_core.chunks import Progress
 from ..osdface_core.one_step import check_crops
 from ..osdface_core.vre import embed, embedder_files
 from ..osdface_core.weights.catalogue import OSDFACE, VRE, VRE_CHECKPOINT
@@ -44,11 +45,14 @@ class OSDFaceVRE(io.ComfyNode):
     @classmethod
     def execute(cls, crops: torch.Tensor, vre_name: str) -> io.NodeOutput:
         check_crops(crops)
-        prompts = embed(
-            crops,
-            lambda faces: host.embedder(vre_name, faces),
-            at_once=host.embedder_faces_that_fit(),
-            out_of_memory=host.out_of_memory,
-            progress=host.progress(len(crops)),
-        )
-        return io.NodeOutput([[prompts, {}]])
+        return io.NodeOutput([[visual_prompts(crops, vre_name, host.progress(len(crops))), {}]])
+
+
+def visual_prompts(crops: torch.Tensor, vre_name: str, progress: Progress) -> torch.Tensor:
+    return embed(
+        crops,
+        lambda faces: host.embedder(vre_name, faces),
+        at_once=host.embedder_faces_that_fit(),
+        out_of_memory=host.out_of_memory,
+        progress=progress,
+    )

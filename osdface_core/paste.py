@@ -79,13 +79,13 @@ def paste(
     stays that is finer than a crop of S px can hold (in faces larger than the crop). parse: needed for "parsing"; takes crops
     (n,S,S,3) to their face maps (n,h,w), 1 where a pixel is face; see parse.face_maps. It is given a few crops at a time.
     skip_unchanged: a restored crop that equals its face's own crop bit for bit stands for a face that was not restored, and is not
-    pasted. progress: called with 1 for each face; what it raises ends the job.
+    pasted. progress: called with 1 and the restored crop (3,S,S) for each face; what it raises ends the job.
 
     Returns the pictures, of the same type, and the mask (B,H,W) fp32 of the weights that were used. A pixel whose weight is 0 keeps
     its bits; without a face the very `images` come back. Overlapping faces share a pixel by their weights, in any order alike.
     A restored face that is not finite is left out with a warning. Raises OSDFaceError if the inputs do not fit together.
     """
-    _check(images, faces, restored, mask_type, color_match, keep, parse)
+    check(images, faces, restored, mask_type, color_match, keep, parse)
     frames, height, width = images.shape[:3]
     mask = torch.zeros(frames, height, width, device=images.device)
     report = progress or (lambda done, picture=None: None)
@@ -111,14 +111,15 @@ def paste(
             patch = _patch(images[frame], crop, to_crop, 1 / reach(from_image), look, face_mask, kept)
             if patch is not None:
                 patches.append(patch)
-            report(1)
+            report(1, restored[i].movedim(-1, 0))
         _blend(images[frame], out[frame], mask[frame], total, patches)
     return out, mask
 
 
-def _check(
+def check(
     images: Tensor, faces: Faces, restored: Tensor, mask_type: str, color_match: str, keep: Tensor | None, parse: Parser | None
 ) -> None:
+    """Raises OSDFaceError if the arguments of `paste` do not fit together."""
     if images.ndim != 4:
         raise OSDFaceError(f"`image` has {images.ndim} dimensions {tuple(images.shape)}; a batch (B,H,W,C) is wanted: connect an IMAGE.")
     frames, height, width = images.shape[:3]

@@ -24,7 +24,7 @@ def draw(images: Tensor, faces: Sequence[Face], verdicts: Sequence[str]) -> Tens
     """The pictures (B,H,W,C) in [0,1] -> (B,h,w,3), at most 1024 px a side: chosen faces in green, the rest in red."""
     count, height, width = images.shape[:3]
     scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
-    size = max(1, round(height * scale)), max(1, round(width * scale))
+    size = _reduced(height, width)
     frames: dict[int, list[tuple[Face, str]]] = {}
     for face, verdict in zip(faces, verdicts, strict=True):
         frames.setdefault(face.frame, []).append((face, verdict))
@@ -32,9 +32,7 @@ def draw(images: Tensor, faces: Sequence[Face], verdicts: Sequence[str]) -> Tens
     if not height or not width:
         return out
     for i, image in enumerate(images):
-        pixels = finite(colour(image))
-        if scale < 1:
-            pixels = F.interpolate(pixels.movedim(-1, 0)[None], size, mode="bilinear", antialias=True)[0].movedim(0, -1)
+        pixels = _resized(image, size)
         if i in frames:
             canvas = Image.frombytes("RGB", size[::-1], bytes((pixels * 255).round().byte().cpu().contiguous().flatten().numpy()))
             for face, verdict in frames[i]:
@@ -42,6 +40,36 @@ def draw(images: Tensor, faces: Sequence[Face], verdicts: Sequence[str]) -> Tens
             pixels = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(*size, 3) / 255
         out[i] = pixels
     return out
+
+
+def before_after(before: Tensor, after: Tensor) -> Tensor:
+    """The pictures (B,H,W,C) in [0,1] and what became of them -> (B,h,w,3) with both, parted by a white line.
+
+    Left and right, or above and below where a picture is wider than high. A single picture keeps its size, so that every pixel can be
+    looked at; the frames of a video are at most 1024 px a side.
+    """
+    count, height, width = before.shape[:3]
+    size = _reduced(height, width) if count > 1 else (height, width)
+    line = max(2, max(size) // 200)
+    above = width > height
+    out = torch.ones(count, *((2 * size[0] + line, size[1]) if above else (size[0], 2 * size[1] + line)), 3)
+    for i in range(count if height and width else 0):
+        out[i, : size[0], : size[1]] = _resized(before[i], size)
+        out[i, -size[0] :, -size[1] :] = _resized(after[i], size)
+    return out
+
+
+def _reduced(height: int, width: int) -> tuple[int, int]:
+    scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H,W,C) -> (h,w,3) in [0,1]; what is not a number becomes one."""
+    pixels = finite(colour(picture))
+    if pixels.shape[:2] == size:
+        return pixels
+    return F.interpolate(pixels.movedim(-1, 0)[None], size, mode="bilinear", antialias=True)[0].movedim(0, -1)
 
 
 def _mark(draw: ImageDraw.ImageDraw, face: Face, scale: float, ink: tuple[int, int, int]) -> None:

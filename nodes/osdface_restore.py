@@ -1,0 +1,133 @@
+"""OSDFaceRestore: the whole way in one node, by the functions of the four."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..osdface_core.errors import OSDFaceError
+from ..osdface_core.paste import check
+from ..osdface_core.preview import before_after
+from ..osdface_core.select import Choice
+from ..osdface_core.types import Faces
+from ..osdface_core.vre import embedder_files
+from ..osdface_core.weights.catalogue import FACES, LORAS, OSDFACE
+from . import host
+from .face_detect_align import DETECTORS, FaceDetectAlign, detected
+from .face_paste_back import PARSER, FacePasteBack, parse, pasted
+from .osdface_one_step import AGAINST_NAN, OSDFaceOneStep, restored
+from .osdface_vre import OSDFaceVRE, visual_prompts
+
+# Of the bar, in percent: the time of each stage for a face of a common photograph, rounded.
+DETECT, PROMPTS, STEP, PASTE = 10, 15, 70, 5
+
+
+class OSDFaceRestore(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        nodes = FaceDetectAlign, OSDFaceVRE, OSDFaceOneStep, FacePasteBack
+        detect, prompts, step, paste = ({item.id: item for item in node.define_schema().inputs} for node in nodes)
+        return io.Schema(
+            node_id="OSDFaceRestore",
+            display_name="OSDFace Restore (all in one)",
+            category="OSDFace",
+            description="Finds the faces of a picture, restores them and puts them back. The frames of a batch are taken as a video.",
+            inputs=[
+                detect["image"],
+                step["model"],
+                step["vae"],
+                prompts["vre_name"],
+                step["lora_name"],
+                *(detect[name] for name in ("detector", "select", "order", "indices", "max_faces", "min_size")),
+                *(detect[name] for name in ("confidence", "any_angle", "crop_size", "smoothing")),
+                *(paste[name] for name in ("strength", "mask_type", "feather", "color_match", "keep")),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The picture with the restored faces; without a face, the picture itself."),
+                io.Mask.Output(display_name="mask", tooltip="How much of each pixel was replaced, at the picture's size."),
+                io.Image.Output(
+                    display_name="before_after",
+                    tooltip="Before and after: left and right, or above and below where the picture is wider than high. "
+                    "The frames of a video are made small.",
+                ),
+                io.String.Output(display_name="report", tooltip="What was found, chosen and restored, and why the rest was not."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(
+        cls,
+        vre_name: str | None = None,
+        lora_name: str | None = None,
+        detector: str | None = None,
+        mask_type: str | None = None,
+        **_: Any,
+    ) -> str:
+        return "\n".join(
+            (
+                host.state_of(DETECTORS.get(detector or ""), FACES),
+                host.state_of(vre_name, OSDFACE, embedder_files),
+                host.state_of(lora_name, LORAS),
+                host.state_of(PARSER if mask_type == "parsing" else None, FACES),
+            )
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: Tensor,
+        model: Any,
+        vae: Any,
+        vre_name: str,
+        lora_name: str,
+        detector: str,
+        select: str,
+        order: str,
+        indices: str,
+        max_faces: int,
+        min_size: int,
+        confidence: float,
+        any_angle: bool,
+        crop_size: int,
+        smoothing: float,
+        strength: float,
+        mask_type: str,
+        feather: float,
+        color_match: str,
+        keep: Tensor | None = None,
+    ) -> io.NodeOutput:
+        stage = host.stages(DETECT, PROMPTS, STEP, PASTE)
+        choice = Choice(select, order, indices, max_faces, min_size)
+        found = detected(image, detector, confidence, choice, any_angle, crop_size, smoothing, stage(len(image)))
+        faces, report = found.faces, found.report
+        result = faces.crops
+        if len(faces) and strength > 0:
+            # What would stop the job after minutes stops it now.
+            check(image, faces, faces.crops, mask_type, color_match, keep, parse)
+            _check_crops(faces)
+            for name, kind in ((vre_name, OSDFACE), (lora_name, LORAS), (PARSER if mask_type == "parsing" else host.NONE, FACES)):
+                if name != host.NONE:
+                    host.find(name, kind)
+            prompts = visual_prompts(faces.crops, vre_name, stage(len(faces)))
+            step = restored(model, vae, faces.crops, prompts, lora_name, stage(len(faces)))
+            result, report = step.crops, report + _failures(faces, step.failed)
+        after, mask = pasted(image, faces, result, strength, mask_type, feather, color_match, keep, 0.0, stage(len(faces)))
+        return io.NodeOutput(after, mask, before_after(image, after), report, ui=ui.PreviewText(report))
+
+
+def _check_crops(faces: Faces) -> None:
+    for face, crop in zip(faces.faces, faces.crops, strict=True):
+        if not bool(crop.isfinite().all()):
+            raise OSDFaceError(
+                f"`image` number {face.frame} holds values that are not numbers (NaN or infinite) at face {face.number}; finite values "
+                "in [0,1] are wanted: look for the node before this one that makes them."
+            )
+
+
+def _failures(faces: Faces, failed: tuple[int, ...]) -> str:
+    return "".join(
+        f"\npicture {faces.faces[i].frame}, face {faces.faces[i].number} came out as NaN and is left as it was: {AGAINST_NAN}"
+        for i in failed
+    )
