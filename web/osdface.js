@@ -2,7 +2,7 @@
 import { app } from "../../scripts/app.js";
 
 app.registerExtension({
-  name: "OSDFace",
+  name: "osdface.settings",
   settings: [
     {
       id: "OSDFace.download",
