@@ -7,17 +7,25 @@ their widgets, which column they stand in, and what the note says. Wants a runni
 from __future__ import annotations
 
 import argparse
+import base64
 import io
 import json
+import logging
+import re
+import textwrap
+import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from PIL import Image
+import requests
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from tests.frontend import Frontend, chromium
+from tests.frontend import SIZE, Frontend, chromium
 
+log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "0.3.64"
 HUB = "https://huggingface.co/"
@@ -33,6 +41,7 @@ MODELS = {
 # The canvas of a browser on a full-HD screen at 125 percent. Below 60 percent the frontend draws nodes without their text.
 WINDOW, LEAST = (1480, 860), 0.62
 PICTURE = (280, 320)
+THUMBNAIL = 512
 
 
 @dataclass
@@ -108,7 +117,8 @@ GRAPHS = {
     "osdface_basic": Graph(
         f"""## Restore the faces of a picture
 
-Choose your picture in *Load Image*, press Run. Every face that is found is cut out, restored in one step and put back; all else stays as it is, bit for bit. A picture without a face comes out unchanged.
+Choose your picture in *Load Image*, press Run. Every face that is found is cut out, restored in one step and put back; all else stays
+as it is, bit for bit. A picture without a face comes out unchanged.
 
 {NEEDS}{FETCH}
 **One face only?** In *Face Detect & Align* set `select` to *largest*, or to *by index* with the numbers that its `preview` shows.
@@ -127,10 +137,12 @@ Choose your picture in *Load Image*, press Run. Every face that is found is cut 
     "osdface_all_in_one": Graph(
         f"""## All in one node
 
-The whole of *basic* in a single node: choose your picture in *Load Image*, press Run. Beside the result you get before and after side by side, and a report of who was found and who was left out.
+The whole of *basic* in a single node: choose your picture in *Load Image*, press Run. Beside the result you get before and after side
+by side, and a report of who was found and who was left out.
 
 {NEEDS}{FETCH}
-**Faces not found?** Lower `confidence`. **Too many?** Raise `min_size`, or set `select` to *largest*. **Too much changed?** Lower `strength`.
+**Faces not found?** Lower `confidence`. **Too many?** Raise `min_size`, or set `select` to *largest*. **Too much changed?** Lower
+`strength`.
 """,
         {
             "load": load_image(),
@@ -147,10 +159,12 @@ The whole of *basic* in a single node: choose your picture in *Load Image*, pres
     "osdface_txt2img_portrait": Graph(
         f"""## Text to picture, then better faces
 
-Stable Diffusion 2.1-base paints a person at full length; in such a picture the face is small and comes out poor. The **same checkpoint** then restores it: no second model is loaded. The left preview is before, *Save Image* is after.
+Stable Diffusion 2.1-base paints a person at full length; in such a picture the face is small and comes out poor. The **same
+checkpoint** then restores it: no second model is loaded. The left preview is before, *Save Image* is after.
 
 {NEEDS}{FETCH}
-Write your own prompt and press Run. The seed is fixed: set *control after generate* to *randomize* for a new picture each time. Keep the size near 512: that is what this checkpoint was trained for.
+Write your own prompt and press Run. The seed is fixed: set *control after generate* to *randomize* for a new picture each time. Keep
+the size near 512: that is what this checkpoint was trained for.
 """,
         {
             "checkpoint": checkpoint(),
@@ -189,11 +203,14 @@ Write your own prompt and press Run. The seed is fixed: set *control after gener
     "osdface_old_photo": Graph(
         f"""## An old photograph, four times as large
 
-An upscale model enlarges the photograph four times. Faces are found and cut out of the **original**, restored, and pasted into the **enlarged** picture: *Face Paste Back* takes the scale from the size of the picture that it is given. So the rest of the photograph is enlarged faithfully and the faces are restored.
+An upscale model enlarges the photograph four times. Faces are found and cut out of the **original**, restored, and pasted into the
+**enlarged** picture: *Face Paste Back* takes the scale from the size of the picture that it is given. So the rest of the photograph
+is enlarged faithfully and the faces are restored.
 
 {NEEDS}- `upscale_models/RealESRGAN_x4plus.safetensors`: any 4x (or 2x) upscale model does; ComfyUI offers this one for download
 {FETCH}
-`color_match` *wavelet* keeps the photograph's tone: a sepia face stays sepia. For scratches and tears mend the photograph first. Large scans: shrink them to about 1000 px before, since a face is worked at 512 px.
+`color_match` *wavelet* keeps the photograph's tone: a sepia face stays sepia. For scratches and tears mend the photograph first.
+Large scans: shrink them to about 1000 px before, since a face is worked at 512 px.
 """,
         {
             "load": load_image("The photograph"),
@@ -212,7 +229,8 @@ An upscale model enlarges the photograph four times. Faces are found and cut out
     "osdface_one_person": Graph(
         f"""## One person out of a group
 
-*Face Detect & Align* finds everyone and numbers them: look at **Who is who**. *Face Select* takes those whose numbers stand in `indices`: `0`, or `0,2-4`. Only they are restored; its second pair of outputs holds the rest.
+*Face Detect & Align* finds everyone and numbers them: look at **Who is who**. *Face Select* takes those whose numbers stand in
+`indices`: `0`, or `0,2-4`. Only they are restored; its second pair of outputs holds the rest.
 
 {NEEDS}{FETCH}
 1. Choose your picture, press Run once: the numbers appear.
@@ -237,10 +255,12 @@ A number that nobody has restores nobody; the report says so.
     "osdface_video": Graph(
         f"""## The faces of a video
 
-Frames go in as a batch and come out as a video with the same sound and speed. `smoothing` 0.5 steadies the place of each face over the frames, so that the pasted face does not tremble; a person keeps one number until a cut. Frames without a face pass as they are.
+Frames go in as a batch and come out as a video with the same sound and speed. `smoothing` 0.5 steadies the place of each face over
+the frames, so that the pasted face does not tremble; a person keeps one number until a cut. Frames without a face pass as they are.
 
 {NEEDS}{FETCH}
-Choose your video in *Load Video*, press Run. All frames are in memory at once: about 25 MB a frame at full HD, three times over. Cut long videos in pieces of some ten seconds. One person only: `select` *largest*.
+Choose your video in *Load Video*, press Run. All frames are in memory at once: about 25 MB a frame at full HD, three times over. Cut
+long videos in pieces of some ten seconds. One person only: `select` *largest*.
 """,
         {
             "video": Node("LoadVideo", widgets={"file": "video.mp4"}, size=(300, 330)),
@@ -251,19 +271,19 @@ Choose your video in *Load Video*, press Run. All frames are in memory at once: 
             "step": step(),
             "paste": paste("frames.images"),
             "create": Node("CreateVideo", {"images": "paste.image", "audio": "frames.audio", "fps": "frames.fps"}),
-            "save": Node(
-                "SaveVideo", {"video": "create.VIDEO"}, {"filename_prefix": "video/osdface", "format": "auto", "codec": "auto"}, size=(380, 400)
-            ),
+            "save": Node("SaveVideo", {"video": "create.VIDEO"}, {"filename_prefix": "video/osdface"}, size=(380, 400)),
         },
         [["video"], ["frames", "detect"], ["checkpoint", "prompts", "step"], ["paste", "create"], ["save"]],
     ),
     "osdface_strengths": Graph(
         f"""## How strong shall it be?
 
-The faces are restored **once** and pasted three times. The saved picture shows, from left to right: the picture as it was, `strength` 0.35, 0.7 and 1.
+The faces are restored **once** and pasted three times. The saved picture shows, from left to right: the picture as it was, `strength`
+0.35, 0.7 and 1.
 
 {NEEDS}{FETCH}
-A low strength keeps more of the person's own look, a high one more of what was made up. Changing a strength and running again takes a moment: the faces are not restored anew.
+A low strength keeps more of the person's own look, a high one more of what was made up. Changing a strength and running again takes a
+moment: the faces are not restored anew.
 """,
         {
             "load": load_image(),
@@ -285,13 +305,19 @@ A low strength keeps more of the person's own look, a high one more of what was 
     "osdface_step_taken_apart": Graph(
         f"""## The one step, with ComfyUI's own sampler
 
-What *OSDFace One Step* does, done by core nodes. Its result and theirs are the same but for rounding: MEASURED.
+What *OSDFace One Step* does, done by core nodes. Its result and theirs are the same but for rounding: within 2e-4 of the picture's
+range (mean 1e-5), in fp32 on the CPU.
 
-**What must be scaled, and why.** OSDFace adds no noise: the UNet sees the latent z of the blurred face itself, at timestep 399. ComfyUI hands its UNet `x / sqrt(sigma² + 1)`, with sigma = 1.16057837 at that timestep. So z is multiplied by sqrt(1 + sigma²) = **1.5319733** before (*Latent Multiply*), and the two cancel. One Euler step from 1.16057837 to 0 then gives `x - sigma * noise`, which is OSDFace's `(z - sqrt(1 - a) * noise) / sqrt(a)`. No noise, no CFG, no negative prompt. The sampler scales noise, never the latent: without the multiplication the result is plainly wrong.
+**What must be scaled, and why.** OSDFace adds no noise: the UNet sees the latent z of the blurred face itself, at timestep 399.
+ComfyUI hands its UNet `x / sqrt(sigma² + 1)`, with sigma = 1.16057837 at that timestep. So z is multiplied by sqrt(1 + sigma²) =
+**1.5319733** before (*Latent Multiply*), and the two cancel. One Euler step from 1.16057837 to 0 then gives `x - sigma * noise`,
+which is OSDFace's `(z - sqrt(1 - a) * noise) / sqrt(a)`. No noise, no CFG, no negative prompt. The sampler scales noise, never the
+latent: without the multiplication the result is plainly wrong.
 
 The widgets show these two numbers rounded and hold them whole. Clicking their arrows rounds them for good.
 
-**The LoRA** must be `loras/osdface_lora_kohya.safetensors`, which `install.py` makes: from the released file ComfyUI's own loader drops the 128 attention layers.
+**The LoRA** must be `loras/osdface_lora_kohya.safetensors`, which `install.py` makes: from the released file ComfyUI's own loader
+drops the 128 attention layers.
 
 {NEEDS}- `loras/osdface_lora_kohya.safetensors`
 {FETCH}
@@ -335,6 +361,7 @@ For whoever wants another sampler, a ControlNet or hooks on the way. To restore 
 
 # The blueprint's own inputs, beside the picture, MODEL and VAE: the widgets that people turn most.
 PROMOTED = [("detect", "detector"), ("detect", "select"), ("detect", "min_size"), ("paste", "strength"), ("paste", "mask_type")]
+OFFERED = [("paste", "mask"), ("detect", "report")]
 
 BUILD = """
 async ({nodes, columns, groups, note, noteWidth, versions, models}) => {
@@ -416,7 +443,10 @@ async ({nodes, columns, groups, note, noteWidth, versions, models}) => {
 
 FIT = """
 ([width, height, least]) => {
-  const boxes = [...app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]), ...app.graph._groups.map((g) => [...g.pos, ...g.size])]
+  const boxes = [
+    ...app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]),
+    ...app.graph._groups.map((g) => [...g.pos, ...g.size])
+  ]
   const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]))
   const right = Math.max(...boxes.map((b) => b[0] + b[2])), bottom = Math.max(...boxes.map((b) => b[1] + b[3]))
   const ds = app.canvas.ds, margin = 40
@@ -434,16 +464,21 @@ def version() -> str:
     return next(line.split('"')[1] for line in lines if line.startswith("version"))
 
 
+def unwrapped(text: str) -> str:
+    """Paragraphs on one line each, as the note wants them: there a line's end is a line's end."""
+    return re.sub(r"(?<=[^\n])\n(?=[^\n\-\d])", " ", text)
+
+
 def build(frontend: Frontend, graph: Graph) -> dict[str, int]:
     """Leaves the graph on the canvas; the nodes' ids by key."""
-    nodes = {key: {"type": n.type, "links": n.links, "widgets": n.widgets, "title": n.title, "size": n.size} for key, n in graph.nodes.items()}
+    nodes = {key: asdict(node) for key, node in graph.nodes.items()}
     return frontend.js(
         BUILD,
         {
             "nodes": nodes,
             "columns": graph.columns,
             "groups": graph.groups,
-            "note": graph.note,
+            "note": unwrapped(graph.note),
             "noteWidth": graph.note_width,
             "versions": {"osdface": version(), "comfy-core": HOST},
             "models": MODELS,
@@ -453,7 +488,7 @@ def build(frontend: Frontend, graph: Graph) -> dict[str, int]:
 
 def make_workflow(frontend: Frontend, name: str) -> None:
     build(frontend, GRAPHS[name])
-    print(frontend.js(FIT, [*WINDOW, LEAST]))
+    frontend.js(FIT, [*WINDOW, LEAST])
     saved = frontend.saved()
     saved["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"osdface/{name}"))
     write(ROOT / "workflows" / f"{name}.json", saved)
@@ -462,26 +497,177 @@ def make_workflow(frontend: Frontend, name: str) -> None:
 def write(path: Path, saved: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(path.relative_to(ROOT))
+    log.info("%s", path.relative_to(ROOT))
 
 
-def make_thumbnail(frontend: Frontend, name: str, picture: str | None) -> None:
-    """The graph without its note and without the window around it, with a portrait where the picture is chosen."""
+def sepia(picture: Image.Image) -> Image.Image:
+    """As an old, small print looks."""
+    grey = ImageOps.autocontrast(picture.convert("L").resize((220, 220)).filter(ImageFilter.GaussianBlur(1.2)), cutoff=2)
+    return ImageOps.colorize(grey, "#2b1d10", "#e8d3a8", "#957a55")
+
+
+def film(frames: list[Image.Image]) -> Image.Image:
+    """Frames as on a strip of film."""
+    strip = Image.new("RGB", (15 + 315 * len(frames), 400), "#101010")
+    for i, frame in enumerate(frames):
+        strip.paste(frame, (15 + i * 315, 20))
+        for hole in range(8):
+            for y in (4, 388):
+                strip.paste("#808080", (22 + i * 315 + hole * 38, y, 42 + i * 315 + hole * 38, y + 8))
+    return strip
+
+
+def captioned(pictures: list[Image.Image], captions: list[str]) -> Image.Image:
+    row = Image.new("RGB", (260 * len(pictures), 300), "#222222")
+    pen = ImageDraw.Draw(row)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        row.paste(picture.resize((250, 250)), (5 + 260 * i, 0))
+        pen.text((130 + 260 * i, 275), caption, fill="white", font=ImageFont.load_default(32), anchor="mm")
+    return row
+
+
+def written(text: str) -> Image.Image:
+    page = Image.new("RGB", (800, 330), "#222222")
+    lines = "\n".join(textwrap.wrap(text, 38))
+    ImageDraw.Draw(page).multiline_text((400, 165), lines, fill="white", font=ImageFont.load_default(40), anchor="mm", align="center")
+    return page
+
+
+def portrait(folder: Path, which: str) -> Image.Image:
+    return Image.open(folder / "portraits" / f"{which}.jpg").convert("RGB").resize((640, 640))
+
+
+# What a thumbnail shows beside the graph: faces that the real detector finds. Portraits: CC0; the astronaut: public domain.
+def illustration(address: str, name: str, folder: Path) -> Image.Image:
+    if name == "osdface_txt2img_portrait":
+        return written(GRAPHS[name].nodes["positive"].widgets["text"])
+    if name == "osdface_one_person":
+        return with_faces(address, Image.open(folder / "cc0_mosaic_6faces_1080p.png").convert("RGB"), select="by index", indices="2")
+    if name == "osdface_video":
+        whole = portrait(folder, "female_010").resize((600, 600))
+        return film([with_faces(address, whole.crop((left, 60, left + 300, 420))) for left in (60, 115, 180)])
+    if name == "osdface_strengths":
+        return captioned([portrait(folder, "male_003")] * 4, ["before", "0.35", "0.7", "1"])
+    if name == "osdface_old_photo":
+        return with_faces(address, sepia(portrait(folder, "male_012")))
+    if name == "osdface_all_in_one":
+        return with_faces(address, portrait(folder, "female_002"))
+    if name == "osdface_step_taken_apart":
+        return with_faces(address, portrait(folder, "female_014"))
+    return with_faces(address, Image.open(folder / "astronaut.png").convert("RGB"))
+
+
+def with_faces(address: str, picture: Image.Image, **choice: Any) -> Image.Image:
+    """The picture as Face Detect & Align previews it."""
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    files = {"image": ("osdface_thumbnail.png", data.getvalue(), "image/png")}
+    name = requests.post(f"{address}/upload/image", files=files, data={"overwrite": "true"}, timeout=60).json()["name"]
+    inputs = {
+        "image": ["1", 0], "detector": "retinaface_mobile0.25", "confidence": 0.9, "select": "all", "order": "left to right",
+        "indices": "0", "max_faces": 0, "min_size": 24, "max_size": 0, "any_angle": False, "crop_size": 512, "smoothing": 0.0,
+    }
+    prompt = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": name}},
+        "2": {"class_type": "FaceDetectAlign", "inputs": inputs | choice},
+        "3": {"class_type": "PreviewImage", "inputs": {"images": ["2", 2]}},
+    }
+    number = requests.post(f"{address}/prompt", json={"prompt": prompt}, timeout=60).json()["prompt_id"]
+    while not (history := requests.get(f"{address}/history/{number}", timeout=60).json()):
+        time.sleep(0.2)
+    shown = history[number]["outputs"]["3"]["images"][0]
+    return Image.open(io.BytesIO(requests.get(f"{address}/view", params=shown, timeout=60).content)).convert("RGB")
+
+
+def graph_picture(frontend: Frontend, picture: bool) -> Image.Image:
+    """The canvas with the loaded graph and nothing else, without the note."""
+    frontend.js(
+        """picture => {
+          app.graph.remove(app.graph._nodes.find((n) => n.type === 'MarkdownNote'))
+          const load = app.graph._nodes.find((n) => n.type === 'LoadImage')
+          if (load && picture) { load.widgets[0].value = 'osdface_thumbnail.png'; load.widgets[0].callback(load.widgets[0].value) }
+        }""",
+        picture,
+    )
+    frontend.page.wait_for_timeout(800)
+    left, top, width, height = frontend.js(FIT, [SIZE["width"] - 70, SIZE["height"] - 90, 0.62])
+    data = frontend.js("() => { app.canvas.draw(true, true); return app.canvas.canvas.toDataURL() }")
+    canvas = Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))).convert("RGB")
+    return canvas.crop((int(left) - 20, int(top) - 20, int(left + width) + 20, int(top + height) + 20))
+
+
+def make_thumbnail(frontend: Frontend, name: str, folder: Path) -> None:
+    """A square: a picture with its faces above, the graph below. No restored face is shown, since none was made."""
+    picture = illustration(frontend.address, name, folder)
+    frontend.load(json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
+    graph = graph_picture(frontend, name not in ("osdface_strengths", "osdface_video"))
+    graph = graph.resize((THUMBNAIL, round(THUMBNAIL * graph.height / graph.width)), Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#222222")
+    room = (THUMBNAIL, THUMBNAIL - graph.height)
+    shown = ImageOps.contain(picture, room, Image.Resampling.LANCZOS)
+    square.paste(shown, ((THUMBNAIL - shown.width) // 2, (room[1] - shown.height) // 2))
+    square.paste(graph, (0, room[1]))
+    path = ROOT / "workflows" / f"{name}.jpg"
+    square.save(path, quality=88, optimize=True)
+    log.info("%s", path.relative_to(ROOT))
 
 
 def make_blueprint(frontend: Frontend) -> None:
-    """The four-node chain, as the frontend's own Convert to Subgraph and Publish write it."""
+    """The four-node chain, as the frontend's own Convert to Subgraph and Publish Subgraph write it."""
+    file = "/api/userdata/" + quote("subgraphs/OSDFace.json", safe="")
+    requests.delete(frontend.address + file, timeout=60)
+    frontend.open()
+    ids = build(frontend, GRAPHS["osdface_basic"])
+    frontend.js(
+        """async ({chain, promoted, offered}) => {
+          const nodes = chain.map((id) => app.graph.getNodeById(id))
+          app.canvas.selectItems(nodes)
+          await app.extensionManager.command.execute('Comfy.Graph.ConvertToSubgraph')
+          const made = app.graph._nodes.find((n) => n.subgraph)
+          made.title = made.subgraph.name = 'OSDFace'
+          for (const [id, widget] of promoted) {
+            const node = made.subgraph.getNodeById(id), slot = node.inputs.find((i) => i.name === widget)
+            made.subgraph.addInput(widget, slot.type).connect(slot, node)
+          }
+          for (const [id, output] of offered) {
+            const node = made.subgraph.getNodeById(id), slot = node.outputs.find((o) => o.name === output)
+            made.subgraph.addOutput(output, slot.type).connect(slot, node)
+          }
+          made.setSize([300, made.computeSize()[1]])
+          app.canvas.selectItems([made])
+          void app.extensionManager.command.execute('Comfy.PublishSubgraph')
+        }""",
+        {
+            "chain": [ids[key] for key in ("detect", "prompts", "step", "paste")],
+            "promoted": [(ids[key], name) for key, name in PROMOTED],
+            "offered": [(ids[key], name) for key, name in OFFERED],
+        },
+    )
+    dialog = frontend.page.locator(".p-dialog input")
+    dialog.fill("OSDFace")
+    dialog.press("Enter")
+    frontend.page.wait_for_timeout(1000)
+    saved = requests.get(frontend.address + file, timeout=60).json()
+    saved.setdefault("extra", {})["BlueprintDescription"] = "Finds faces, restores them with OSDFace, puts them back."
+    write(ROOT / "subgraphs" / "OSDFace.json", saved)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes workflows/*.json and subgraphs/*.json in ComfyUI's frontend.")
     parser.add_argument("names", nargs="*", default=list(GRAPHS))
+    parser.add_argument("--thumbnails", metavar="DIR", type=Path, help="also thumbnails, with the test pictures in DIR")
+    parser.add_argument("--blueprint", action="store_true", help="also the blueprint")
     parser.add_argument("--address", default="http://127.0.0.1:8188", help="a running ComfyUI that has the pack")
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with chromium() as browser:
         frontend = Frontend(browser, options.address)
         for name in options.names or GRAPHS:
             make_workflow(frontend, name)
+            if options.thumbnails:
+                make_thumbnail(frontend, name, options.thumbnails)
+        if options.blueprint:
+            make_blueprint(frontend)
 
 
 if __name__ == "__main__":
