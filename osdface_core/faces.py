@@ -63,14 +63,24 @@ def find_faces(
         out_of_memory=out_of_memory,
         progress=progress,
     )
-    everyone = _followed(found, shots(thumbnails(images)), crop_size, smoothing)
-    everyone = sorted(numbered(everyone, choice.order), key=lambda face: (face.frame, face.number))
-    verdicts = choose(everyone, choice, width, height)
+    everyone, verdicts = chosen_faces(found, thumbnails(images), width, height, choice, crop_size, smoothing)
     chosen = tuple(face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN)
     crops = cut_all(images, [face.frame for face in chosen], [face.matrix for face in chosen], crop_size)
     return Found(
-        Faces(chosen, crops, count, height, width, crop_size), tuple(everyone), tuple(verdicts), report(everyone, verdicts, count)
+        Faces(chosen, crops, count, height, width, crop_size), everyone, verdicts, report(everyone, verdicts, count)
     )
+
+
+def chosen_faces(
+    found: list[list[Detection]], small: Tensor, width: int, height: int, choice: Choice, crop_size: int, smoothing: float
+) -> tuple[tuple[Face, ...], tuple[str, ...]]:
+    """What `find_faces` makes of its detections by frame: everyone, followed and numbered, and a verdict for each.
+
+    Needs no pictures, so that a video of any length can be searched piece by piece. small: its track.thumbnails.
+    """
+    everyone = numbered(_followed(found, shots(small), crop_size, smoothing), choice.order)
+    everyone.sort(key=lambda face: (face.frame, face.number))
+    return tuple(everyone), tuple(choose(everyone, choice, width, height))
 
 
 def _followed(found: list[list[Detection]], shot_numbers: list[int], crop_size: int, smoothing: float) -> list[Face]:

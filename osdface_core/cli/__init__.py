@@ -1,0 +1,89 @@
+"""The command line: `python -m osdface_core restore IN OUT`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..errors import OSDFaceError
+from .options import parser
+
+OK, SOME_FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
+
+log = logging.getLogger("osdface")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; the exit code. argparse itself exits with 2 for wrong options."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        return restore(options)
+    except OSDFaceError as error:
+        log.error("%s", error)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        log.error("\nStopped; start the same command again to go on from here.")
+        return STOPPED
+
+
+def restore(options: argparse.Namespace) -> int:
+    """The command `restore`; the exit code. Raises OSDFaceError where nothing can be done, and KeyboardInterrupt."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from . import job
+
+    started = time.perf_counter()
+    inputs = tuple(path for path in (options.keep,) if path and path.exists())
+    items = job.plan(options.input, options.output, options.overwrite, inputs)
+    if options.report and any(options.report.exists() and options.report.samefile(item.source) for item in items):
+        raise OSDFaceError(f"--report is {options.report}, an input of this run, which is never written over: name another file.")
+    entries = [_left_out(item) for item in items if item.reason]
+    for item in items:
+        if item.reason and item.reason != job.THERE:
+            log.warning("%s is %s: %s.", item.source, "not done" if item.wrong else "skipped", item.reason)
+    todo = [item for item in items if not item.reason]
+    settled = options
+    try:
+        if todo:
+            from .restorer import resolve
+
+            settled = resolve(options)
+            with tqdm(total=len(todo), unit="file", disable=None) as bar, logging_redirect_tqdm():
+                for entry in job.run(todo, settled):
+                    entries.append(entry)
+                    if "error" in entry:
+                        log.error("%s", entry["error"] if entry["input"] in entry["error"] else f"{entry['input']}: {entry['error']}")
+                    bar.update()
+    finally:
+        if options.report:
+            _write_report(options.report, settled, entries, time.perf_counter() - started)
+    counts = Counter(entry["status"] for entry in entries)
+    sys.stdout.write(", ".join(f"{counts[status]} {status}" for status in (job.DONE, job.SKIPPED, job.FAILED) if counts[status]) + "\n")
+    return SOME_FAILED if counts[job.FAILED] else OK
+
+
+def _left_out(item: Any) -> dict[str, Any]:
+    what = {"status": "failed", "error": item.reason} if item.wrong else {"status": "skipped", "reason": item.reason}
+    return {"input": str(item.source), "output": str(item.target), **what}
+
+
+def _write_report(path: Path, options: argparse.Namespace, entries: list[dict[str, Any]], seconds: float) -> None:
+    from .pictures import placed
+    from .restorer import versions
+
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name != "command"}
+    content = {"versions": versions(), "settings": settings, "seconds": round(seconds, 3), "files": entries}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+    def fill(fresh: Path) -> None:
+        fresh.write_text(text, encoding="utf-8")
+
+    placed(path, fill)

@@ -1,0 +1,202 @@
+"""What a run has to do, file by file, alone or shared among workers by Ray."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..errors import OSDFaceError
+from . import pictures
+from .restorer import Restorer
+
+log = logging.getLogger(__name__)
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv")
+THERE = "its output is there already"
+DONE, SKIPPED, FAILED = "done", "skipped", "failed"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file and where its restored copy goes. reason: why it is not to be done, if it is not; wrong: whether that is a failure."""
+
+    source: Path
+    target: Path
+    reason: str = ""
+    wrong: bool = False
+
+
+# What there is to do
+
+
+def plan(source: Path, target: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> list[Item]:
+    """The files of `source`, a file or a folder, and their places in `target`.
+
+    inputs: further files that nothing may be written over. Raises OSDFaceError if there is nothing to be read, or if the whole
+    run would write over what it reads.
+    """
+    if not source.exists():
+        raise OSDFaceError(f"IN is {source}, which does not exist: name a picture, a folder or a video.")
+    if source.is_dir():
+        if target.exists() and (not target.is_dir() or target.samefile(source)):
+            raise OSDFaceError(f"OUT is {target}, which is {'IN itself' if target.is_dir() else 'a file'}: name another folder.")
+        sources = list(_files(source, target))
+        pairs = [(path, target / path.relative_to(source)) for path in sources]
+    else:
+        into_folder = target.is_dir() or str(target).endswith(("/", os.sep))
+        sources = [source]
+        pairs = [(source, target / source.name if into_folder else target)]
+    protected = {(s.st_dev, s.st_ino) for s in (path.stat() for path in (*sources, *inputs))}
+    items = []
+    single = not source.is_dir()
+    for path, place in pairs:
+        kind = path.suffix.lower()
+        if kind not in (*pictures.EXTENSIONS, *VIDEOS):
+            items.append(Item(path, place, f"{kind or 'no extension'} is not a kind of picture or video that is done", single))
+        elif place.exists() and (place.stat().st_dev, place.stat().st_ino) in protected:
+            items.append(Item(path, place, f"{place} is an input of this run, which is never written over: name another output", True))
+        elif place.exists() and not overwrite:
+            items.append(Item(path, place, THERE))
+        else:
+            items.append(Item(path, place))
+    if single and items[0].wrong:
+        raise OSDFaceError(f"{source}: {items[0].reason}.")
+    if not items:
+        raise OSDFaceError(f"IN is {source}, which holds no files: name a folder of pictures or videos.")
+    return items
+
+
+def _files(source: Path, target: Path) -> Iterator[Path]:
+    """All files below `source` in order, but those of `target`, where that lies within, and hidden ones."""
+    inside = target.resolve()
+    for folder, below, names in os.walk(source):
+        below[:] = sorted(name for name in below if not name.startswith(".") and (Path(folder) / name).resolve() != inside)
+        yield from (Path(folder) / name for name in sorted(names) if not name.startswith(".") and (Path(folder) / name).is_file())
+
+
+# One file
+
+
+def work(item: Item, restorer: Restorer, bar: tqdm | None = None) -> dict[str, Any]:
+    """Does one file; what is to be said of it in the report. A file that cannot be done is named there and leaves nothing behind."""
+    started = time.perf_counter()
+    entry: dict[str, Any] = {"input": str(item.source), "output": str(item.target), "status": DONE}
+    try:
+        video = item.source.suffix.lower() in VIDEOS
+        entry |= (_video if video else _picture)(item, restorer, bar)
+    except Exception as error:  # whatever is wrong with one file, the others are still to be done
+        log.debug("%s", item.source, exc_info=True)
+        says = " ".join(str(error).split()) or type(error).__name__
+        entry |= {"status": FAILED, "error": says if isinstance(error, OSDFaceError) else f"{type(error).__name__}: {says}"}
+    return entry | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def _picture(item: Item, restorer: Restorer, bar: tqdm | None) -> dict[str, Any]:
+    given = pictures.read(item.source)
+    pictures.check_target(given, item.target)
+    after, mask, faces = restorer.picture(given.pixels)
+    kind = item.target.suffix.lower()
+
+    def fill(fresh: Path) -> None:
+        if not bool((mask > 0).any()) and kind == item.source.suffix.lower() and not given.turned:
+            shutil.copyfile(item.source, fresh)
+        else:
+            pictures.write(given, after, mask, fresh, kind, restorer.options.quality)
+
+    pictures.placed(item.target, fill)
+    height, width = after.shape[:2]
+    return {"width": width, "height": height, "faces": faces}
+
+
+def _video(item: Item, restorer: Restorer, bar: tqdm | None) -> dict[str, Any]:
+    from . import video
+
+    if item.target.suffix.lower() not in VIDEOS:
+        raise OSDFaceError(f"{item.target} has no extension of a video; one of {', '.join(VIDEOS)} is wanted.")
+    says: dict[str, Any] = {}
+    with tqdm(unit="step", desc=item.source.name, leave=False, disable=bar is None or bar.disable, position=1) as steps:
+
+        def progress(done: int, total: int) -> None:
+            steps.total = total or None
+            steps.update(done)
+
+        def fill(fresh: Path) -> None:
+            says.update(video.restore(item.source, fresh, restorer, restorer.options.crf, progress))
+
+        pictures.placed(item.target, fill)
+    return says
+
+
+# All files
+
+
+def run(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Does the items, one after the other or by workers, and gives each one's entry of the report as it is done.
+
+    options: as restorer.resolve gives them. Raises OSDFaceError for weights that do not fit.
+    """
+    if options.workers > 1 or options.ray_address:
+        yield from _shared(items, options)
+        return
+    restorer = Restorer(options)
+    for item in items:
+        yield work(item, restorer)
+
+
+class Worker:
+    """One process of several, kept by Ray: it reads the networks once and is given file after file."""
+
+    def __init__(self, options: argparse.Namespace, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.restorer = Restorer(options)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        item = Item(Path(row["source"]), Path(row["target"]))
+        return {"entry": json.dumps(work(item, self.restorer))}
+
+
+def _shared(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise OSDFaceError('Workers need Ray: run pip install "ray[data]", or leave --workers and --ray-address out.') from error
+    package = str(Path(__file__).resolve().parents[2])
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}}
+    ray.init(
+        address=options.ray_address,
+        ignore_reinit_error=True,
+        include_dashboard=None if options.ray_address else False,
+        configure_logging=False,
+        log_to_driver=False,
+        runtime_env=environment,
+    )
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        accelerator = torch.device(options.device).type != "cpu"
+        threads = max(1, (os.cpu_count() or 1) // options.workers)
+        rows = [{"source": str(item.source.absolute()), "target": str(item.target.absolute())} for item in items]
+        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            Worker,  # type: ignore[arg-type]
+            fn_constructor_args=(options, threads),
+            compute=ray.data.ActorPoolStrategy(size=options.workers),
+            num_gpus=1 if accelerator else None,
+            num_cpus=None if accelerator else 1,
+        )
+        for row in done.iter_rows():
+            yield json.loads(row["entry"])
+    finally:
+        ray.shutdown()

@@ -1,0 +1,278 @@
+"""The networks, read once, and what is done with them to a picture or to the frames of a video."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import builtin
+from ..align import cut_all
+from ..chunks import Progress
+from ..detect import detect
+from ..diffusers_backbone import DiffusersBackbone, best_device, best_dtype, out_of_memory
+from ..errors import OSDFaceError
+from ..faces import Found, chosen_faces, find_faces
+from ..one_step import restore
+from ..parse import build_parser, face_maps
+from ..paste import paste
+from ..select import CHOSEN, Choice
+from ..types import Face, Faces
+from ..vre import build_embedder, embed, read_embedder
+from ..weights import catalogue, store
+from ..weights.reading import read_tensors
+from ..weights.sanity import build_detector
+from .options import BUILTIN, DETECTORS, NONE
+from .pictures import read_mask
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DIFFUSERS_FOLDERS = ("diffusers/stable-diffusion-2-1-base", "checkpoints/stable-diffusion-2-1-base")
+# Faces that the embedder takes at once on an accelerator: 450 MB each.
+EMBEDDED_AT_ONCE = 4
+
+
+# Where weights are
+
+
+def models_dir(given: Path | None) -> Path:
+    """The folder that holds the folders of weights: the given one, ComfyUI's, or one of our own."""
+    if given is not None:
+        if not given.is_dir():
+            raise OSDFaceError(
+                f"--models-dir is {given}, which is no folder; one that holds checkpoints, osdface and facedetection is wanted."
+            )
+        return given
+    root = Path(__file__).absolute().parents[2]
+    hosts = [Path(os.environ["COMFYUI_PATH"])] if os.environ.get("COMFYUI_PATH") else []
+    hosts += [root.parent.parent] if root.parent.name in ("custom_nodes", "extensions") else []
+    return next((host / "models" for host in hosts if (host / "models").is_dir()), Path.home() / ".cache" / "osdface")
+
+
+def folders(models: Path) -> dict[str, list[Path]]:
+    return {name: [models / name] for searched in catalogue.SEARCHED.values() for name in searched}
+
+
+def resolve(options: argparse.Namespace) -> argparse.Namespace:
+    """The options with every choice made that depends on what is there: device, dtype, and the path of each weight file.
+
+    Says on the log where a stand-in is taken. Raises OSDFaceError for weights that are missing.
+    """
+    options = argparse.Namespace(**vars(options))
+    try:
+        device = torch.device(options.device) if options.device else best_device()
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OSDFaceError(f"--device {options.device} cannot be used here ({str(error).splitlines()[0]}): leave it out.") from error
+    options.device = str(device)
+    options.dtype = options.dtype or next(name for name, dtype in DTYPES.items() if dtype == best_dtype(device))
+    models = models_dir(options.models_dir)
+    places = folders(models)
+    bar = _download_bar() if options.download else None
+
+    def ensure(entry: catalogue.WeightFile) -> str:
+        try:
+            return str(store.ensure(entry.name, places, allow_download=options.download, progress=bar))
+        except OSDFaceError as error:
+            if options.download:
+                raise
+            raise OSDFaceError(
+                f"{entry.name} ({entry.purpose}) is missing in {store.target(entry, places).parent}: add --download, put it there, "
+                "or take the small built-in model by --model builtin."
+            ) from error
+
+    def given(name: str, path: str) -> str:
+        if not Path(path).exists():
+            raise OSDFaceError(f"--{name} is {path}, which does not exist.")
+        return path
+
+    base = next((str(models / name) for name in DIFFUSERS_FOLDERS if (models / name).is_dir()), None)
+    there = [entry for entry in (catalogue.BASE, catalogue.LORA, catalogue.VRE, catalogue.VRE_CHECKPOINT) if store.find(entry, places)]
+    if options.model is None and not (there or base or options.lora or options.vre or options.download):
+        log.warning("%s (none of them is in %s)", builtin.ANNOUNCEMENT, models)
+        options.model = BUILTIN
+    if options.model == BUILTIN:
+        options.lora, options.vre = NONE, BUILTIN
+    else:
+        options.model = given("model", options.model) if options.model else base or ensure(catalogue.BASE)
+        if options.lora != NONE:
+            options.lora = given("lora", options.lora) if options.lora else ensure(catalogue.LORA)
+        if options.vre is None:
+            checkpoint = None if store.find(catalogue.VRE, places) else store.find(catalogue.VRE_CHECKPOINT, places)
+            options.vre = str(checkpoint or ensure(catalogue.VRE))
+        elif options.vre != BUILTIN:
+            options.vre = given("vre", options.vre)
+    if options.detector is None:
+        found = next((name for name, file in DETECTORS.items() if store.find(catalogue.BY_NAME[file], places)), None)
+        options.detector = found or (next(iter(DETECTORS)) if options.download else BUILTIN)
+        if options.detector == BUILTIN and options.model != BUILTIN:
+            log.warning("Using the small built-in face detector, for RetinaFace's file is missing: fetch it with --download.")
+    options.detector_file = BUILTIN if options.detector == BUILTIN else ensure(catalogue.BY_NAME[DETECTORS[options.detector]])
+    if options.mask_type is None:
+        parser_there = options.download or store.find(catalogue.PARSER, places)
+        options.mask_type = "parsing" if parser_there else "ellipse"
+        if not parser_there and options.model != BUILTIN:
+            log.warning("Pasting by an ellipse, for the face parser's file is missing: fetch it with --download.")
+    options.parser_file = ensure(catalogue.PARSER) if options.mask_type == "parsing" else None
+    return options
+
+
+def _download_bar() -> Callable[[int, int], None]:
+    from tqdm import tqdm
+
+    bar = tqdm(unit="B", unit_scale=True, desc="weights", leave=False)
+
+    def report(done: int, total: int) -> None:
+        bar.total = total
+        bar.n = done
+        bar.refresh()
+
+    return report
+
+
+# The work
+
+
+class Restorer:
+    """options: as `resolve` gives them. Raises OSDFaceError for weights that do not fit."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        dtype = DTYPES[options.dtype]
+        self.keep = read_mask(options.keep) if options.keep else None
+        self.choice = Choice(options.select, options.order, options.indices, options.max_faces, options.min_size, options.max_size)
+        finder, vre = Path(options.detector_file), Path(options.vre)
+        self.detector = builtin.detector() if options.detector_file == BUILTIN else build_detector(read_tensors(finder))
+        self.detector.to(self.device)
+        self.embedder = builtin.embedder() if options.vre == BUILTIN else build_embedder(read_embedder(vre), source=vre.name)
+        self.embedder.to(self.device)
+        self.parser = build_parser(read_tensors(Path(options.parser_file))).to(self.device) if options.parser_file else None
+        if options.model == BUILTIN:
+            self.backbone = builtin.backbone(self.device, dtype)
+        else:
+            lora = None if options.lora == NONE else Path(options.lora)
+            self.backbone = DiffusersBackbone.from_files(Path(options.model), lora, options.lora_strength, device=self.device, dtype=dtype)
+
+    @torch.inference_mode()
+    def picture(self, pixels: Tensor, progress: Progress | None = None) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+        """pixels (H,W,C) in [0,1] -> the picture restored, the mask (H,W) of what was changed, and what is to be said of each face."""
+        o = self.options
+        found: Found = find_faces(
+            pixels[None],
+            self.detector,
+            confidence=o.confidence,
+            any_angle=o.any_angle,
+            choice=self.choice,
+            crop_size=o.crop_size,
+            out_of_memory=out_of_memory,
+        )
+        after, mask, notes = self.paste(pixels[None], found.faces, progress)
+        return after[0], mask[0], described(found.everyone, found.verdicts, notes)
+
+    @torch.inference_mode()
+    def detect(self, frames: Tensor) -> list[Any]:
+        """The detections in each frame (B,H,W,3), for `followed`."""
+        o = self.options
+        return detect(
+            frames,
+            self.detector,
+            confidence=o.confidence,
+            any_angle=o.any_angle,
+            smallest=self.choice.min_size,
+            out_of_memory=out_of_memory,
+        )
+
+    def followed(self, found: list[Any], small: Tensor, width: int, height: int) -> tuple[tuple[Face, ...], tuple[str, ...]]:
+        """Everyone in a video, and a verdict for each, from its detections and thumbnails."""
+        return chosen_faces(found, small, width, height, self.choice, self.options.crop_size, self.options.smoothing)
+
+    @torch.inference_mode()
+    def frames(self, frames: Tensor, chosen: Sequence[Face]) -> tuple[Tensor, Tensor, dict[tuple[int, int], str]]:
+        """`paste` for some frames (B,H,W,3) of a video and the faces chosen in them, whose frames count from the first of these."""
+        count, height, width = frames.shape[:3]
+        size = self.options.crop_size
+        crops = cut_all(frames, [face.frame for face in chosen], [face.matrix for face in chosen], size)
+        return self.paste(frames, Faces(tuple(chosen), crops, count, height, width, size))
+
+    @torch.inference_mode()
+    def paste(
+        self, images: Tensor, faces: Faces, progress: Progress | None = None
+    ) -> tuple[Tensor, Tensor, dict[tuple[int, int], str]]:
+        """Restores and pastes `faces`; the pictures, the masks, and by frame and number what went wrong with a face."""
+        o = self.options
+        crops, notes = faces.crops, {}
+        if len(faces) and o.strength > 0:
+            crops, again, failed = self._restored(faces.crops, progress)
+            for i, note in [*((i, "computed again in fp32") for i in again), *((i, "came out as NaN, left as it was") for i in failed)]:
+                notes[faces.faces[i].frame, faces.faces[i].number] = note
+        after, mask = paste(
+            images,
+            faces,
+            crops,
+            strength=o.strength,
+            mask_type=o.mask_type,
+            feather=o.feather,
+            color_match=o.color_match,
+            keep=self.keep,
+            keep_detail=o.keep_detail,
+            parse=None if self.parser is None else self._parse,
+        )
+        return after, mask, notes
+
+    def _restored(self, crops: Tensor, progress: Progress | None) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+        o = self.options
+        at_once = 1 if self.device.type == "cpu" else EMBEDDED_AT_ONCE
+        prompts = embed(crops, lambda faces: (self.embedder, self.device), at_once=at_once, out_of_memory=out_of_memory)
+        settings = {"timestep": o.timestep, "faces_per_batch": o.faces_per_batch}
+        result = restore(crops, prompts, self.backbone, progress=progress, **settings)
+        again: tuple[int, ...] = ()
+        if result.failed and self.backbone.dtype != torch.float32:
+            again, index = result.failed, list(result.failed)
+            with self.backbone.precisely():
+                second = restore(crops[index], prompts[index], self.backbone, **settings)
+            result.crops[index] = second.crops
+            result = replace(result, failed=tuple(again[i] for i in second.failed))
+        return result.crops, tuple(i for i in again if i not in result.failed), result.failed
+
+    def _parse(self, crops: Tensor) -> Tensor:
+        assert self.parser is not None
+        return face_maps(crops, self.parser, out_of_memory)
+
+
+def described(everyone: Sequence[Face], verdicts: Sequence[str], notes: dict[tuple[int, int], str]) -> list[dict[str, Any]]:
+    """The faces for the report, one by one."""
+    return [
+        {
+            "frame": face.frame,
+            "number": face.number,
+            "box": [round(c, 1) for c in face.box],
+            "size": round(face.size, 1),
+            "confidence": round(face.score, 4),
+            "verdict": verdict,
+            **({"note": notes[face.frame, face.number]} if (face.frame, face.number) in notes and verdict == CHOSEN else {}),
+        }
+        for face, verdict in zip(everyone, verdicts, strict=True)
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that the numbers depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for name in ("osdface", "torch", "torchvision", "diffusers", "peft", "numpy", "Pillow", "av"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
