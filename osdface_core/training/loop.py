@@ -1,0 +1,340 @@
+"""The training loop that every stage shares: devices, precision and processes by accelerate; logs, averages, checkpoints, samples.
+
+A run that was stopped and goes on gives the same bits as one that was not: all that changes is in the checkpoint, and what is random
+about a sample comes from the sample's number.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from PIL import Image
+from torch import Tensor, nn
+
+from ..errors import OSDFaceError
+from .data import Samples, batches
+from .losses import check_finite
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT = "step_{:07d}.pt"
+
+
+@dataclass(frozen=True)
+class Run:
+    """folder: where all goes. steps: optimisation steps in all. batch: samples of a process at a time; accumulate: so many batches make
+    a step; a step sees batch x accumulate x processes samples. precision: no | bf16 | fp16. cpu: even where there is a GPU. ema: of
+    the averaged weights, which are the ones exported. threads: of the processor, 0 as torch has it. keep: checkpoints kept."""
+
+    folder: Path
+    steps: int
+    batch: int = 1
+    accumulate: int = 1
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    cpu: bool = False
+    threads: int = 0
+    workers: int = 2
+    ema: float = 0.999
+    log_every: int = 50
+    sample_every: int = 1000
+    samples: int = 6
+    checkpoint_every: int = 1000
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW. warmup: steps in which the rate rises to learning_rate. schedule: what follows. clip: the gradient's largest norm, or 0."""
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    eps: float = 1e-8
+    warmup: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip: float = 1.0
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of step 0, 1, ... of `steps`."""
+        rise = min(1.0, (step + 1) / (self.warmup + 1))
+        fall = (1 + math.cos(math.pi * step / steps)) / 2 if self.schedule == "cosine" else 1.0
+        return self.learning_rate * rise * fall
+
+
+class Task(Protocol):
+    """What a stage trains. `networks` by name take turns in this order on every batch; the loop puts them on their device and wraps
+    them, so that `losses` must call them through `networks`, or `bare(networks[...])` where their gradient is not wanted."""
+
+    networks: dict[str, nn.Module]
+    optimisers: dict[str, Optimiser]
+    samples: Samples
+    accelerator: Accelerator
+    step: int  # steps done; the loop keeps it
+
+    def losses(self, name: str, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What network `name` pays for a batch, and its parts, for the log."""
+
+    def after_step(self, step: int) -> None:
+        """Called when step number `step`, from 1 on, is done."""
+
+    def show(self, count: int) -> tuple[Tensor, dict[str, float]]:
+        """Held-out samples: a picture (3,H,W) in [0,1] and what was measured; with the averaged weights in place."""
+
+    def export(self, folder: Path) -> None:
+        """Writes what other programs read; with the averaged weights in place."""
+
+
+def accelerator_for(run: Run) -> Accelerator:
+    """Sets the seed, too, that new networks are made with."""
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    accelerator = Accelerator(
+        cpu=run.cpu,
+        mixed_precision=run.precision,
+        gradient_accumulation_steps=run.accumulate,
+        log_with="tensorboard",
+        project_dir=str(run.folder),
+    )
+    set_seed(run.seed)
+    return accelerator
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """The network inside the wrapper that several processes need; its forward still runs in the run's precision."""
+    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+
+def trained(network: nn.Module) -> dict[str, Tensor]:
+    """What training changes: the parameters that are not frozen, and buffers."""
+    found = {name: p.data for name, p in network.named_parameters() if p.requires_grad}
+    return found | dict(network.named_buffers())
+
+
+class Average:
+    """Exponential moving average of the trained parameters; early on a shorter one, min(decay, (1+n)/(10+n))."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.live = [p for p in network.parameters() if p.requires_grad]
+        self.kept = [p.detach().clone().float() for p in self.live]
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.kept, [p.float() for p in self.live], 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        before = [p.detach().clone() for p in self.live]
+        for p, average in zip(self.live, self.kept, strict=True):
+            p.data.copy_(average)
+        try:
+            yield
+        finally:
+            for p, own in zip(self.live, before, strict=True):
+                p.data.copy_(own)
+
+
+def train(task: Task, run: Run) -> None:
+    """Trains from the last checkpoint in `run.folder`, or from the start. Raises OSDFaceError where a loss is no number any more."""
+    accelerator = task.accelerator
+    own = {name: bare(network) for name, network in task.networks.items()}
+    flags = {name: [p.requires_grad for p in network.parameters()] for name, network in own.items()}
+    optimisers = {}
+    for name, network in own.items():
+        settings = task.optimisers[name]
+        made = torch.optim.AdamW(
+            [p for p in network.parameters() if p.requires_grad],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            eps=settings.eps,
+        )
+        task.networks[name], optimisers[name] = accelerator.prepare(network, made)
+        network.train()
+    averages = {name: Average(network, run.ema) for name, network in own.items()}
+    task.step = step = _resume(run, accelerator, own, optimisers, averages)
+    if accelerator.is_main_process:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers("log")
+    count = sum(p.numel() for network in own.values() for p in network.parameters() if p.requires_grad)
+    seen = run.batch * run.accumulate * accelerator.num_processes
+    log.info("%d pictures, %.2f million weights to train, %d samples a step", len(task.samples), count / 1e6, seen)
+    log.info("From step %d to %d on %s in %s", step, run.steps, accelerator.device, run.precision.replace("no", "fp32"))
+    feed = batches(
+        task.samples,
+        batch=run.batch,
+        accumulate=run.accumulate,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        first_step=step,
+        workers=run.workers,
+    )
+    sums: dict[str, Tensor] = {}
+    begun, begun_at = time.monotonic(), step
+    while step < run.steps:
+        for name, optimiser in optimisers.items():
+            for group in optimiser.param_groups:
+                group["lr"] = task.optimisers[name].rate(step, run.steps)
+        for _ in range(run.accumulate):
+            batch = {key: value.to(accelerator.device) for key, value in next(feed).items()}
+            with accelerator.accumulate(*task.networks.values()):
+                for name in task.networks:
+                    for other, network in own.items():
+                        for p, flag in zip(network.parameters(), flags[other], strict=True):
+                            p.requires_grad_(flag and other == name)
+                    total, parts = task.losses(name, batch)
+                    accelerator.backward(total)
+                    if accelerator.sync_gradients and task.optimisers[name].clip:
+                        accelerator.clip_grad_norm_(task.networks[name].parameters(), task.optimisers[name].clip)
+                    optimisers[name].step()
+                    optimisers[name].zero_grad()
+                    for key, value in parts.items():
+                        sums[key] = sums.get(key, 0) + value.detach().float() / run.accumulate
+        for name, network in own.items():
+            for p, flag in zip(network.parameters(), flags[name], strict=True):
+                p.requires_grad_(flag)
+        task.step = step = step + 1
+        task.after_step(step)
+        for average in averages.values():
+            average.update(step)
+        last = step == run.steps
+        if step % run.log_every == 0 or last:
+            since = (step - 1) % run.log_every + 1
+            means = {key: float(accelerator.reduce(value, "mean")) / min(since, step - begun_at) for key, value in sums.items()}
+            check_finite(means, step)
+            sums = {}
+            speed = (step - begun_at) / (time.monotonic() - begun)
+            rates = {f"rate/{name}": settings.rate(step - 1, run.steps) for name, settings in task.optimisers.items()}
+            accelerator.log(means | rates | {"steps_a_second": speed}, step=step)
+            log.info("step %d: %s, %.2f steps/s", step, ", ".join(f"{key} {value:.4g}" for key, value in means.items()), speed)
+        if run.samples and (step % run.sample_every == 0 or last):
+            _show(task, run, averages, step)
+        if step % run.checkpoint_every == 0 or last:
+            _save(run, accelerator, step, own, optimisers, averages)
+    if accelerator.is_main_process:
+        with _averaged(averages):
+            task.export(run.folder)
+        log.info("Written to %s", run.folder)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+@contextmanager
+def _averaged(averages: dict[str, Average]) -> Iterator[None]:
+    first, *rest = averages.values()
+    with first.in_place():
+        if rest:
+            with _averaged(dict(enumerate(rest))):  # type: ignore[arg-type]
+                yield
+        else:
+            yield
+
+
+def _show(task: Task, run: Run, averages: dict[str, Average], step: int) -> None:
+    if task.accelerator.is_main_process:
+        with torch.no_grad(), _averaged(averages):
+            picture, measured = task.show(run.samples)
+        pixels = picture.clamp(0, 1).mul(255).round().byte().cpu()
+        folder = run.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels.movedim(0, -1).numpy()).save(folder / f"{step:07d}.png")
+        if tracker := task.accelerator.get_tracker("tensorboard", unwrap=True):
+            tracker.add_image("samples", pixels, step)
+        task.accelerator.log({f"held_out/{key}": value for key, value in measured.items()}, step=step)
+        log.info("step %d, held out: %s", step, ", ".join(f"{key} {value:.3f}" for key, value in measured.items()))
+    task.accelerator.wait_for_everyone()
+
+
+def _randomness() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": [v.tolist() if isinstance(v, np.ndarray) else v for v in np.random.get_state()],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_randomness(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step_*.pt"))
+
+
+def _save(
+    run: Run, accelerator: Accelerator, step: int, own: dict[str, nn.Module], optimisers: dict[str, Any], averages: dict[str, Average]
+) -> None:
+    randomness = gather_object([_randomness()])
+    if accelerator.is_main_process:
+        state = {
+            "step": step,
+            "processes": accelerator.num_processes,
+            "networks": {name: trained(network) for name, network in own.items()},
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers.items()},
+            "averages": {name: average.kept for name, average in averages.items()},
+            "randomness": randomness,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        }
+        path = run.folder / CHECKPOINT.format(step)
+        torch.save(state, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+        for old in checkpoints(run.folder)[: -run.keep]:
+            old.unlink()
+    accelerator.wait_for_everyone()
+
+
+def _resume(
+    run: Run, accelerator: Accelerator, own: dict[str, nn.Module], optimisers: dict[str, Any], averages: dict[str, Average]
+) -> int:
+    """The step to go on from."""
+    if not (found := checkpoints(run.folder)):
+        return 0
+    try:
+        state = torch.load(found[-1], map_location="cpu", weights_only=True)
+        for name, network in own.items():
+            places = trained(network)
+            if places.keys() != state["networks"][name].keys():
+                raise KeyError(f"other weights in {name}")
+            for key, place in places.items():
+                place.copy_(state["networks"][name][key])
+            optimisers[name].load_state_dict(state["optimisers"][name])
+            for kept, value in zip(averages[name].kept, state["averages"][name], strict=True):
+                kept.copy_(value)
+    except (KeyError, ValueError, RuntimeError, EOFError) as error:
+        raise OSDFaceError(
+            f"{found[-1]} is no checkpoint of this configuration ({' '.join(str(error).split())[:200]}): give another run.folder."
+        ) from error
+    if accelerator.scaler and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    if accelerator.num_processes == len(state["randomness"]):
+        _set_randomness(state["randomness"][accelerator.process_index])
+    log.info("Going on from %s", found[-1])
+    return int(state["step"])
+
+
+def grid(rows: list[Tensor]) -> Tensor:
+    """Rows of pictures (B,3,H,W) as one picture (3,rows x H,B x W)."""
+    return torch.cat([torch.cat(list(row.float().cpu()), dim=-1) for row in rows], dim=-2)

@@ -1,0 +1,278 @@
+"""What a restored face is judged by. Pictures are (B,3,H,W) in [0,1]; every function gives a mean over the batch.
+
+Networks come from files of other projects, named at each; nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import OSDFaceError
+from ..networks import filled
+from ..weights.reading import read_tensors
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss: its weight, and the files of its network where it has one."""
+
+    weight: float = 0.0
+    files: tuple[Path, ...] = ()
+
+
+def wanted(name: str, term: Term, files: str = "") -> bool:
+    """Whether a term is on. files: what its network's files are, if it needs any; without them it is off, and the log says so."""
+    if term.weight and files and not term.files:
+        log.warning("%s is switched off: `losses.%s.files` names no network (%s).", name, name, files)
+        return False
+    if not term.weight:
+        log.info("%s is switched off: its weight is 0.", name)
+    return bool(term.weight)
+
+
+def charbonnier(given: Tensor, right: Tensor, epsilon: float = 1e-3) -> Tensor:
+    """Mean of sqrt(difference^2 + epsilon^2) - epsilon: an absolute difference that is smooth at 0."""
+    return ((given - right).square() + epsilon**2).sqrt().mean() - epsilon
+
+
+def differences(given: Tensor, right: Tensor) -> Tensor:
+    """Mean absolute difference of the steps between neighbouring pixels, across and down."""
+    return sum(((given.diff(dim=d) - right.diff(dim=d)).abs().mean() for d in (-1, -2)), given.new_zeros(()))
+
+
+def edges(pictures: Tensor) -> Tensor:
+    """(B,3,H,W) -> (B,1,H,W): Sobel's gradient magnitude of the channels' mean, sqrt(gx^2 + gy^2 + 1e-6), zeros beyond the border.
+
+    So OSDFace's demonstration of edge-aware DISTS computes it.
+    """
+    across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=pictures.device)
+    filters = torch.stack([across, across.T])[:, None].to(pictures)
+    gx, gy = F.conv2d(pictures.mean(1, keepdim=True), filters, padding=1).split(1, dim=1)
+    return (gx.square() + gy.square() + 1e-6).sqrt()
+
+
+class VGG16(nn.Module):
+    """torchvision's VGG16 up to relu5_3; gives relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of pictures normalised for it."""
+
+    LEVELS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+    WIDTHS = (64, 128, 256, 512, 512)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.ModuleDict()
+        inside = 3
+        for layers, width in zip(self.LEVELS, self.WIDTHS, strict=True):
+            for layer in layers:
+                self.features[str(layer)] = nn.Conv2d(inside, width, 3, padding=1)
+                inside = width
+
+    def forward(self, x: Tensor, pool: nn.Module) -> list[Tensor]:
+        found = []
+        for i, layers in enumerate(self.LEVELS):
+            x = pool(x) if i else x
+            for layer in layers:
+                x = F.relu(self.features[str(layer)](x))
+            found.append(x)
+        return found
+
+
+class HannPool(nn.Module):
+    """(B,C,H,W) -> half the size: root of the squares' mean under a 3 x 3 Hann window, which does not alias (Henaff and Simoncelli)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = torch.tensor([0.5, 1.0, 0.5], device=x.device, dtype=x.dtype)
+        window = torch.outer(window, window) / 4
+        power = F.conv2d(x.square(), window.expand(x.shape[1], 1, 3, 3), stride=2, padding=1, groups=x.shape[1])
+        return (power + 1e-12).sqrt()
+
+
+class DISTS(nn.Module):
+    """Deep image structure and texture similarity (Ding et al. 2020): 0 for equal pictures.
+
+    Files: torchvision's vgg16-397923af.pth and the authors' weights.pt (`alpha`, `beta`; pyiqa's DISTS_weights-f5e65c96.pth).
+    """
+
+    CHANNELS = (3, *VGG16.WIDTHS)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vgg = VGG16()
+        self.pool = HannPool()
+        self.alpha = nn.Parameter(torch.empty(1, sum(self.CHANNELS), 1, 1))
+        self.beta = nn.Parameter(torch.empty(1, sum(self.CHANNELS), 1, 1))
+
+    def features(self, pictures: Tensor) -> list[Tensor]:
+        return [pictures, *self.vgg(_for_imagenet(pictures), self.pool)]
+
+    def forward(self, given: Tensor, right: Tensor) -> Tensor:
+        total = (self.alpha.sum() + self.beta.sum()).reshape(())
+        alike = given.new_zeros(len(given))
+        parts = zip(self.alpha.split(self.CHANNELS, 1), self.beta.split(self.CHANNELS, 1), strict=True)
+        for x, y, (alpha, beta) in zip(self.features(given), self.features(right), parts, strict=True):
+            x_mean, y_mean = (v.mean((2, 3), keepdim=True) for v in (x, y))
+            texture = (2 * x_mean * y_mean + 1e-6) / (x_mean.square() + y_mean.square() + 1e-6)
+            x_power, y_power = ((v - m).square().mean((2, 3), keepdim=True) for v, m in ((x, x_mean), (y, y_mean)))
+            covariance = (x * y).mean((2, 3), keepdim=True) - x_mean * y_mean
+            structure = (2 * covariance + 1e-6) / (x_power + y_power + 1e-6)
+            alike = alike + ((alpha * texture + beta * structure) / total).sum((1, 2, 3))
+        return (1 - alike).mean()
+
+
+def edge_aware_dists(network: DISTS, given: Tensor, right: Tensor) -> Tensor:
+    """DISTS of the pictures and DISTS of their edges, in equal parts (OSDFace, section 3.3)."""
+    of_edges = [edges(x).expand(-1, 3, -1, -1) for x in (given, right)]
+    return network(given, right) + network(*of_edges)
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual similarity (Zhang et al. 2018) over VGG16. Files: torchvision's vgg16-397923af.pth and the authors' vgg.pth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vgg = VGG16()
+        self.pool = nn.MaxPool2d(2, 2)
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(1, width, 1, 1)) for width in VGG16.WIDTHS)
+
+    def forward(self, given: Tensor, right: Tensor) -> Tensor:
+        found = (self.vgg((x * 2 - 1 - x.new_tensor(_SHIFT)) / x.new_tensor(_SCALE), self.pool) for x in (given, right))
+        total = given.new_zeros(())
+        for x, y, weight in zip(*found, self.weights, strict=True):
+            x, y = (v / (v.square().sum(1, keepdim=True).sqrt() + 1e-10) for v in (x, y))  # noqa: PLW2901
+            total = total + ((x - y).square() * weight).sum(1).mean()
+        return total
+
+
+_SHIFT = [[[-0.030]], [[-0.088]], [[-0.188]]]
+_SCALE = [[[0.458]], [[0.448]], [[0.450]]]
+
+
+def _for_imagenet(x: Tensor) -> Tensor:
+    return (x - x.new_tensor([[[0.485]], [[0.456]], [[0.406]]])) / x.new_tensor([[[0.229]], [[0.224]], [[0.225]]])
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, channels // 16, 1, bias=False)
+        self.fc2 = nn.Conv2d(channels // 16, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, inside: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.shortcut_layer = (
+            nn.MaxPool2d(1, stride)
+            if inside == out
+            else nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        )
+        self.res_layer = nn.Sequential(
+            nn.BatchNorm2d(inside),
+            nn.Conv2d(inside, out, 3, 1, 1, bias=False),
+            nn.PReLU(out),
+            nn.Conv2d(out, out, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(out),
+            SqueezeExcite(out),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut_layer(x) + self.res_layer(x)
+
+
+class ArcFace(nn.Module):
+    """ArcFace's IR-SE50 (Deng et al. 2019). File: facexlib's recognition_arcface_ir_se50.pth.
+
+    Takes FFHQ-aligned crops; the part of them that it is shown, at 112 px, is the one that pSp takes (Richardson et al. 2021).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
+        levels = ((64, 64, 3), (64, 128, 4), (128, 256, 14), (256, 512, 3))
+        self.body = nn.Sequential(
+            *(Bottleneck(out if i else inside, out, 1 if i else 2) for inside, out, count in levels for i in range(count))
+        )
+        self.output_layer = nn.Sequential(
+            nn.BatchNorm2d(512), nn.Dropout(0.0), nn.Flatten(), nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512)
+        )
+
+    def forward(self, faces: Tensor) -> Tensor:
+        """(B,3,112,112) in [-1,1] -> (B,512) of length 1."""
+        return F.normalize(self.output_layer(self.body(self.input_layer(faces))), dim=1)
+
+    def of_crops(self, crops: Tensor) -> Tensor:
+        height, width = crops.shape[-2:]
+        part = crops[..., height * 35 // 256 : height * 223 // 256, width * 32 // 256 : width * 220 // 256]
+        return self(F.interpolate(part, (112, 112), mode="bilinear", antialias=True) * 2 - 1)
+
+
+def identity(network: ArcFace, given: Tensor, right: Tensor) -> Tensor:
+    """1 - the cosine between the faces' embeddings."""
+    with torch.no_grad():
+        target = network.of_crops(right)
+    return 1 - (network.of_crops(given) * target).sum(1).mean()
+
+
+def gan_losses(kind: str, fake: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+    """What a discriminator that gives `fake` and `real` pays; with `fake` alone what the generator pays. kind: softplus | hinge."""
+    if fake is None:
+        raise ValueError("a GAN loss needs what the discriminator says of the fake")
+    if real is None:
+        return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
+    if kind == "hinge":
+        return (F.relu(1 + fake).mean() + F.relu(1 - real).mean()) / 2
+    return (F.softplus(fake).mean() + F.softplus(-real).mean()) / 2
+
+
+def _tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+
+
+def _vgg(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"vgg.{name}": tensor for name, tensor in tensors.items() if name.startswith("features.")}
+
+
+def load_dists(files: Sequence[Path]) -> DISTS:
+    tensors = _tensors(files)
+    state = _vgg(tensors) | {name: tensors[name] for name in ("alpha", "beta") if name in tensors}
+    return filled(DISTS, state, "The files given for DISTS do not fit it", "give vgg16-397923af.pth and DISTS' weights.pt.", spare=True)
+
+
+def load_lpips(files: Sequence[Path]) -> LPIPS:
+    tensors = _tensors(files)
+    state = _vgg(tensors)
+    state |= {f"weights.{i}": tensors[key] for i in range(5) if (key := f"lin{i}.model.1.weight") in tensors}
+    return filled(LPIPS, state, "The files given for LPIPS do not fit it", "give vgg16-397923af.pth and LPIPS' vgg.pth.", spare=True)
+
+
+def load_arcface(files: Sequence[Path]) -> ArcFace:
+    return filled(ArcFace, _tensors(files), "The file given for the identity loss does not fit", "give recognition_arcface_ir_se50.pth.")
+
+
+def measures(given: Tensor, right: Tensor) -> dict[str, float]:
+    """PSNR in dB and the gradient energy as a share of the original's, means over the pictures (B,3,H,W) in [0,1]."""
+    given = given.clamp(0, 1)
+    error = (given - right).square().mean((1, 2, 3))
+
+    def energy(x: Tensor) -> Tensor:
+        return sum((x.diff(dim=d).square().mean((1, 2, 3)) for d in (-1, -2)), x.new_zeros(len(x)))
+
+    return {"psnr": float((-10 * error.clamp(min=1e-10).log10()).mean()), "sharpness": float((energy(given) / energy(right)).mean())}
+
+
+def check_finite(losses: dict[str, float], step: int) -> None:
+    """Raises OSDFaceError for a loss that is NaN or infinite."""
+    for name, value in losses.items():
+        if not -float("inf") < value < float("inf"):
+            raise OSDFaceError(f"{name} became {value} at step {step}: go on from the last checkpoint with a lower learning rate.")

@@ -1,0 +1,50 @@
+"""Cuts the faces out of a folder of pictures, aligned as OSDFace's training data are, one file a face."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ..errors import OSDFaceError
+from ..faces import find_faces
+from ..weights.reading import read_tensors
+from ..weights.sanity import build_detector
+from .data import picture_files
+
+log = logging.getLogger(__name__)
+
+
+def prepare(pictures: Path, faces: Path, detector: Path, size: int) -> None:
+    """Writes NAME.png for a picture's first face, face1_NAME.png, ... for others, so that all keep its number; folders are kept, too.
+
+    A picture that is done is passed over. Raises OSDFaceError.
+    """
+    network = build_detector(read_tensors(detector))
+    files = picture_files(pictures)
+    if not files:
+        raise OSDFaceError(f"{pictures} holds no pictures: give a folder of them.")
+    count = 0
+    for number, path in enumerate(files, 1):
+        place = faces / path.parent.relative_to(pictures)
+        if (place / f"{path.stem}.png").exists():
+            continue
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).copy()
+        except OSError as error:
+            log.warning("%s is passed over: %s", path, error)
+            continue
+        crops = find_faces(torch.from_numpy(pixels).float()[None] / 255, network, crop_size=size).faces.crops
+        place.mkdir(parents=True, exist_ok=True)
+        for i, crop in enumerate(crops):
+            name = f"{path.stem}.png" if i == 0 else f"face{i}_{path.stem}.png"
+            Image.fromarray(crop.clamp(0, 1).mul(255).round().byte().numpy()).save(place / name)
+        count += len(crops)
+        if not len(crops):
+            log.warning("%s shows no face", path)
+        if number % 100 == 0 or number == len(files):
+            log.info("%d of %d pictures, %d faces", number, len(files), count)
