@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .face_detect_align import FaceDetectAlign
 from .face_paste_back import FacePasteBack
 from .face_select import FaceSelect
+from .osdface_builtin import OSDFaceBuiltinModel
 from .osdface_one_step import OSDFaceOneStep
 from .osdface_restore import OSDFaceRestore
 from .osdface_vre import OSDFaceVRE
@@ -14,4 +15,4 @@ from .osdface_vre import OSDFaceVRE
 
 class OSDFaceExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [FaceDetectAlign, OSDFaceVRE, OSDFaceOneStep, FacePasteBack, FaceSelect, OSDFaceRestore]
+        return [FaceDetectAlign, OSDFaceVRE, OSDFaceOneStep, FacePasteBack, FaceSelect, OSDFaceRestore, OSDFaceBuiltinModel]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..osdface_core import builtin
 from ..osdface_core.chunks import Progress
 from ..osdface_core.detect import memory
 from ..osdface_core.faces import Found, find_faces
@@ -20,8 +21,15 @@ from . import host
 DETECTORS = {
     "retinaface_resnet50": catalogue.DETECTOR.name,
     "retinaface_mobile0.25": catalogue.SMALL_DETECTOR.name,
+    builtin.NAME: builtin.NAME,
 }
 FACES = io.Custom("OSDFACE_FACES")
+
+
+def default_detector() -> str:
+    """The best one; where no detector's file is and none may be fetched, the built-in one."""
+    first, *others = (name for name in DETECTORS if name != builtin.NAME)
+    return first if host.at_hand(*(DETECTORS[name] for name in (first, *others))) else builtin.NAME
 
 
 def choice_inputs() -> dict[str, Any]:
@@ -61,7 +69,7 @@ class FaceDetectAlign(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         choice = choice_inputs()
-        return io.Schema(
+        schema = io.Schema(
             node_id="FaceDetectAlign",
             display_name="Face Detect & Align",
             category="OSDFace",
@@ -71,8 +79,9 @@ class FaceDetectAlign(io.ComfyNode):
                 io.Combo.Input(
                     "detector",
                     options=list(DETECTORS),
-                    default="retinaface_resnet50",
-                    tooltip="resnet50 finds more; mobile0.25 is many times faster. The files belong in models/facedetection.",
+                    default=default_detector(),
+                    tooltip="resnet50 finds more; mobile0.25 is many times faster. Their files belong in models/facedetection. "
+                    "builtin is small, needs no file, and does for portraits and small groups.",
                 ),
                 io.Float.Input(
                     "confidence",
@@ -118,6 +127,11 @@ class FaceDetectAlign(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What was found and chosen, and why the rest was not."),
             ],
         )
+        return host.with_extras(
+            schema,
+            search=("detect faces", "crop faces", "face crop", "face alignment", "RetinaFace"),
+            advanced=("max_size", "smoothing"),
+        )
 
     @classmethod
     def fingerprint_inputs(cls, detector: str | None = None, **_: Any) -> str:
@@ -155,7 +169,8 @@ def detected(
     smoothing: float,
     progress: Progress,
 ) -> Found:
-    network = host.network(host.find(DETECTORS[detector]), build_detector, memory=memory(*image.shape[:3]))
+    with host.naming("detector"):
+        network = host.network(host.find(DETECTORS[detector]), build_detector, memory=memory(*image.shape[:3]))
     assert isinstance(network, RetinaFace)
     return find_faces(
         image,

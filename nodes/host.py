@@ -1,16 +1,20 @@
 """ComfyUI behind the core: its MODEL and VAE as a Backbone, our networks in its memory management, its folders and progress bar.
 
-The only file that knows ComfyUI's insides. Measured on 0.3.64; what newer versions changed is asked for by name before it is used.
+The only file that knows ComfyUI's insides. Run on 0.3.64; what newer versions changed (read up to 0.38) is asked for by name before it
+is used.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import comfy.lora
 import comfy.model_management as mm
@@ -21,9 +25,11 @@ import comfy.samplers
 import comfy.utils
 import folder_paths
 import torch
+from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor, nn
 
+from ..osdface_core import builtin
 from ..osdface_core.backbone import LATENT_CHANNELS, STRIDE, TIMESTEP, TIMESTEPS, alphas_cumprod
 from ..osdface_core.errors import OSDFaceError
 from ..osdface_core.lora import LoraModule, parse_lora
@@ -35,22 +41,58 @@ from ..osdface_core.weights.store import ensure
 
 log = logging.getLogger(__name__)
 
-# Folders of a menu's files; the LoRA may lie with the other LoRAs.
-SEARCHED = catalogue.SEARCHED | {catalogue.LORAS: (catalogue.OSDFACE, catalogue.LORAS)}
+T = TypeVar("T")
+
+# Folders of a menu's files; the LoRA may lie with the other LoRAs, a detector in newer hosts' folder for such.
+SEARCHED = catalogue.SEARCHED | {
+    catalogue.LORAS: (catalogue.OSDFACE, catalogue.LORAS),
+    catalogue.FACES: (*catalogue.SEARCHED[catalogue.FACES], "detection"),
+}
 EXTENSIONS = {".safetensors", ".ckpt", ".pth"}
 # ComfyUI's settings file holds this once the user has allowed downloads there (web/osdface.js); the variable does the same.
 DOWNLOAD_SETTING, DOWNLOAD_VARIABLE = "OSDFace.download", "OSDFACE_DOWNLOAD"
 NONE = "none"
+# What the networks of OSDFace Built-in Model, and prompts made for it, are known by.
+BUILTIN_MARK = "osdface_builtin"
+BUILTIN_FILES = {catalogue.OSDFACE: builtin.VRE, catalogue.FACES: builtin.DETECTOR}
 
 CHECKPOINT = "Load Stable Diffusion 2.1-base (v2-1_512-ema-pruned.safetensors) with Load Checkpoint."
 PREVIEW_SIDE = 512
-# A chunk is also the grain at which a run shows progress and stops.
+# A chunk is also the grain at which a run shows progress, and the UNet's at which it stops.
 MOST_FACES_AT_ONCE = 16
 # Peak of the embedder's activations for a 512 px crop in fp32.
 EMBEDDER_MEMORY = 450 * 1024**2
 
 
+# Schemas
+
+
+def with_extras(schema: io.Schema, *, search: tuple[str, ...] = (), advanced: tuple[str, ...] = (), shows: bool = False) -> io.Schema:
+    """The schema with what newer hosts offer, where the host does.
+
+    search: other names that people look for. advanced: ids of inputs that are rarely turned, to be folded away. shows: the node shows
+    something on itself that is to stay when the page is loaded anew.
+    """
+    if hasattr(schema, "search_aliases"):
+        schema.search_aliases = list(search)
+    if hasattr(schema, "has_intermediate_output"):
+        schema.has_intermediate_output = shows
+    for given in schema.inputs:
+        if given.id in advanced and hasattr(given, "advanced"):
+            given.advanced = True
+    return schema
+
+
 # Files
+
+
+@contextmanager
+def naming(given: str) -> Iterator[None]:
+    """Errors about a file say which input named the file."""
+    try:
+        yield
+    except OSDFaceError as error:
+        raise OSDFaceError(f"`{given}`: {error}") from error
 
 
 def register_folders() -> None:
@@ -73,7 +115,7 @@ def names(kind: str, *first: str) -> list[str]:
 def find(name: str, kind: str = catalogue.FACES) -> Path:
     """The file `name` in the folders that are searched for `kind`; fetched first if it is missing and the user has allowed that.
 
-    Raises OSDFaceError, which says how to get it.
+    `builtin` names our own small one. Raises OSDFaceError, which says how to get it.
     """
     if (path := _present(name, kind)) is not None:
         return path
@@ -87,10 +129,17 @@ def find(name: str, kind: str = catalogue.FACES) -> Path:
 
 
 def _present(name: str, kind: str) -> Path | None:
+    if name == builtin.NAME and kind in BUILTIN_FILES:
+        return BUILTIN_FILES[kind]
     for folder in SEARCHED[kind]:
         if (path := folder_paths.get_full_path(folder, name)) is not None:
             return Path(path)
     return None
+
+
+def at_hand(*files: str, kind: str = catalogue.FACES) -> bool:
+    """Whether one of the files is there, or may be fetched when it is wanted."""
+    return _downloads_allowed() or any(_present(name, kind) is not None for name in files)
 
 
 def _downloads_allowed() -> bool:
@@ -125,10 +174,38 @@ def fingerprint(*files: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
+_made: dict[tuple[str, str], tuple[object, Any]] = {}
+
+
+def once(what: str, files: tuple[Path, ...], make: Callable[[], T]) -> T:
+    """What `make` gives from the files, made anew only when one of them has changed.
+
+    Raises OSDFaceError for a file that the host's keeper does not allow: newer hosts may be told which files may be loaded.
+    """
+    key, state = (what, str(files[0])), fingerprint(*files)
+    if key not in _made or _made[key][0] != state:
+        _made.pop(key, None)
+        governance = sys.modules.get("app.governance")
+        for path in files:
+            if not getattr(governance, "model_allowed", lambda path: True)(str(path)):
+                raise OSDFaceError(f"{path.name} is not among the files that this ComfyUI may load: ask who looks after it to allow it.")
+        _made[key] = state, make()
+    return _made[key][1]
+
+
 # Networks of our own
 
 
-_networks: dict[tuple[str, str], tuple[object, comfy.model_patcher.ModelPatcher]] = {}
+def _complete(layer: type[nn.Module], plain: type[nn.Module]) -> Any:
+    """ComfyUI's layer with its weights there from the start; newer hosts wait for them where a subclass does not read them itself."""
+    return type(layer.__name__, (layer,), {"__init__": plain.__init__, "_load_from_state_dict": nn.Module._load_from_state_dict})
+
+
+class Operations(comfy.ops.manual_cast):
+    """ComfyUI's layers, which cast weights to what comes in and let it page them."""
+
+    Linear = _complete(comfy.ops.manual_cast.Linear, nn.Linear)
+    Embedding = _complete(comfy.ops.manual_cast.Embedding, nn.Embedding)
 
 
 def network(
@@ -142,33 +219,38 @@ def network(
 
     build: (tensors, operations) -> module. memory: bytes that its activations will want. files_of: all files that `read` reads.
     The network is read once for each state of its files, stays loaded between runs, and leaves the device when ComfyUI needs the room.
+    Raises ComfyUI's own error when the user has asked to stop.
     """
-    key = (build.__module__ + "." + build.__qualname__, str(path))
-    state = fingerprint(*files_of(path))
-    if key not in _networks or _networks[key][0] != state:
-        module = build(read(path), comfy.ops.manual_cast)
+    mm.throw_exception_if_processing_interrupted()
+
+    def make() -> comfy.model_patcher.ModelPatcher:
+        # The newer one pages weights in as they are used.
         patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-        _networks[key] = state, patcher_class(module, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
-    patcher = _networks[key][1]
+        return patcher_class(build(read(path), Operations), load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+
+    patcher = once(build.__module__ + "." + build.__qualname__, files_of(path), make)
     mm.load_models_gpu([patcher], memory_required=memory)
     return patcher.model
 
 
 def embedder(vre_name: str, faces: int) -> tuple[VisualEmbedder, torch.device]:
     """The Visual Representation Embedder of a file of models/osdface, with room for so many faces at once, and where it computes."""
-    path = find(vre_name, catalogue.OSDFACE)
-    module = network(path, build_embedder, faces * EMBEDDER_MEMORY, read_embedder, embedder_files)
+    with naming("vre_name"):
+        path = find(vre_name, catalogue.OSDFACE)
+        module = network(path, build_embedder, faces * EMBEDDER_MEMORY, read_embedder, embedder_files)
     assert isinstance(module, VisualEmbedder)
     return module, mm.get_torch_device()
 
 
-def embedder_faces_that_fit() -> int:
+def faces_that_fit(memory: float) -> int:
+    """How many faces a network of our own takes at once that wants so many bytes for each; one on a CPU, which is no slower for it."""
     device = mm.get_torch_device()
-    return 1 if mm.is_device_cpu(device) else _clamp(_room(device) / EMBEDDER_MEMORY)
+    return 1 if mm.is_device_cpu(device) else _clamp(_room(device) / memory)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, mm.OOM_EXCEPTION)
+    # Newer hosts know more spellings of it than one class.
+    return mm.is_oom(error) if hasattr(mm, "is_oom") else isinstance(error, mm.OOM_EXCEPTION)
 
 
 def _room(device: torch.device, *staying: comfy.model_patcher.ModelPatcher) -> float:
@@ -189,22 +271,19 @@ def progress(total: int) -> Callable[..., None]:
 
     It moves ComfyUI's bar, shows the picture, and raises ComfyUI's own error when the user has asked to stop.
     """
-    return stages(total)(total)
+    return stages(all=total)("all", total)
 
 
-def stages(*shares: int) -> Callable[[int], Callable[..., None]]:
-    """One bar over the stages of a job, each with its share of it. Called with the next stage's number of steps, gives its `progress`.
+def stages(**shares: int) -> Callable[[str, int], Callable[..., None]]:
+    """One bar over the stages of a job, each with its share of it. Called with a stage and its number of steps, gives its `progress`.
 
-    The bar never goes back, however many steps a stage turns out to have.
+    The bar never goes back, however many steps a stage turns out to have, and whether it is begun at all.
     """
-    bar = comfy.utils.ProgressBar(sum(shares))
-    left = list(shares)
-    start = 0
+    bar = comfy.utils.ProgressBar(sum(shares.values()))
+    starts = dict(zip(shares, itertools.accumulate(shares.values(), initial=0), strict=False))
 
-    def begin(total: int) -> Callable[..., None]:
-        nonlocal start
-        offset, share, steps = start, left.pop(0), 0
-        start += share
+    def begin(stage: str, total: int) -> Callable[..., None]:
+        steps = 0
 
         def report(done: int = 1, picture: Tensor | None = None) -> None:
             nonlocal steps
@@ -212,7 +291,7 @@ def stages(*shares: int) -> Callable[[int], Callable[..., None]]:
             if done:
                 steps += done
                 preview = None if picture is None else ("JPEG", _pil(picture), PREVIEW_SIDE)
-                bar.update_absolute(offset + share * steps // max(total, 1), bar.total, preview)
+                bar.update_absolute(starts[stage] + shares[stage] * min(steps, total) // max(total, 1), bar.total, preview)
 
         return report
 
@@ -237,7 +316,7 @@ def check_model(model: Any) -> None:
     def refuse(what: str) -> NoReturn:
         raise OSDFaceError(f"`model` is {what}; OSDFace needs Stable Diffusion 2.1-base (512 px, epsilon). {CHECKPOINT}")
 
-    if unet.get("context_dim") != 1024 or unet.get("model_channels") != 320:
+    if not is_builtin(base) and (unet.get("context_dim") != 1024 or unet.get("model_channels") != 320):
         refuse(f"{given} (text width {unet.get('context_dim', 'unknown')}, UNet width {unet.get('model_channels', 'unknown')})")
     if unet.get("in_channels") != LATENT_CHANNELS:
         refuse(f"{given} with {unet.get('in_channels')} input channels, such as an inpainting or depth model has")
@@ -272,6 +351,21 @@ def check_vae(vae: Any) -> None:
         )
 
 
+def is_builtin(network: Any) -> bool:
+    return bool(getattr(network, BUILTIN_MARK, False))
+
+
+def check_together(model: Any, vae: Any, builtin_prompts: bool, lora: bool) -> None:
+    """Raises OSDFaceError unless all of them, or none, are the built-in model's, which takes no LoRA."""
+    of = {"`model`": is_builtin(model.model), "`vae`": is_builtin(vae.first_stage_model), "`conditioning`": builtin_prompts}
+    ours, others = ([name for name, known in of.items() if known == kind] for kind in (True, False))
+    remedy = "take model and vae from OSDFace Built-in Model with `builtin` as vre_name and `none` as lora_name, or none of these."
+    if ours and others:
+        raise OSDFaceError(f"{' and '.join(ours)} of the small built-in model cannot go with another {' and '.join(others)}: {remedy}")
+    if ours and lora:
+        raise OSDFaceError(f"`lora_name` names OSDFace's LoRA, and the small built-in `model` takes none: {remedy}")
+
+
 # The LoRA
 
 
@@ -284,7 +378,9 @@ def with_lora(model: Any, path: Path, strength: float) -> Any:
     state = fingerprint(path), strength, model.patches_uuid
     known = getattr(model, "osdface_clone", None)
     if known is None or known[0] != state:
-        clone = _merged(model, parse_lora(read_tensors(path), path.name), path.name, strength)
+        with naming("lora_name"):
+            lora = once("lora", (path,), lambda: parse_lora(read_tensors(path), path.name))
+        clone = _merged(model, lora, path.name, strength)
         # ComfyUI hands the loaded weights to the parent when a clone goes. The oldest one outlives all that share them.
         while clone.parent is not None and clone.parent.parent is not None:
             clone.parent = clone.parent.parent
@@ -328,14 +424,15 @@ class HostBackbone:
     def __init__(self, model: Any, vae: Any, options: dict[str, Any] | None = None, lora: tuple[Path, float] | None = None) -> None:
         check_model(model)
         check_vae(vae)
+        self.options = dict(options or {})
+        check_together(model, vae, self.options.pop(BUILTIN_MARK, False), lora is not None)
         self.model = model if lora is None else with_lora(model, *lora)
         self.vae = vae
-        self.options = options or {}
         self.latent_format = model.get_model_object("latent_format")
 
     def encode(self, pixels: Tensor) -> Tensor:
         # Newer hosts may hand out half precision.
-        return self.latent_format.process_in(self.vae.encode(pixels.movedim(1, -1)).float())
+        return self.latent_format.process_in(_face_by_face(self.vae.encode, pixels.movedim(1, -1)).float())
 
     def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
         sigma = self.model.get_model_object("model_sampling").sigmas[timestep]
@@ -351,17 +448,27 @@ class HostBackbone:
         return self.latent_format.process_in(x0.to(mm.intermediate_device()))
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(self.latent_format.process_out(latents)).movedim(-1, 1)
+        return _face_by_face(self.vae.decode, self.latent_format.process_out(latents)).movedim(-1, 1)
 
     def faces_that_fit(self, height: int, width: int) -> int:
         device = self.model.load_device
         if mm.is_device_cpu(device):
             return 1
-        a_face = self.model.memory_required((1, LATENT_CHANNELS, height // STRIDE, width // STRIDE))
-        return _clamp(_room(device, self.model) / a_face)
+        one, two = (self.model.memory_required((n, LATENT_CHANNELS, height // STRIDE, width // STRIDE)) for n in (1, 2))
+        # Newer hosts add what they want to keep free, however many faces there are.
+        return _clamp(1 + (_room(device, self.model) - one) / (two - one))
 
     def out_of_memory(self, error: BaseException) -> bool:
         return out_of_memory(error)
+
+
+def _face_by_face(work: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """For the VAE, which wants the most memory and is hardly faster with more: so a run stops within a face."""
+    done = []
+    for face in batch.split(1):
+        mm.throw_exception_if_processing_interrupted()
+        done.append(work(face))
+    return torch.cat(done)
 
 
 def _one_step(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None) -> Tensor:

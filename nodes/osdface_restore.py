@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..osdface_core.errors import OSDFaceError
+from ..osdface_core.one_step import Restored
 from ..osdface_core.paste import check
 from ..osdface_core.preview import before_after
 from ..osdface_core.select import Choice
@@ -18,10 +21,12 @@ from . import host
 from .face_detect_align import DETECTORS, FaceDetectAlign, detected
 from .face_paste_back import PARSER, FacePasteBack, parse, pasted
 from .osdface_one_step import AGAINST_NAN, OSDFaceOneStep, restored
-from .osdface_vre import OSDFaceVRE, visual_prompts
+from .osdface_vre import OSDFaceVRE, prompt_options, visual_prompts
+
+T = TypeVar("T")
 
 # Of the bar, in percent: the time of each stage for a face of a common photograph, rounded.
-DETECT, PROMPTS, STEP, PASTE = 10, 15, 70, 5
+SHARES = {"detect": 10, "prompts": 15, "step": 70, "paste": 5}
 
 
 class OSDFaceRestore(io.ComfyNode):
@@ -29,7 +34,7 @@ class OSDFaceRestore(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         nodes = FaceDetectAlign, OSDFaceVRE, OSDFaceOneStep, FacePasteBack
         detect, prompts, step, paste = ({item.id: item for item in node.define_schema().inputs} for node in nodes)
-        return io.Schema(
+        schema = io.Schema(
             node_id="OSDFaceRestore",
             display_name="OSDFace Restore (all in one)",
             category="OSDFace",
@@ -54,6 +59,12 @@ class OSDFaceRestore(io.ComfyNode):
                 ),
                 io.String.Output(display_name="report", tooltip="What was found, chosen and restored, and why the rest was not."),
             ],
+        )
+        return host.with_extras(
+            schema,
+            search=("face restoration", "restore faces", "enhance faces", "fix faces", "GFPGAN", "CodeFormer", "face detailer"),
+            advanced=("order", "smoothing", "feather"),
+            shows=True,
         )
 
     @classmethod
@@ -98,9 +109,11 @@ class OSDFaceRestore(io.ComfyNode):
         color_match: str,
         keep: Tensor | None = None,
     ) -> io.NodeOutput:
-        stage = host.stages(DETECT, PROMPTS, STEP, PASTE)
+        stage = host.stages(**SHARES)
         choice = Choice(select, order, indices, max_faces, min_size)
-        found = detected(image, detector, confidence, choice, any_angle, crop_size, smoothing, stage(len(image)))
+        looking = (detector, confidence, choice, any_angle, crop_size, smoothing)
+        seen = host.state_of(DETECTORS[detector], FACES), looking
+        found = _once(image, "found", seen, lambda: detected(image, *looking, stage("detect", len(image))))
         faces, report = found.faces, found.report
         result = faces.crops
         if len(faces) and strength > 0:
@@ -110,11 +123,39 @@ class OSDFaceRestore(io.ComfyNode):
             for name, kind in ((vre_name, OSDFACE), (lora_name, LORAS), (PARSER if mask_type == "parsing" else host.NONE, FACES)):
                 if name != host.NONE:
                     host.find(name, kind)
-            prompts = visual_prompts(faces.crops, vre_name, stage(len(faces)))
-            step = restored(model, vae, faces.crops, prompts, lora_name, stage(len(faces)))
+
+
+            def restore() -> Restored:
+                prompts = visual_prompts(faces.crops, vre_name, stage("prompts", len(faces)))
+                return restored(
+                    model, vae, faces.crops, prompts, lora_name, stage("step", len(faces)), options=prompt_options(vre_name)
+                )
+
+            files = host.state_of(vre_name, OSDFACE, embedder_files), host.state_of(lora_name, LORAS)
+            networks = weakref.ref(model), getattr(model, "patches_uuid", None), weakref.ref(vae)
+            step = _once(image, "restored", (seen, vre_name, lora_name, files, networks), restore)
             result, report = step.crops, report + _failures(faces, step.failed)
-        after, mask = pasted(image, faces, result, strength, mask_type, feather, color_match, keep, 0.0, stage(len(faces)))
+        after, mask = pasted(image, faces, result, strength, mask_type, feather, color_match, keep, 0.0, stage("paste", len(faces)))
         return io.NodeOutput(after, mask, before_after(image, after), report, ui=ui.PreviewText(report))
+
+
+_kept: dict[int, dict[str, tuple[object, Any]]] = {}
+
+
+def _once(image: Tensor, stage: str, key: object, make: Callable[[], T]) -> T:
+    """What `make` gave for this very picture if `key` is the one of the last time, else what it gives now.
+
+    So a turned widget runs anew what depends on it and no more, as in the graph of four nodes. It is kept as long as the host keeps
+    the picture.
+    """
+    if id(image) not in _kept:
+        _kept[id(image)] = {}
+        weakref.finalize(image, _kept.pop, id(image), None)
+    kept = _kept[id(image)]
+    if stage not in kept or kept[stage][0] != key:
+        kept.pop(stage, None)
+        kept[stage] = key, make()
+    return kept[stage][1]
 
 
 def _check_crops(faces: Faces) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..osdface_core import builtin
 from ..osdface_core.chunks import Progress
 from ..osdface_core.one_step import check_crops
 from ..osdface_core.vre import embed, embedder_files
@@ -17,7 +18,7 @@ from . import host
 class OSDFaceVRE(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        schema = io.Schema(
             node_id="OSDFaceVRE",
             display_name="OSDFace Visual Prompts",
             category="OSDFace",
@@ -26,9 +27,9 @@ class OSDFaceVRE(io.ComfyNode):
                 io.Image.Input("crops", tooltip="Aligned face crops, from Face Detect & Align."),
                 io.Combo.Input(
                     "vre_name",
-                    options=host.names(OSDFACE, VRE.name, VRE_CHECKPOINT.name),
+                    options=[*host.names(OSDFACE, VRE.name, VRE_CHECKPOINT.name), builtin.NAME],
                     default=VRE.name,
-                    tooltip="The embedder's weights, from models/osdface.",
+                    tooltip="The embedder's weights, from models/osdface; builtin goes with OSDFace Built-in Model.",
                 ),
             ],
             outputs=[
@@ -37,6 +38,7 @@ class OSDFaceVRE(io.ComfyNode):
                 )
             ],
         )
+        return host.with_extras(schema, search=("OSDFace", "visual representation embedder", "VRE", "encode face"))
 
     @classmethod
     def fingerprint_inputs(cls, vre_name: str | None = None, **_: Any) -> str:
@@ -45,14 +47,19 @@ class OSDFaceVRE(io.ComfyNode):
     @classmethod
     def execute(cls, crops: torch.Tensor, vre_name: str) -> io.NodeOutput:
         check_crops(crops)
-        return io.NodeOutput([[visual_prompts(crops, vre_name, host.progress(len(crops))), {}]])
+        return io.NodeOutput([[visual_prompts(crops, vre_name, host.progress(len(crops))), prompt_options(vre_name)]])
+
+
+def prompt_options(vre_name: str) -> dict[str, Any]:
+    """What goes along with the prompts: which model they are for, if it is the built-in one."""
+    return {host.BUILTIN_MARK: True} if vre_name == builtin.NAME else {}
 
 
 def visual_prompts(crops: torch.Tensor, vre_name: str, progress: Progress) -> torch.Tensor:
     return embed(
         crops,
         lambda faces: host.embedder(vre_name, faces),
-        at_once=host.embedder_faces_that_fit(),
+        at_once=host.faces_that_fit(host.EMBEDDER_MEMORY),
         out_of_memory=host.out_of_memory,
         progress=progress,
     )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..backbone import LATENT_CHANNELS
 from ..networks import Operations, filled
-from ..retinaface import RetinaFace
+from ..retinaface import RetinaFace, build_retinaface
 from ..vre import VisualEmbedder, build_embedder
 from ..vre.embedder import WIDTH
 from .autoencoder import Autoencoder
@@ -42,7 +42,7 @@ ANNOUNCEMENT = (
 
 SCALING = 1.0
 HEAD = 32
-WIDTHS = (64, 96, 128)
+WIDTHS = (64, 64, 128)
 UNET_CONFIG: dict[str, Any] = {
     "sample_size": 64,
     "in_channels": LATENT_CHANNELS,
@@ -72,10 +72,7 @@ def embedder(operations: Operations = nn) -> VisualEmbedder:
 
 
 def detector(operations: Operations = nn) -> RetinaFace:
-    from .detector import Detector
-
-    network: RetinaFace = _read(DETECTOR, lambda: Detector(operations))
-    return network
+    return build_retinaface(load_file(DETECTOR), operations)
 
 
 def unet() -> UNet2DConditionModel:
