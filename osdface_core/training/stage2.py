@@ -206,7 +206,7 @@ def load_vre(path: Path, hidden: int) -> VisualEmbedder:
             projector = read_tensors(beside[0])
         else:
             if "quant_conv.weight" not in state:
-                raise OSDFaceError(f"{path.name} holds no embedder of degraded faces: give stage 1's stage1_lq or stage1_associate file.")
+                raise OSDFaceError(f"{path.name} holds no embedder of degraded faces: give stage 1's file of part lq or associate.")
             projector = Projector(shape=Shape(features=len(state["quant_conv.weight"]), hidden=hidden)).state_dict()
             log.info("The projector starts anew: %s holds none.", path.name)
         state |= {f"projector.{name}": t for name, t in projector.items()}

@@ -1,0 +1,263 @@
+"""The training of both stages, at a size that a processor does in seconds, on drawn faces."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from osdface_core.errors import OSDFaceError
+from osdface_core.weights.sanity import drawn_face
+
+for needed in ("accelerate", "diffusers", "peft", "tensorboard"):
+    pytest.importorskip(needed, reason=f"training needs {needed}: pip install -r requirements-dev.txt")
+
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+
+from osdface_core.training.__main__ import main  # noqa: E402
+from osdface_core.training.config import read_config  # noqa: E402
+from osdface_core.training.loop import checkpoints  # noqa: E402
+from osdface_core.training.stage1 import Stage1  # noqa: E402
+from osdface_core.training.stage2 import Stage2  # noqa: E402
+from osdface_core.vre import build_embedder, read_embedder  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "osdface_core" / "training" / "configs"
+SIDE = 64
+QUIET = {"cpu": True, "workers": 0, "samples": 0, "log_every": 1, "ema": 0.9}
+
+UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "cross_attention_dim": 1024,
+    "attention_head_dim": 2,
+    "use_linear_projection": True,
+}
+VAE = {
+    "block_out_channels": [16, 16, 32, 32],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "scaling_factor": 1.0,
+}
+DEGRADATION = {"stages": [{"kernels": {"iso": 1}, "kernel_size": [5, 9], "sigma": [0.5, 2], "shrink": [1, 3]}]}
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate keeps the state of the last run in its classes."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures."""
+    folder = tmp_path_factory.mktemp("faces")
+    for i in range(8):
+        pixels = drawn_face(22 + 4 * i, SIDE).roll((i % 3 - 1) * 5, dims=1) * torch.tensor([1.0, 0.5 + i / 16, 1 - i / 16])
+        Image.fromarray((pixels * 255).byte().numpy()).save(folder / f"face_{i:03d}.png")
+    return folder
+
+
+def write(path: Path, config: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def stage1(faces: Path, folder: Path, **changes: Any) -> Path:
+    return write(
+        folder / "stage1.yaml",
+        {
+            "part": "lq",
+            "run": {"folder": str(folder / "run"), "steps": 4, "batch": 4, **QUIET},
+            "data": {"folder": str(faces), "size": SIDE},
+            "vre": {"channels": 32, "multipliers": [1, 1], "features": 32, "codes": 96, "hidden": 32},
+            "optimiser": {"learning_rate": 2e-3, "weight_decay": 0.0},
+            "losses": {"gan": 0, "lpips": {"weight": 0}},
+            "degradation": DEGRADATION,
+            **changes,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def vre(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an untrained stage 1 writes."""
+    folder = tmp_path_factory.mktemp("vre")
+    PartialState._reset_state()
+    assert main(["stage1", "--config", str(stage1(faces, folder)), "run.steps=1"]) == 0
+    return folder / "run" / "stage1_lq.safetensors"
+
+
+def stage2(faces: Path, folder: Path, vre: Path, **changes: Any) -> Path:
+    return write(
+        folder / "stage2.yaml",
+        {
+            "run": {"folder": str(folder / "run"), "steps": 4, "batch": 4, **QUIET},
+            "data": {"folder": str(faces), "size": SIDE},
+            "vre": str(vre),
+            "projector_hidden": 32,
+            "train": "full",
+            "unet": {"config": UNET},
+            "vae": {"kind": "kl", "config": VAE, "train": "all"},
+            "optimiser": {"learning_rate": 3e-3},
+            "losses": {"ea_dists": {"weight": 0}, "identity": {"weight": 0}},
+            "degradation": DEGRADATION,
+            **changes,
+        },
+    )
+
+
+def run(config: Path, stage: str, *changes: str) -> Path:
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    assert main([stage, "--config", str(config), *changes]) == 0
+    return Path(next((c.partition("=")[2] for c in changes if c.startswith("run.folder=")), str(config.parent / "run")))
+
+
+def logged(caplog: pytest.LogCaptureFixture, name: str) -> list[float]:
+    """A loss, step by step, from the log."""
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step ") and f" {name} " in r.getMessage()]
+    return [float(line.split(f" {name} ")[1].split(",")[0]) for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(checkpoints(folder)[-1], weights_only=True)
+    return {f"{name}.{key}": t for name, tensors in state["networks"].items() for key, t in tensors.items()} | {
+        f"average.{name}.{i}": t for name, tensors in state["averages"].items() for i, t in enumerate(tensors)
+    }
+
+
+def test_stage_1_learns_eight_pictures_by_heart(faces: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    config = stage1(faces, tmp_path, restart_every=10, degradation={"stages": []})
+    folder = run(config, "stage1", "run.steps=80", "run.batch=8", "run.log_every=10", "run.samples=4", "run.sample_every=80")
+    losses = logged(caplog, "lq_l1")
+    assert losses[-1] < losses[0] / 3
+    assert Image.open(folder / "samples" / "0000080.png").size == (4 * 32, 2 * 32)
+
+
+def test_stage_2_learns_eight_pictures_by_heart(faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    folder = run(stage2(faces, tmp_path, vre), "stage2", "run.steps=150", "run.batch=8", "run.log_every=10", "run.samples=4")
+    losses = logged(caplog, "mse")
+    assert losses[-1] < losses[0] / 5
+    assert Image.open(folder / "samples" / "0000150.png").size == (4 * SIDE, 3 * SIDE)
+    assert list((folder / "log").rglob("events.*")), "TensorBoard has nothing to show"
+
+
+OFF = {"ea_dists": {"weight": 0}, "identity": {"weight": 0}}
+PATCH_GAN = {**OFF, "gan": {"weight": 0.1, "discriminator": "patch", "channels": 8, "layers": 2}}
+UNET_GAN = {**OFF, "gan": {"weight": 0.1, "discriminator": "unet", "network": {"config": UNET}, "lora_rank": 2}}
+
+
+@pytest.mark.parametrize("gan", [PATCH_GAN, UNET_GAN], ids=["patch", "unet"])
+def test_stage_2_that_was_stopped_goes_on_to_the_same_bits(faces: Path, vre: Path, tmp_path: Path, gan: dict[str, Any]) -> None:
+    config = stage2(faces, tmp_path, vre, losses=gan, train="lora", lora={"rank": 4, "alpha": 4})
+    extra = ("run.batch=2", "run.accumulate=2", "run.checkpoint_every=2")
+    whole = weights(run(config, "stage2", f"run.folder={tmp_path / 'whole'}", *extra))
+    # cosine and warm-up depend on the number of steps in all: the run is cut, not shortened
+    stopped = run(config, "stage2", f"run.folder={tmp_path / 'stopped'}", *extra)
+    checkpoints(stopped)[-1].unlink()
+    assert [p.name for p in checkpoints(stopped)] == ["step_0000002.pt"]
+    (stopped / "pytorch_lora_weights.safetensors").unlink()
+    again = weights(run(config, "stage2", f"run.folder={stopped}", *extra))
+    assert whole.keys() == again.keys()
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+    assert (stopped / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_stage_1_that_was_stopped_goes_on_to_the_same_bits(faces: Path, tmp_path: Path) -> None:
+    config = stage1(faces, tmp_path, part="associate", restart_every=3, losses={"gan": 0.8, "gan_start": 1, "lpips": {"weight": 0}})
+    extra = ("run.batch=2", "run.accumulate=2", "run.checkpoint_every=2", "discriminator_channels=8", "discriminator_layers=2")
+    whole = weights(run(config, "stage1", f"run.folder={tmp_path / 'whole'}", *extra))
+    stopped = run(config, "stage1", f"run.folder={tmp_path / 'stopped'}", *extra)
+    checkpoints(stopped)[-1].unlink()
+    again = weights(run(config, "stage1", f"run.folder={stopped}", *extra))
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_two_processes_give_what_one_gives(stage: str, faces: Path, vre: Path, tmp_path: Path) -> None:
+    if stage == "stage1":
+        losses = {"gan": 0.8, "gan_start": 1, "lpips": {"weight": 0}}
+        config = stage1(faces, tmp_path, part="associate", losses=losses, discriminator_channels=8, restart_every=2)
+    else:
+        config = stage2(faces, tmp_path, vre, losses=UNET_GAN)
+    # Adam makes a step of full size out of a gradient that is rounding alone; with a large epsilon it does not.
+    common = ("run.steps=3", "optimiser.eps=1e-3")
+    one = weights(run(config, stage, *common, "run.batch=4", f"run.folder={tmp_path / 'one'}"))
+    two = tmp_path / "two"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "osdface_core.training"]
+    command = [*launch, stage, "--config", str(config), *common, "run.batch=2", f"run.folder={two}"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert torch.load(checkpoints(two)[-1], weights_only=True)["processes"] == 2
+    both = weights(two)
+    assert one.keys() == both.keys()
+    assert {name for name in one if (one[name] - both[name]).abs().max() > 1e-5} == set()
+
+
+def test_what_is_written_is_read_by_the_embedder_and_by_peft(faces: Path, vre: Path, tmp_path: Path) -> None:
+    config = stage2(faces, tmp_path, vre, train="lora", lora={"rank": 4, "alpha": 8})
+    folder = run(config, "stage2", "run.steps=2", "run.ema=0")
+    embedder = build_embedder(read_embedder(folder / "osdface_vre.safetensors"))
+    prompts = embedder(torch.rand(2, 3, SIDE, SIDE))
+    assert prompts.shape == (2, 77, 1024)
+    before = load_file(vre)
+    assert torch.equal(embedder.state_dict()["encoder.conv_in.weight"], before["vqvae_LQ.encoder.conv_in.weight"])
+    state = torch.load(checkpoints(folder)[-1], weights_only=True)["networks"]["generator"]
+    assert torch.equal(embedder.state_dict()["projector.conv1.weight"], state["projector.conv1.weight"])
+    lora = load_file(folder / "pytorch_lora_weights.safetensors")
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    assert torch.equal(lora[f"unet.{name}.lora.down.weight"], state[f"unet.{name}.lora_A.default.weight"])
+    assert torch.equal(lora[f"unet.{name}.lora.up.weight"], 2 * state[f"unet.{name}.lora_B.default.weight"])
+    assert "unet.down_blocks.0.resnets.0.conv1.lora_A.weight" in lora
+
+
+@pytest.mark.parametrize(("name", "kind"), [("stage1", Stage1), ("stage1_small", Stage1), ("stage2", Stage2), ("stage2_small", Stage2)])
+def test_the_configurations_are_read(name: str, kind: type) -> None:
+    assert read_config(kind, CONFIGS / f"{name}.yaml", ["run.steps=7"]).run.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("run.stepps=3", r"key `stepps` in `run` is unknown; known are folder, steps"),
+        ("lamda=3", r"key `lamda` in the configuration is unknown"),
+        ("run.steps=many", r"`run.steps` is 'many'; int is wanted"),
+        ("degradation.stages=[{shrimk: [1, 2]}]", r"key `shrimk` in `degradation.stages.0` is unknown"),
+        ("run.precision=fp8", r"`run.precision` is 'fp8'; no or bf16 or fp16 is wanted"),
+        ("steps", r"write key=value"),
+    ],
+)
+def test_a_mistake_in_the_configuration_is_one_sentence(change: str, says: str) -> None:
+    with pytest.raises(OSDFaceError, match=says):
+        read_config(Stage2, CONFIGS / "stage2.yaml", [change])
+
+
+def test_losses_without_their_networks_are_off_and_the_log_says_so(
+    faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = stage2(faces, tmp_path, vre, losses={"gan": {"weight": 1.0}})
+    run(config, "stage2", "run.steps=1")
+    said = [r.getMessage() for r in caplog.records if "switched off" in r.getMessage()]
+    assert [line.split()[0] for line in said] == ["ea_dists", "identity", "gan"]
