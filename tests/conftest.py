@@ -138,3 +138,37 @@ def checkpoint(host: Any) -> tuple[Any, Any]:
     path = host.folder_paths.get_full_path_or_raise("checkpoints", "v2-1_512-ema-pruned.safetensors")
     model, _, vae, _ = host.comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=False)
     return model, vae
+
+
+@pytest.fixture(scope="session")
+def truth(golden: Path) -> dict[str, torch.Tensor]:
+    """The released code's outputs."""
+    from safetensors.torch import load_file
+
+    return load_file(golden / "golden.safetensors")
+
+
+@pytest.fixture(scope="session")
+def crop(golden: Path) -> Callable[[str], torch.Tensor]:
+    """The crops that they were made from, by name."""
+    return lambda name: picture(golden / "inputs" / f"{name}.png")
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random networks, a hundredth of the size: a folder in diffusers' layout with Stable Diffusion 2.1's modules, and `vre.safetensors`."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from safetensors.torch import save_file
+
+    from osdface_core.diffusers_backbone import UNET_CONFIG, VAE_CONFIG
+    from osdface_core.vre import Shape, VisualEmbedder
+
+    folder = tmp_path_factory.mktemp("small_model")
+    torch.manual_seed(0)
+    narrow = {"block_out_channels": (8, 16, 32, 32), "norm_num_groups": 4}
+    UNet2DConditionModel(**UNET_CONFIG | narrow | {"attention_head_dim": 2}).save_pretrained(folder / "unet")
+    AutoencoderKL(**VAE_CONFIG | narrow).save_pretrained(folder / "vae")
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    DDIMScheduler(**schedule).save_pretrained(folder / "scheduler")
+    save_file(VisualEmbedder(shape=Shape(32, (1, 1, 1), 32, 64, 32)).state_dict(), folder / "vre.safetensors")
+    return folder
