@@ -22,8 +22,8 @@ from osdface_core.weights.catalogue import BY_NAME, HUB
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION = PYPROJECT["project"]["version"]
-# Nothing that a user keeps is larger; the whole archive is fetched at every update.
-LARGEST_FILE, LARGEST_ARCHIVE = 8 * 1024**2, 24 * 1024**2
+# The built-in model is the largest part; the whole archive is fetched at every update.
+LARGEST_FILE, LARGEST_ARCHIVE = 16 * 1024**2, 32 * 1024**2
 WEIGHTS = {".ckpt", ".pth", ".pt", ".bin", ".onnx", ".pkl", ".pickle", ".npy", ".npz"}
 
 
