@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -19,7 +20,7 @@ PARSER = "parsing_parsenet.pth"
 class FacePasteBack(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        schema = io.Schema(
             node_id="FacePasteBack",
             display_name="Face Paste Back",
             category="OSDFace",
@@ -82,6 +83,11 @@ class FacePasteBack(io.ComfyNode):
                 io.Mask.Output(display_name="mask", tooltip="How much of each pixel was replaced, at the picture's size."),
             ],
         )
+        return host.with_extras(
+            schema,
+            search=("paste face", "uncrop face", "stitch face", "merge face", "blend face"),
+            advanced=("keep_detail",),
+        )
 
     @classmethod
     def check_lazy_status(cls, faces: Faces, strength: float, restored: Tensor | None = None, **_: object) -> list[str]:
@@ -134,6 +140,10 @@ def pasted(
 
 def parse(crops: Tensor) -> Tensor:
     """Called only when there is a face to parse: a graph without faces needs no parser's file."""
-    network = host.network(host.find(PARSER), build_parser, memory=len(crops) * FACE_MEMORY)
-    assert isinstance(network, ParseNet)
-    return face_maps(crops, network, host.out_of_memory)
+    maps = []
+    for part in crops.split(host.faces_that_fit(FACE_MEMORY)):
+        with host.naming("mask_type"):
+            network = host.network(host.find(PARSER), build_parser, memory=len(part) * FACE_MEMORY)
+        assert isinstance(network, ParseNet)
+        maps.append(face_maps(part, network, host.out_of_memory))
+    return torch.cat(maps)

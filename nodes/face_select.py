@@ -6,13 +6,14 @@ from comfy_api.latest import io
 
 from ..osdface_core.select import Choice, split
 from ..osdface_core.types import Faces
+from . import host
 from .face_detect_align import FACES, choice_inputs
 
 
 class FaceSelect(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        schema = io.Schema(
             node_id="FaceSelect",
             display_name="Face Select",
             category="OSDFace",
@@ -26,6 +27,7 @@ class FaceSelect(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What was chosen, and why the rest was not."),
             ],
         )
+        return host.with_extras(schema, search=("choose faces", "filter faces", "pick face", "one face of a group"), advanced=("max_size",))
 
     @classmethod
     def execute(

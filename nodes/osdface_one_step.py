@@ -20,7 +20,7 @@ AGAINST_NAN = "start ComfyUI with --fp32-vae, or with --force-fp32."
 class OSDFaceOneStep(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        schema = io.Schema(
             node_id="OSDFaceOneStep",
             display_name="OSDFace One Step",
             category="OSDFace",
@@ -60,6 +60,12 @@ class OSDFaceOneStep(io.ComfyNode):
                 ),
             ],
             outputs=[io.Image.Output(display_name="restored", tooltip="The restored crops, in the same order.")],
+        )
+        return host.with_extras(
+            schema,
+            search=("OSDFace", "restore face crop", "one-step diffusion"),
+            advanced=("timestep", "faces_per_batch"),
+            shows=True,
         )
 
     @classmethod
@@ -103,7 +109,10 @@ def restored(
     faces_per_batch: int = 0,
     options: dict[str, Any] | None = None,
 ) -> Restored:
-    lora = None if lora_name == host.NONE or lora_strength == 0 else (host.find(lora_name, LORAS), lora_strength)
+    lora = None
+    if lora_name != host.NONE and lora_strength != 0:
+        with host.naming("lora_name"):
+            lora = host.find(lora_name, LORAS), lora_strength
     backbone = host.HostBackbone(model, vae, options, lora)
     return restore(crops, prompts, backbone, timestep=timestep, faces_per_batch=faces_per_batch, progress=progress)
 

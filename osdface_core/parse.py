@@ -93,7 +93,8 @@ def face_maps(crops: Tensor, network: ParseNet, out_of_memory: Callable[[BaseExc
     The sum of the probabilities of FACE_LABELS. out_of_memory: says of an error that fewer crops at once may work.
     """
     maps = torch.empty(len(crops), SIDE, SIDE, device=crops.device)
-    device = next(network.parameters()).device
+    # A host may page parameters in and out as they are used; buffers stay where it computes.
+    device = next(network.buffers()).device
 
     def work(part: slice) -> None:
         pixels = crops[part].movedim(-1, 1).to(device, torch.float32).clamp(0, 1)

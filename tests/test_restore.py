@@ -1,0 +1,349 @@
+"""OSDFaceRestore in a real ComfyUI, with small networks in place of the embedder, the UNet and the VAE; detection is the real one."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytestmark = [pytest.mark.host, pytest.mark.full]
+
+VRE, LORA, PARSER = "associate_2.ckpt", "pytorch_lora_weights.safetensors", "parsing_parsenet.pth"
+WIDGETS = {
+    "vre_name": VRE, "lora_name": LORA, "detector": "retinaface_mobile0.25", "select": "all", "order": "left to right", "indices": "0",
+    "max_faces": 0, "min_size": 24, "confidence": 0.9, "any_angle": False, "crop_size": 512, "smoothing": 0.0, "strength": 1.0,
+    "mask_type": "ellipse", "feather": 0.1, "color_match": "none",
+}
+CHOICE = ("select", "order", "indices", "max_faces", "min_size")
+
+
+class Model:
+    """Stands for a MODEL: the graph only hands it on."""
+
+    patches_uuid = 0
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Any:
+    """ComfyUI runs every node so."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def small(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Networks of a few operations that see the whole crop and the prompts; `calls` says which ran, `broken` which crop comes out NaN."""
+    seen = SimpleNamespace(calls=[], broken=None, model=Model(), vae=Model(), hook=lambda name: None)
+
+    def ran(name: str) -> None:
+        seen.calls.append(name)
+        seen.hook(name)
+
+    class Embedder:
+        def __call__(self, pixels: Tensor) -> Tensor:
+            ran("embed")
+            return F.interpolate(pixels.mean(1, keepdim=True), (77, 1024))[:, 0].clamp(0, 1)
+
+    class Backbone:
+        def __init__(self, model: Any, vae: Any, options: Any = None, lora: Any = None) -> None:
+            assert (model, vae) == (seen.model, seen.vae)
+            self.strength = lora[1]
+
+        def encode(self, pixels: Tensor) -> Tensor:
+            ran("encode")
+            return F.pixel_unshuffle(pixels, 8)
+
+        def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
+            ran("denoise")
+            return latents.flip(1) * 0.7 + prompts.mean((1, 2))[:, None, None, None] * self.strength * timestep / 999
+
+        def decode(self, latents: Tensor) -> Tensor:
+            ran("decode")
+            out = F.pixel_shuffle(latents, 8).clamp(0, 1)
+            return out * torch.nan if seen.calls.count("decode") - 1 == seen.broken else out
+
+        def faces_that_fit(self, height: int, width: int) -> int:
+            return 1
+
+        def out_of_memory(self, error: BaseException) -> bool:
+            return False
+
+    monkeypatch.setattr(host.host, "embedder", lambda name, faces: (Embedder(), torch.device("cpu")))
+    monkeypatch.setattr(host.host, "HostBackbone", Backbone)
+    return seen
+
+
+@pytest.fixture
+def portrait(data: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
+    return load_picture(data / "images" / "astronaut.png")
+
+
+@pytest.fixture
+def group(data: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
+    """Two faces side by side, at (1,270,640,3)."""
+    picture = load_picture(data / "images" / "cc0_mosaic_6faces_1080p.png")
+    return F.interpolate(picture[:, :540, :1280].movedim(-1, 1), scale_factor=0.5, mode="area").movedim(1, -1).contiguous()
+
+
+@pytest.fixture
+def parser(host: Any) -> Iterator[Path]:
+    """A face parser's file, of weights that are noise: its maps are those of no face, and the same every time."""
+    import sys
+
+    parse = next(module for name, module in sys.modules.items() if name.endswith("osdface.osdface_core.parse"))
+    torch.manual_seed(0)
+    with torch.inference_mode(False):
+        torch.save(parse.ParseNet().state_dict(), path := host.base / "models" / "facedetection" / PARSER)
+    yield path
+    path.unlink()
+
+
+def restore(host: Any, small: SimpleNamespace, image: Tensor, **changed: Any) -> Any:
+    return host.nodes["OSDFaceRestore"].execute(image=image, model=small.model, vae=small.vae, **WIDGETS | changed)
+
+
+def four_nodes(host: Any, small: SimpleNamespace, image: Tensor, **changed: Any) -> tuple[Tensor, Tensor, str]:
+    widgets = WIDGETS | changed
+
+    def some(*names: str) -> dict[str, Any]:
+        return {name: widgets[name] for name in names}
+
+    found = host.nodes["FaceDetectAlign"].execute(
+        image=image, max_size=0, **some(*CHOICE, "detector", "confidence", "any_angle", "crop_size", "smoothing")
+    )
+    faces, crops, _, _, report = found.args
+    prompts = host.nodes["OSDFaceVRE"].execute(crops=crops, vre_name=widgets["vre_name"]).args[0]
+    step = host.nodes["OSDFaceOneStep"].execute(
+        model=small.model, vae=small.vae, crops=crops, conditioning=prompts, lora_name=widgets["lora_name"], lora_strength=1.0,
+        timestep=399, faces_per_batch=0,
+    )
+    pasted = host.nodes["FacePasteBack"].execute(
+        image=image, faces=faces, restored=step.args[0], keep=widgets.get("keep"),
+        **some("strength", "mask_type", "feather", "color_match"),
+    )
+    return (*pasted.args, report)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"select": "by index", "indices": "1", "crop_size": 576, "strength": 0.6, "feather": 0.3, "color_match": "wavelet"},
+        {"order": "largest first", "max_faces": 1, "min_size": 60, "mask_type": "box", "color_match": "mean-std"},
+        {"mask_type": "parsing", "confidence": 0.5},
+    ],
+)
+def test_the_picture_is_that_of_the_four_nodes(changed: dict[str, Any], host: Any, small: Any, group: Tensor, parser: Path) -> None:
+    """A video of three frames with an alpha channel, part of which is kept."""
+    alpha = torch.rand(3, *group.shape[1:3], 1, generator=torch.Generator().manual_seed(1))
+    image = torch.cat([group.expand(3, -1, -1, -1) * torch.tensor([1.0, 0.9, 0.8])[:, None, None, None], alpha], -1)
+    changed = changed | {"smoothing": 0.5, "keep": (torch.arange(group.shape[2]) % 64 < 20).float().expand(1, *group.shape[1:3])}
+    image_out, mask, both, report = restore(host, small, image, **changed).args
+    wanted_image, wanted_mask, wanted_report = four_nodes(host, small, image, **changed)
+    assert torch.equal(image_out, wanted_image)
+    assert torch.equal(mask, wanted_mask)
+    assert report == wanted_report
+    assert not torch.equal(image_out, image)
+    assert both.shape[0] == 3
+
+
+def test_without_a_face_the_very_picture_comes_back_and_no_file_is_asked_for(
+    host: Any, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    find = host.host.find
+    monkeypatch.setattr(host.host, "find", lambda name, kind="facedetection": asked.append(name) or find(name, kind))
+    image = torch.rand(1, 6, 8, 3).repeat_interleave(40, 1).repeat_interleave(40, 2)
+    out, mask, both, report = restore(host, small, image, mask_type="parsing").args
+    assert out is image
+    assert not mask.any()
+    assert mask.shape == (1, 240, 320)
+    assert report.startswith("0 faces found in 1 picture, 0 chosen.")
+    assert asked == ["detection_mobilenet0.25_Final.pth"]
+    assert not small.calls
+    assert torch.equal(both[0, :240], image[0])
+
+
+def test_at_no_strength_nothing_is_restored(host: Any, small: Any, portrait: Tensor) -> None:
+    assert restore(host, small, portrait, strength=0.0).args[0] is portrait
+    assert not small.calls
+
+
+def test_a_face_that_fails_is_left_and_named(host: Any, small: Any, group: Tensor) -> None:
+    small.broken = 1
+    result = restore(host, small, group)
+    out, mask, _, report = result.args
+    half = group.shape[2] // 2
+    assert not mask[..., half:].any()
+    assert torch.equal(out[:, :, half:], group[:, :, half:])
+    assert mask[..., :half].any()
+    assert "\npicture 0, face 1 came out as NaN and is left as it was: start ComfyUI with --fp32-vae" in report
+    assert "face 0 came out" not in report
+    assert result.ui.as_dict()["text"] == (report,)
+
+
+def test_values_that_are_no_numbers_are_laid_to_the_picture(host: Any, small: Any, portrait: Tensor) -> None:
+    broken = portrait.clone()
+    broken[0, 115, 222] = torch.nan
+    with pytest.raises(host.error, match=r"^`image` number 0 holds values that are not numbers .* at face 0"):
+        restore(host, small, broken)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"keep": torch.zeros(2, 512, 512)}, r"^`keep` is \(2, 512, 512\) for 1 pictures"),
+        ({"mask_type": "parsing"}, "^`mask_type`: parsing_parsenet.pth is missing"),
+        ({"vre_name": "osdface_vre.safetensors"}, "^`vre_name`: osdface_vre.safetensors is missing"),
+        ({"lora_name": "gone.safetensors"}, "^`lora_name`: gone.safetensors is in none of the model folders"),
+        ({"detector": "retinaface_resnet50"}, "^`detector`: detection_Resnet50_Final.pth is missing"),
+        ({"select": "by index", "indices": "one"}, '^`indices` is "one"'),
+    ],
+)
+def test_what_does_not_fit_is_named_before_a_network_runs(
+    changed: dict[str, Any], says: str, host: Any, small: Any, portrait: Tensor
+) -> None:
+    with pytest.raises(host.error, match=says):
+        restore(host, small, portrait, **changed)
+    assert not small.calls
+
+
+@pytest.fixture
+def bar(host: Any) -> Iterator[list[tuple[float, float, Any]]]:
+    """What ComfyUI is told of progress: value, maximum and preview."""
+    import comfy.utils
+
+    told: list[tuple[float, float, Any]] = []
+    before = comfy.utils.PROGRESS_BAR_HOOK
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: told.append((value, total, preview)))
+    yield told
+    comfy.utils.set_progress_bar_global_hook(before)
+
+
+def test_one_bar_runs_over_all_stages_and_shows_each_crop(host: Any, small: Any, group: Tensor, bar: list[Any]) -> None:
+    restore(host, small, group.expand(2, -1, -1, -1))
+    values = [value for value, _, _ in bar]
+    assert values == sorted(values)
+    assert {total for _, total, _ in bar} == {100}
+    assert values[-1] == 100
+    shown = [preview[1].size for _, _, preview in bar if preview]
+    assert shown == [(512, 512)] * 12  # four faces as they were, restored, and pasted
+
+
+@pytest.mark.parametrize("stage", ["embed", "encode", "denoise", "decode", "paste"])
+def test_a_stop_is_heeded_within_a_face_and_the_next_run_works(
+    stage: str, host: Any, small: Any, group: Tensor, parser: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    management = host.comfy.model_management
+    image = group.expand(2, -1, -1, -1).clone()
+    pasting = host.nodes["FacePasteBack"].execute.__func__.__globals__
+
+    def stop(name: str) -> None:
+        if name == stage and not stopped:
+            stopped.append(len(small.calls))
+            management.interrupt_current_processing(True)
+
+    face_maps = pasting["face_maps"]
+
+    def counted(crops: Tensor, *rest: Any) -> Tensor:
+        assert len(crops) == 1
+        small.calls.append("paste")
+        stop("paste")
+        return face_maps(crops, *rest)
+
+    stopped: list[int] = []
+    monkeypatch.setitem(pasting, "face_maps", counted)
+    small.hook = stop
+    with pytest.raises(management.InterruptProcessingException):
+        restore(host, small, image, mask_type="parsing")
+    assert stopped == [len(small.calls)], "a network ran after the stop"
+    assert torch.equal(restore(host, small, image, mask_type="parsing").args[0], four_nodes(host, small, image, mask_type="parsing")[0])
+
+
+def test_a_stop_is_heeded_between_pictures_that_are_searched(host: Any, small: Any, portrait: Tensor, bar: list[Any]) -> None:
+    import comfy.utils
+
+    management = host.comfy.model_management
+
+    def stop(*_: Any, **__: Any) -> None:
+        bar.append((0, 0, None))
+        management.interrupt_current_processing(True)
+
+    comfy.utils.set_progress_bar_global_hook(stop)
+    with pytest.raises(management.InterruptProcessingException):
+        restore(host, small, portrait.expand(4, -1, -1, -1))
+    assert len(bar) == 1
+    assert not small.calls
+
+
+def test_a_turned_widget_runs_anew_only_what_depends_on_it(
+    host: Any, small: Any, portrait: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    scope = host.nodes["FaceDetectAlign"].execute.__func__.__globals__
+    find_faces = scope["find_faces"]
+    monkeypatch.setitem(scope, "find_faces", lambda *given, **named: looks.append(1) or find_faces(*given, **named))
+    first = restore(host, small, portrait)
+    ran = list(small.calls)
+    assert ran == ["embed", "encode", "denoise", "decode"]
+    softer = restore(host, small, portrait, strength=0.5, feather=0.3)
+    assert small.calls == ran
+    assert not torch.equal(softer.args[0], first.args[0])
+    assert torch.equal(softer.args[0], four_nodes(host, small, portrait, strength=0.5, feather=0.3)[0])
+    small.calls.clear()
+    assert len(looks) == 2  # this node's and that of the four
+    restore(host, small, portrait, crop_size=576)
+    assert (len(looks), small.calls) == (3, ran)
+    small.model = Model()
+    restore(host, small, portrait, crop_size=576)
+    assert (len(looks), small.calls) == (3, ran * 2)
+    restore(host, small, portrait.clone(), crop_size=576)
+    assert (len(looks), small.calls) == (4, ran * 3)
+
+
+def test_nothing_is_kept_longer_than_the_picture(host: Any, small: Any, portrait: Tensor) -> None:
+    image = portrait.clone()
+    kept = host.nodes["OSDFaceRestore"].execute.__func__.__globals__["_kept"]
+    restore(host, small, image)
+    crops = weakref.ref(kept[id(image)]["found"][1].faces.crops)
+    del image
+    gc.collect()
+    assert crops() is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        ((1, 300, 200, 3), (1, 300, 402, 3)),
+        ((1, 200, 300, 4), (1, 402, 300, 3)),
+        ((1, 64, 64, 1), (1, 64, 130, 3)),
+        ((3, 2048, 1024, 3), (3, 1024, 1029, 3)),
+        ((0, 64, 64, 3), (0, 64, 130, 3)),
+    ],
+)
+def test_before_and_after_are_seen_at_once(shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    from osdface_core.preview import before_after
+
+    before, after = torch.full(shape, 0.25), torch.full(shape, 0.75)
+    both = before_after(before, after)
+    assert both.shape == wanted
+    assert both[:, :10, :10].allclose(torch.tensor(0.25))
+    assert both[:, -10:, -10:].allclose(torch.tensor(0.75))
+
+
+def test_a_changed_file_is_noticed(host: Any, parser: Path) -> None:
+    node = host.nodes["OSDFaceRestore"]
+    before = node.fingerprint_inputs(**WIDGETS), node.fingerprint_inputs(**WIDGETS | {"mask_type": "parsing"})
+    parser.write_bytes(parser.read_bytes() + b" ")
+    after = node.fingerprint_inputs(**WIDGETS), node.fingerprint_inputs(**WIDGETS | {"mask_type": "parsing"})
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+    assert before[0] != node.fingerprint_inputs(**WIDGETS | {"lora_name": "none"})
