@@ -92,7 +92,7 @@ def drawn(of: Range, generator: torch.Generator) -> float:
 
 def picked(chances: dict[str, float], generator: torch.Generator) -> str:
     names = list(chances)
-    return names[int(torch.multinomial(torch.tensor([chances[n] for n in names]), 1, generator=generator))]
+    return names[int(torch.multinomial(torch.tensor([float(chances[n]) for n in names]), 1, generator=generator))]
 
 
 def _odd(of: tuple[int, int], generator: torch.Generator) -> int:
