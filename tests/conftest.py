@@ -156,7 +156,7 @@ def crop(golden: Path) -> Callable[[str], torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random networks, a hundredth of the size: a folder in diffusers' layout with Stable Diffusion 2.1's modules, and `vre.safetensors`."""
+    """Small random networks: a folder in diffusers' layout with Stable Diffusion 2.1's modules, and `vre.safetensors`."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from safetensors.torch import save_file
 

@@ -216,7 +216,7 @@ def _changed(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> av.Video
         visible = fresh[:, : before.width * pixel].reshape(before.height, before.width, pixel)
         visible[keep] = old.reshape(before.height, before.width, pixel)[keep]
         after.update(fresh.tobytes())
-    new.pts = frame.pts
+    new.pts, new.duration = frame.pts, frame.duration
     new.colorspace, new.color_range = frame.colorspace, frame.color_range
     return new
 
