@@ -300,7 +300,7 @@ moment: the faces are not restored anew.
             "save": save("all.IMAGE", "osdface_strengths", (640, 330)),
         },
         [["load"], ["detect", "checkpoint"], ["prompts", "step"], ["third", "two_thirds", "whole"], ["left", "right", "all"], ["save"]],
-        {"The same faces, three strengths": ["third", "two_thirds", "whole"]},
+        {"Three strengths": ["third", "two_thirds", "whole"]},
     ),
     "osdface_step_taken_apart": Graph(
         f"""## The one step, with ComfyUI's own sampler
