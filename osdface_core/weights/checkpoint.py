@@ -273,6 +273,9 @@ class Checkpoint:
     def _select(self, top: Any, prefixes: tuple[str, ...]) -> Iterator[tuple[str, StoredTensor]]:
         if isinstance(top, dict) and isinstance(top.get("state_dict"), dict):
             top = top["state_dict"]
+        if isinstance(top, _Inert) and top.path == "collections.OrderedDict" and top.args and isinstance(top.args[0], list):
+            # Python 2 wrote an OrderedDict as a list of pairs.
+            top = {key: value for key, value in (pair for pair in top.args[0] if isinstance(pair, list | tuple) and len(pair) == 2)}
         found = False
         for key, value in top.items() if isinstance(top, dict) else ():
             if isinstance(key, str) and key.startswith(prefixes or ""):

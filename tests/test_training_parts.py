@@ -1,0 +1,257 @@
+"""Losses, degradation, data and quantiser of the training, against their authors' code or closed forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from osdface_core.errors import OSDFaceError
+from osdface_core.training import degradation as d
+from osdface_core.training import losses
+from osdface_core.training.data import Pictures, Samples, batches, number_of, split
+from osdface_core.training.degradation import Degradation, Stage, generator_for
+from osdface_core.training.stage2 import ADAPTED
+from osdface_core.vre import Shape
+
+
+def pictures(seed: int, size: int = 48) -> torch.Tensor:
+    noise = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(noise, (size, size), mode="bicubic").clamp(0, 1)
+
+
+def test_edges_are_sobels() -> None:
+    ramp = torch.arange(8.0).expand(1, 3, 8, 8) / 8  # rises by 1/8 a pixel to the right: gx = 8/8, gy = 0
+    inside = losses.edges(ramp)[0, 0, 1:-1, 1:-1]
+    assert inside.sub(math.sqrt(1 + 1e-6)).abs().max() < 1e-6
+    ndimage = pytest.importorskip("scipy.ndimage")
+    x = pictures(1)
+    grey = x.mean(1).numpy()
+    theirs = [np.sqrt(ndimage.sobel(g, 0, mode="constant") ** 2 + ndimage.sobel(g, 1, mode="constant") ** 2 + 1e-6) for g in grey]
+    assert np.abs(losses.edges(x)[:, 0].numpy() - np.stack(theirs)).max() < 1e-5
+
+
+def vgg_file(folder: Path, vgg: torch.nn.Module) -> Path:
+    path = folder / "vgg16.pth"
+    torch.save(vgg.state_dict(), path)
+    return path
+
+
+def test_dists_is_its_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs_module = pytest.importorskip("DISTS_pytorch", reason="no reference for DISTS: pip install --no-deps dists-pytorch")
+    import torchvision
+
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg16(weights=None)
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda *_, **__: vgg)
+    file = vgg_file(tmp_path, vgg)
+    theirs = theirs_module.DISTS()
+    ours = losses.load_dists([file, Path(theirs_module.__file__).with_name("weights.pt")])
+    x, y = pictures(1), pictures(2)
+    assert torch.allclose(ours(x, y), theirs(x, y, require_grad=True, batch_average=True), atol=1e-5)
+    assert abs(float(ours(x, x))) < 1e-5
+    ex, ey = (losses.edges(v).expand(-1, 3, -1, -1) for v in (x, y))
+    wanted = theirs(x, y, batch_average=True) + theirs(ex, ey, batch_average=True)
+    assert torch.allclose(losses.edge_aware_dists(ours, x, y), wanted, atol=1e-5)
+    given = x.clone().requires_grad_()
+    losses.edge_aware_dists(ours, given, y).backward()
+    assert given.grad is not None and bool(given.grad.isfinite().all()) and float(given.grad.abs().sum()) > 0
+
+
+def test_lpips_is_its_authors(tmp_path: Path) -> None:
+    lpips = pytest.importorskip("lpips", reason="no reference for LPIPS: pip install --no-deps lpips")
+    torch.manual_seed(0)
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    file = tmp_path / "vgg16.pth"
+    slices = {k: v for i in range(1, 6) for k, v in getattr(theirs.net, f"slice{i}").state_dict().items()}
+    torch.save({f"features.{key}": value for key, value in slices.items()}, file)
+    ours = losses.load_lpips([file, Path(lpips.__file__).with_name("weights") / "v0.1" / "vgg.pth"])
+    x, y = pictures(1), pictures(2)
+    assert torch.allclose(ours(x, y), theirs(x * 2 - 1, y * 2 - 1).mean(), atol=1e-5)
+
+
+def test_identity_is_arcfaces(tmp_path: Path) -> None:
+    theirs_module = pytest.importorskip("facexlib.recognition.arcface_arch", reason="no reference for ArcFace: facexlib is absent")
+    torch.manual_seed(0)
+    theirs = theirs_module.Backbone(50, 0.6, "ir_se").eval()
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    file = tmp_path / "arcface.pth"
+    torch.save(theirs.state_dict(), file)
+    ours = losses.load_arcface([file])
+    x, y = pictures(1, 256), pictures(2, 256)
+    part = [F.interpolate(v[..., 35:223, 32:220], (112, 112), mode="bilinear", antialias=True) * 2 - 1 for v in (x, y)]
+    with torch.no_grad():
+        wanted = 1 - F.cosine_similarity(theirs(part[0]), theirs(part[1])).mean()
+        assert torch.allclose(losses.identity(ours, x, y), wanted, atol=1e-5)
+        assert abs(float(losses.identity(ours, x, x))) < 1e-5
+
+
+def test_a_wrong_network_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    torch.save({"alpha": torch.zeros(1, 1475, 1, 1)}, tmp_path / "weights.pt")
+    with pytest.raises(OSDFaceError, match=r"files given for DISTS do not fit it .* is missing .*give vgg16-397923af\.pth"):
+        losses.load_dists([tmp_path / "weights.pt"])
+
+
+def test_adversarial_losses_are_closed_forms() -> None:
+    fake, real = torch.tensor([0.5, -2.0]), torch.tensor([0.25, 3.0])
+    assert float(losses.gan_losses("hinge", fake, real)) == pytest.approx(((1.5 + 0) / 2 + (0.75 + 0) / 2) / 2)
+    assert float(losses.gan_losses("hinge", fake)) == pytest.approx(0.75)
+    bce = F.binary_cross_entropy_with_logits
+    wanted = (bce(fake, torch.zeros(2)) + bce(real, torch.ones(2))) / 2
+    assert torch.allclose(losses.gan_losses("softplus", fake, real), wanted)
+    assert torch.allclose(losses.gan_losses("softplus", fake), bce(fake, torch.ones(2)))
+
+
+def test_association_is_clips() -> None:
+    from osdface_core.training.vq import association
+
+    hq, lq = (torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    a, b = (v.permute(0, 2, 3, 1).reshape(24, 5) for v in (hq, lq))
+    logits = torch.tensor([[float(F.cosine_similarity(p, q, dim=0)) / 0.07 for q in b] for p in a])
+    wanted = -(logits.log_softmax(1).diag().mean() + logits.log_softmax(0).diag().mean()) / 2
+    assert torch.allclose(association(hq, lq, 1 / 0.07), wanted, atol=1e-4)
+    assert association(hq, hq, 1 / 0.07) < association(hq, lq, 1 / 0.07)
+
+
+def test_the_quantiser_takes_the_nearest_code_and_lets_the_gradient_through() -> None:
+    from osdface_core.training.vq import Quantizer
+
+    quantizer = Quantizer(Shape(features=4, codes=6))
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    z = torch.randn(2, 4, 3, 3, requires_grad=True)
+    out, commitment, codebook, codes = quantizer(z)
+    flat = z.detach().permute(0, 2, 3, 1).reshape(-1, 4)
+    nearest = torch.cdist(flat, quantizer.embedding.weight.detach()).argmin(1)
+    assert torch.equal(codes.flatten(), nearest)
+    assert torch.allclose(out.detach().permute(0, 2, 3, 1).reshape(-1, 4), quantizer.embedding.weight[nearest], atol=1e-6)
+    error = (flat - quantizer.embedding.weight[nearest]).square().mean()
+    assert torch.allclose(commitment, error) and torch.allclose(codebook, error)
+    (gradient,) = torch.autograd.grad(out.sum(), z, retain_graph=True)
+    assert torch.equal(gradient, torch.ones_like(z))
+    assert torch.autograd.grad(commitment, quantizer.embedding.weight, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(codebook, z, allow_unused=True) == (None,)
+
+
+def test_kernels_are_what_their_names_say() -> None:
+    steps = torch.arange(-10.0, 11.0)
+    bell = torch.exp(-(steps**2) / (2 * 2.0**2))
+    wanted = torch.outer(bell, bell)
+    assert torch.allclose(d.gaussian_kernel(21, 2, 2, 0.3), wanted / wanted.sum(), atol=1e-6)
+    # along the axis that is turned by 90 degrees the other deviation rules
+    turned = d.gaussian_kernel(21, 1, 3, math.pi / 2)
+    assert torch.allclose(turned, d.gaussian_kernel(21, 3, 1, 0), atol=1e-6)
+    row = turned[10]
+    assert float(row[10] / row[13]) == pytest.approx(math.exp(0.5), rel=1e-4)
+    assert torch.allclose(d.gaussian_kernel(21, 2, 3, 0.3, "generalized", 1.0), d.gaussian_kernel(21, 2, 3, 0.3), atol=1e-6)
+    plateau = d.gaussian_kernel(21, 2, 2, 0, "plateau", 2.0)
+    assert float(plateau[10, 10] / plateau[10, 12]) == pytest.approx(2.0)
+    special = pytest.importorskip("scipy.special")
+    sinc = d.sinc_kernel(13, math.pi / 3)
+    y, x = np.mgrid[-6:7, -6:7]
+    r = np.hypot(x, y)
+    with np.errstate(invalid="ignore"):
+        theirs = np.where(r == 0, (math.pi / 3) ** 2 / (4 * math.pi), math.pi / 3 * special.j1(math.pi / 3 * r) / (2 * math.pi * r))
+    assert np.abs(sinc.numpy() - theirs / theirs.sum()).max() < 1e-6
+
+
+def test_blurring_is_a_correlation_with_mirrored_edges() -> None:
+    weights = d.gaussian_kernel(9, 1, 3, 0.5) * torch.linspace(0.5, 1.5, 81).view(9, 9)
+    weights /= weights.sum()
+    x = pictures(3)[:1]
+    wanted = F.conv2d(F.pad(x, [4] * 4, mode="reflect"), weights.expand(3, 1, 9, 9), groups=3)
+    assert torch.allclose(d.blurred(x, weights), wanted.clamp(0, 1), atol=1e-5)
+
+
+def test_what_is_drawn_stays_within_the_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[float]] = {"sigma": [], "shrink": [], "jpeg": [], "noise": []}
+
+    def watch(name: str, function: Callable, pick: Callable) -> None:
+        def watched(*given, **named):  # type: ignore[no-untyped-def]
+            seen[name] += pick(*given, **named)
+            return function(*given, **named)
+
+        monkeypatch.setattr(d, function.__name__, watched)
+
+    watch("sigma", d.gaussian_kernel, lambda size, across, along, *_: [across, along])
+    watch("jpeg", d.compressed, lambda x, quality: [quality])
+    watch("shrink", d.resized, lambda x, size, mode: [x.shape[-1] / size[-1]] if size[-1] != 64 else [])
+    x = pictures(4, 64)[0]
+    stage = Stage(kernel_size=(5, 15), enlarge=False)
+    for n in range(150):
+        out = Degradation((stage,))(x, generator_for(0, n))
+        assert out.shape == x.shape and float(out.min()) >= 0 and float(out.max()) <= 1
+        assert torch.equal((out * 255).round() / 255, out)
+    # ends of the ranges, to the size's rounding to whole pixels
+    for name, low, high in (("sigma", 0.1, 10), ("jpeg", 40, 95), ("shrink", 0.79, 16.1)):
+        assert low <= min(seen[name]) < low + 0.1 * (high - low), name
+        assert high - 0.1 * (high - low) < max(seen[name]) <= high, name
+    grey = torch.full((1, 3, 200, 200), 0.5)
+    deviations = [float(d.noisy(grey, Stage(), generator_for(1, n)).std()) * 255 for n in range(30)]
+    assert max(deviations) < 15.2 and min(deviations) < 2 and max(deviations) > 12
+    shot = d.noisy(grey, Stage(noises={"poisson": 1}, poisson=(1, 1), grey=1.0), generator_for(2))
+    assert torch.equal(shot[:, 0], shot[:, 2])
+    # one level in the picture: 2 photons at white, so the mean stays and the variance is 0.5 / 2
+    assert float(shot.mean()) == pytest.approx(0.5, abs=0.01) and float(shot.var()) == pytest.approx(0.25, rel=0.05)
+
+
+def test_the_same_number_gives_the_same_picture_and_another_another() -> None:
+    x, chain = pictures(5, 64)[0], Degradation((Stage(kernel_size=(5, 15)), Stage(kernel_size=(5, 15))), sinc=0.5)
+    again = [chain(x, generator_for(3, n)) for n in (0, 1, 0)]
+    assert torch.equal(again[0], again[2]) and not torch.equal(again[0], again[1])
+    assert not torch.equal(again[0], chain(x, generator_for(4, 0)))
+
+
+def test_a_mistaken_kind_is_named() -> None:
+    with pytest.raises(OSDFaceError, match=r"`kernels` of a degradation is \{'round': 1\}; chances of none, iso"):
+        Stage(kernels={"round": 1})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i in range(10):
+        Image.fromarray(np.full((40, 60, 3), 20 * i, np.uint8)).save(tmp_path / f"male_{i:03d}.png")
+    return tmp_path
+
+
+def test_held_out_pictures_are_never_sampled(folder: Path) -> None:
+    chosen = Pictures(folder, size=32, crop=16, held_out=(0, 6))
+    kept, out = split(chosen)
+    assert [number_of(p) for p in out] == [0, 6] and len(kept) == 8
+    samples = Samples(kept, chosen, Degradation(()), seed=0)
+    for turn in (0, 1):
+        found = [samples[turn * 8 + n] for n in range(8)]
+        assert sorted(round(float(s["hq"].mean()) * 255 / 20) for s in found) == [1, 2, 3, 4, 5, 7, 8, 9]
+    assert found[0]["hq"].shape == (3, 16, 16) and found[0]["face"].shape == (3, 32, 32)
+    orders = [[round(float(samples[t * 8 + n]["hq"].mean()) * 255) for n in range(8)] for t in (0, 1)]
+    assert orders[0] != orders[1]
+
+
+def test_processes_share_out_the_samples_of_one(folder: Path) -> None:
+    samples = Samples(split(Pictures(folder, size=32))[0], Pictures(folder, size=32), Degradation(()), seed=0)
+
+    def numbers(processes: int, batch: int, first: int) -> list[set[int]]:
+        plan = {"batch": batch, "accumulate": 2, "processes": processes, "first_step": first, "workers": 0}
+        feeds = [batches(samples, process=p, **plan) for p in range(processes)]
+        return [{int(n) for feed in feeds for _ in range(2) for n in next(feed)["number"]} for _ in range(3)]
+
+    assert numbers(1, 4, 0) == numbers(2, 2, 0) == [set(range(8)), set(range(8, 16)), set(range(16, 24))]
+    assert numbers(2, 2, 1)[0] == set(range(8, 16))
+
+
+def test_the_adapted_layers_are_the_278_of_the_released_file() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from osdface_core.lora import modules
+    from osdface_core.training.stage2 import adapted_layers
+
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+    assert set(adapted_layers(unet)) == set(modules())
+    assert not ADAPTED.fullmatch("time_embedding.linear_1")
