@@ -77,6 +77,7 @@ def make_model() -> Any:
     """The UNet as a MODEL."""
     config = Config(unet_config())
     config.set_inference_dtype(torch.float32, None)
+    config.custom_operations = host.Operations
     names = comfy.utils.unet_to_diffusers(config.unet_config)
     tensors = {names[name]: tensor.float() for name, tensor in load_file(builtin.UNET).items()}
     model = config.get_model({}, device=mm.unet_offload_device())

@@ -8,9 +8,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..osdface_core.backbone import TIMESTEP, TIMESTEPS
-from ..osdface_core.chunks import Progress
 from ..osdface_core.errors import OSDFaceError
-from ..osdface_core.one_step import Restored, restore
+from ..osdface_core.one_step import restore
 from ..osdface_core.weights.catalogue import LORA, LORAS
 from . import host
 
@@ -85,8 +84,13 @@ class OSDFaceOneStep(io.ComfyNode):
         faces_per_batch: int,
     ) -> io.NodeOutput:
         prompts, options = _prompts(conditioning)
-        result = restored(
-            model, vae, crops, prompts, lora_name, host.progress(len(crops)), lora_strength, timestep, faces_per_batch, options
+        result = restore(
+            crops,
+            prompts,
+            backbone(model, vae, lora_name, lora_strength, options),
+            timestep=timestep,
+            faces_per_batch=faces_per_batch,
+            progress=host.progress(len(crops)),
         )
         if not result.failed:
             return io.NodeOutput(result.crops)
@@ -97,24 +101,12 @@ class OSDFaceOneStep(io.ComfyNode):
         return io.NodeOutput(result.crops, ui=ui.PreviewText(says))
 
 
-def restored(
-    model: Any,
-    vae: Any,
-    crops: torch.Tensor,
-    prompts: torch.Tensor,
-    lora_name: str,
-    progress: Progress,
-    lora_strength: float = 1.0,
-    timestep: int = TIMESTEP,
-    faces_per_batch: int = 0,
-    options: dict[str, Any] | None = None,
-) -> Restored:
+def backbone(model: Any, vae: Any, lora_name: str, lora_strength: float, options: dict[str, Any]) -> host.HostBackbone:
     lora = None
     if lora_name != host.NONE and lora_strength != 0:
         with host.naming("lora_name"):
             lora = host.find(lora_name, LORAS), lora_strength
-    backbone = host.HostBackbone(model, vae, options, lora)
-    return restore(crops, prompts, backbone, timestep=timestep, faces_per_batch=faces_per_batch, progress=progress)
+    return host.HostBackbone(model, vae, options, lora)
 
 
 def _prompts(conditioning: list[Any]) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..osdface_core.errors import OSDFaceError
-from ..osdface_core.one_step import Restored
+from ..osdface_core.one_step import Restored, restore
 from ..osdface_core.paste import check
 from ..osdface_core.preview import before_after
 from ..osdface_core.select import Choice
@@ -20,7 +20,7 @@ from ..osdface_core.weights.catalogue import FACES, LORAS, OSDFACE
 from . import host
 from .face_detect_align import DETECTORS, FaceDetectAlign, detected
 from .face_paste_back import PARSER, FacePasteBack, parse, pasted
-from .osdface_one_step import AGAINST_NAN, OSDFaceOneStep, restored
+from .osdface_one_step import AGAINST_NAN, OSDFaceOneStep, backbone
 from .osdface_vre import OSDFaceVRE, prompt_options, visual_prompts
 
 T = TypeVar("T")
@@ -120,20 +120,18 @@ class OSDFaceRestore(io.ComfyNode):
             # What would stop the job after minutes stops it now.
             check(image, faces, faces.crops, mask_type, color_match, keep, parse)
             _check_crops(faces)
-            for name, kind in ((vre_name, OSDFACE), (lora_name, LORAS), (PARSER if mask_type == "parsing" else host.NONE, FACES)):
-                if name != host.NONE:
-                    host.find(name, kind)
+            if mask_type == "parsing":
+                with host.naming("mask_type"):
+                    host.find(PARSER)
 
-
-            def restore() -> Restored:
+            def restored() -> Restored:
+                networks = backbone(model, vae, lora_name, 1.0, prompt_options(vre_name))
                 prompts = visual_prompts(faces.crops, vre_name, stage("prompts", len(faces)))
-                return restored(
-                    model, vae, faces.crops, prompts, lora_name, stage("step", len(faces)), options=prompt_options(vre_name)
-                )
+                return restore(faces.crops, prompts, networks, progress=stage("step", len(faces)))
 
             files = host.state_of(vre_name, OSDFACE, embedder_files), host.state_of(lora_name, LORAS)
-            networks = weakref.ref(model), getattr(model, "patches_uuid", None), weakref.ref(vae)
-            step = _once(image, "restored", (seen, vre_name, lora_name, files, networks), restore)
+            models = weakref.ref(model), model.patches_uuid, weakref.ref(vae)
+            step = _once(image, "restored", (seen, vre_name, lora_name, files, models), restored)
             result, report = step.crops, report + _failures(faces, step.failed)
         after, mask = pasted(image, faces, result, strength, mask_type, feather, color_match, keep, 0.0, stage("paste", len(faces)))
         return io.NodeOutput(after, mask, before_after(image, after), report, ui=ui.PreviewText(report))

@@ -168,7 +168,7 @@ def test_the_lora_survives_a_model_that_is_unloaded_and_loaded_in_part(
         return clone
 
     monkeypatch.setattr(host.host, "_merged", merged)
-    monkeypatch.setattr(host.host, "parse_lora", lambda *_: {})
+    monkeypatch.setattr(host.host, "once", lambda *_: {})
     file, x = host.host.find(LORA, "loras"), torch.randn(1, 64)
     management.load_models_gpu([host.host.with_lora(model, file, 1.0)])
     first = module(x).clone()
@@ -250,7 +250,7 @@ def test_a_truncated_file_is_named(name: str, host: Any, checkpoint: tuple[Any, 
 
 
 def test_a_file_that_is_not_there_is_named_with_the_remedy(host: Any) -> None:
-    says = r"osdface_vre.safetensors is missing .*install.py --only osdface_vre.safetensors .* or allow downloads"
+    says = r"^`vre_name`: osdface_vre.safetensors is missing .*install.py --only osdface_vre.safetensors .* or allow downloads"
     with pytest.raises(host.error, match=says):
         run(host, "OSDFaceVRE", crops=torch.zeros(1, 64, 64, 3), vre_name="osdface_vre.safetensors")
 
@@ -478,7 +478,7 @@ def test_an_interrupt_stops_the_step(host: Any, checkpoint: tuple[Any, Any], cro
 
 
 def test_the_schemas_are_valid(host: Any) -> None:
-    for node in ("FaceDetectAlign", "OSDFaceVRE", "OSDFaceOneStep", "FacePasteBack"):
+    for node in json.loads((Path(__file__).parent / "interfaces.json").read_text()):
         schema = host.nodes[node].GET_SCHEMA()
         assert schema.category == "OSDFace"
         assert all(i.tooltip for i in schema.inputs), [i.id for i in schema.inputs if not i.tooltip]
