@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ for needed in ("accelerate", "diffusers", "peft", "tensorboard"):
 
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
+from osdface_core.lora import parse_lora  # noqa: E402
 from osdface_core.training.__main__ import main  # noqa: E402
 from osdface_core.training.config import read_config  # noqa: E402
 from osdface_core.training.loop import checkpoints  # noqa: E402
@@ -261,3 +263,27 @@ def test_losses_without_their_networks_are_off_and_the_log_says_so(
     run(config, "stage2", "run.steps=1")
     said = [r.getMessage() for r in caplog.records if "switched off" in r.getMessage()]
     assert [line.split()[0] for line in said] == ["ea_dists", "identity", "gan"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("judge", ["", "unet"])
+def test_a_full_size_step_of_stage_2_fits_in_20_gib(judge: str, stand_ins: Path, data: Path, tmp_path: Path) -> None:
+    """The whole command with the full-size configuration; with a discriminator over Stable Diffusion's own UNet, too."""
+    base = stand_ins / "sd21-diffusers"
+    if not base.is_dir():
+        pytest.skip(f"no stand-in weights in diffusers' layout at {base}: make them with make_weights.py")
+    command = [sys.executable, "-m", "osdface_core.training", "stage2", "--config", str(CONFIGS / "stage2.yaml")]
+    command += [f"data.folder={data / 'images' / 'portraits'}", f"vre={stand_ins / 'osdface' / 'associate_2.ckpt'}"]
+    command += [f"unet.folder={base}", f"vae.folder={base}", f"lora.start={stand_ins / 'osdface' / 'pytorch_lora_weights.safetensors'}"]
+    command += [f"run.folder={tmp_path}", "run.steps=1", "run.batch=1", "run.cpu=true", "run.workers=0", "run.samples=0"]
+    command += [f"losses.gan.network.folder={base}"] if judge else []
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    gibibytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"peak {gibibytes:.1f} GiB\n{done.stderr}")  # noqa: T201
+    assert gibibytes < 20
+    lora = parse_lora(load_file(tmp_path / "pytorch_lora_weights.safetensors"))
+    before = parse_lora(load_file(stand_ins / "osdface" / "pytorch_lora_weights.safetensors"))
+    assert len(lora) == 278
+    assert all(not torch.equal(lora[name].up * lora[name].scale, before[name].up * before[name].scale) for name in lora)
+    assert read_embedder(tmp_path / "osdface_vre.safetensors").keys() >= {"projector.conv1.weight", "encoder.conv_in.weight"}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ..backbone import LATENT_CHANNELS, TIMESTEP, alphas_cumprod
 from ..errors import OSDFaceError
@@ -193,7 +193,8 @@ def _network(kind: Any, network: Network, name: str) -> Any:
             made.load_state_dict({key: t.float() for key, t in load_file(network.weights).items()})
         return made
     except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
-        raise OSDFaceError(f"`{name}` cannot be loaded ({' '.join(str(error).split())[:200]}): give a folder in diffusers' layout.") from error
+        why = " ".join(str(error).split())[:200]
+        raise OSDFaceError(f"`{name}` cannot be loaded ({why}): give a folder in diffusers' layout.") from error
 
 
 def load_vre(path: Path, hidden: int) -> VisualEmbedder:
@@ -265,7 +266,7 @@ class Generator(nn.Module):
 
     def forward(self, pixels: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (B,3,H,W) in [0,1], codes (B,77,features) -> restored pixels, not clamped, and x0 (B,4,H/8,W/8)."""
-        with torch.autocast(pixels.device.type, enabled=False):
+        with autocast(pixels.device.type, enabled=False):
             prompts = self.projector(codes)
         latents = self.vae.encode(pixels)
         predicted = self.unet(latents, self.timestep, encoder_hidden_states=prompts).sample.float()
