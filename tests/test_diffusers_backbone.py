@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn import Linear
 
 from osdface_core.errors import OSDFaceError
 from osdface_core.lora import LoraModule, modules
@@ -68,7 +69,7 @@ def test_the_lora_lands_on_every_module_and_nowhere_else(small: db.DiffusersBack
 def test_a_module_without_a_place_is_named(small: db.DiffusersBackbone) -> None:
     lora = small_lora(small.unet)
     place = small.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn2
-    place.to_k = torch.nn.Linear(7, 5)
+    place.to_k = Linear(7, 5)
     with pytest.raises(OSDFaceError, match=r"no weight for 1 of the 278 modules of mine .up_blocks\.1\.attentions\.0.*attn2\.to_k"):
         db.add_lora(small.unet, lora, 1.0, "mine")
 

@@ -78,6 +78,25 @@ def test_python_files_can_be_shown_on_windows() -> None:
     assert not wrong
 
 
+def test_devices_and_layers_are_the_hosts() -> None:
+    """comfy-test's rules: devices, half precision and the layers of networks come from ComfyUI. Training, which it never runs, imports
+    its layers by name."""
+    forbidden = re.compile(
+        r"\.cuda\s*\(|\.to\s*\(\s*[\"']cuda|torch\.(?:cuda\.)?(?:amp\.)?autocast"
+        r"|(?<![\w.])(?:torch\.)?nn\.(?:Linear|Conv\w*|LayerNorm|GroupNorm|Embedding)\s*\("
+    )
+    for name in ("nodes", "osdface_core", "tests", "benchmarks"):
+        for path in (ROOT / name).rglob("*.py"):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            assert not [line for line in lines if forbidden.search(line) and not line.lstrip().startswith("#")], path
+
+
+def test_the_browser_extension_can_clash_with_no_other() -> None:
+    for path in (ROOT / "web").glob("*.js"):
+        names = re.findall(r'registerExtension\(\{\s*name: "([^"]+)"', path.read_text(encoding="utf-8"))
+        assert names and all(name.startswith("osdface.") for name in names)
+
+
 def test_one_version_everywhere() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", VERSION)
     newest = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)

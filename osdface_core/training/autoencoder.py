@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ..backbone import STRIDE
 from ..builtin.autoencoder import Autoencoder
@@ -116,7 +116,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (done + 1) / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * elapsed / minutes)) / 2)
         crops = crops.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", torch.bfloat16):
             given = network(crops)
         loss = loss_of(given.float(), crops)
         optimizer.zero_grad()

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, autocast
 
 from ..retinaface import ANCHORS_PER_CELL, MEAN_BGR, RetinaFace, build_retinaface
 from ..weights.reading import read_tensors
@@ -147,11 +147,11 @@ def train(
         x = (pixels.flip(1) * 255 - mean_bgr).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             wanted = answers(teacher, x)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", torch.bfloat16):
             found = answers(network, x)
         losses = loss_of(found, wanted)
         optimizer.zero_grad()
-        (losses[0] + losses[1] + 3 * losses[2]).backward()
+        (losses[0] + 2 * losses[1] + 6 * losses[2]).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimizer.step()
         done += 1

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Conv2d, GroupNorm, Linear
 
 from ..backbone import TIMESTEPS, alphas_cumprod
 from ..vre import TOKENS
@@ -21,13 +22,13 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
         super().__init__()
-        parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        parts: list[nn.Module] = [Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         inside = channels
         for i in range(1, layers + 1):
             out = channels * min(2**i, 8)
-            parts += [nn.Conv2d(inside, out, 4, 2 if i < layers else 1, 1, bias=False), nn.GroupNorm(8, out), nn.LeakyReLU(0.2)]
+            parts += [Conv2d(inside, out, 4, 2 if i < layers else 1, 1, bias=False), GroupNorm(8, out), nn.LeakyReLU(0.2)]
             inside = out
-        self.layers = nn.Sequential(*parts, nn.Conv2d(inside, 1, 4, 1, 1))
+        self.layers = nn.Sequential(*parts, Conv2d(inside, 1, 4, 1, 1))
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.layers(pictures * 2 - 1)
@@ -50,10 +51,10 @@ class UNetDiscriminator(nn.Module):
         unet.conv_norm_out = unet.conv_out = None
         self.unet = unet
         context = unet.config.cross_attention_dim
-        self.context = nn.ModuleList(nn.Linear(features, part) for part in ((768, context - 768) if self.sdxl else (context,)))
+        self.context = nn.ModuleList(Linear(features, part) for part in ((768, context - 768) if self.sdxl else (context,)))
         if self.sdxl:
-            self.pooled = nn.Linear(TOKENS * features, POOLED)
-        self.head = nn.Sequential(nn.Linear(width, width // 2), nn.LeakyReLU(0.2), nn.Linear(width // 2, 1))
+            self.pooled = Linear(TOKENS * features, POOLED)
+        self.head = nn.Sequential(Linear(width, width // 2), nn.LeakyReLU(0.2), Linear(width // 2, 1))
         self.register_buffer("alphas", alphas_cumprod(), persistent=False)
         self.alphas: Tensor
 

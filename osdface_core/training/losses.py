@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Conv2d, Linear
 
 from ..errors import OSDFaceError
 from ..networks import filled
@@ -49,6 +50,16 @@ def differences(given: Tensor, right: Tensor) -> Tensor:
     return sum(((given.diff(dim=d) - right.diff(dim=d)).abs().mean() for d in (-1, -2)), given.new_zeros(()))
 
 
+def energies(given: Tensor, right: Tensor, window: int = 16) -> Tensor:
+    """Mean absolute difference of the steps' root mean square in squares of `window` px: how much detail there is, wherever it lies."""
+
+    def of(x: Tensor) -> Tensor:
+        steps = x.diff(dim=-1)[..., :-1, :].square() + x.diff(dim=-2)[..., :-1].square()
+        return (F.avg_pool2d(steps.mean(1, keepdim=True), window) + 1e-6).sqrt()
+
+    return (of(given) - of(right)).abs().mean()
+
+
 def edges(pictures: Tensor) -> Tensor:
     """(B,3,H,W) -> (B,1,H,W): Sobel's gradient magnitude of the channels' mean, sqrt(gx^2 + gy^2 + 1e-6), zeros beyond the border.
 
@@ -72,7 +83,7 @@ class VGG16(nn.Module):
         inside = 3
         for layers, width in zip(self.LEVELS, self.WIDTHS, strict=True):
             for layer in layers:
-                self.features[str(layer)] = nn.Conv2d(inside, width, 3, padding=1)
+                self.features[str(layer)] = Conv2d(inside, width, 3, padding=1)
                 inside = width
 
     def forward(self, x: Tensor, pool: nn.Module) -> list[Tensor]:
@@ -162,8 +173,8 @@ def _for_imagenet(x: Tensor) -> Tensor:
 class SqueezeExcite(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // 16, 1, bias=False)
-        self.fc2 = nn.Conv2d(channels // 16, channels, 1, bias=False)
+        self.fc1 = Conv2d(channels, channels // 16, 1, bias=False)
+        self.fc2 = Conv2d(channels // 16, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
@@ -175,13 +186,13 @@ class Bottleneck(nn.Module):
         self.shortcut_layer = (
             nn.MaxPool2d(1, stride)
             if inside == out
-            else nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            else nn.Sequential(Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
         )
         self.res_layer = nn.Sequential(
             nn.BatchNorm2d(inside),
-            nn.Conv2d(inside, out, 3, 1, 1, bias=False),
+            Conv2d(inside, out, 3, 1, 1, bias=False),
             nn.PReLU(out),
-            nn.Conv2d(out, out, 3, stride, 1, bias=False),
+            Conv2d(out, out, 3, stride, 1, bias=False),
             nn.BatchNorm2d(out),
             SqueezeExcite(out),
         )
@@ -198,13 +209,13 @@ class ArcFace(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
+        self.input_layer = nn.Sequential(Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
         levels = ((64, 64, 3), (64, 128, 4), (128, 256, 14), (256, 512, 3))
         self.body = nn.Sequential(
             *(Bottleneck(out if i else inside, out, 1 if i else 2) for inside, out, count in levels for i in range(count))
         )
         self.output_layer = nn.Sequential(
-            nn.BatchNorm2d(512), nn.Dropout(0.0), nn.Flatten(), nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512)
+            nn.BatchNorm2d(512), nn.Dropout(0.0), nn.Flatten(), Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512)
         )
 
     def forward(self, faces: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from .losses import (
     charbonnier,
     differences,
     edge_aware_dists,
+    energies,
     gan_losses,
     identity,
     load_arcface,
@@ -94,11 +95,12 @@ class Gan:
 
 @dataclass(frozen=True)
 class Losses:
-    """mse, charbonnier, differences: of pixels, weights alone; latent: mean squared error of the latents. The others as `Term`."""
+    """mse, charbonnier, differences, energies: of pixels, weights alone; latent: mean squared error of the latents. The others as `Term`."""
 
     mse: float = 1.0
     charbonnier: float = 0.0
     differences: float = 0.0
+    energies: float = 0.0
     latent: float = 0.0
     ea_dists: Term = field(default_factory=lambda: Term(1.0))
     identity: Term = field(default_factory=lambda: Term(0.1))
@@ -362,7 +364,11 @@ class Stage2Task:
         self.fake = given.detach(), x0.detach()
         parts: dict[str, Tensor] = {"mse": (given - right).square().mean()}
         total = terms.mse * parts["mse"]
-        for key, weight, loss in (("charbonnier", terms.charbonnier, charbonnier), ("differences", terms.differences, differences)):
+        for key, weight, loss in (
+            ("charbonnier", terms.charbonnier, charbonnier),
+            ("differences", terms.differences, differences),
+            ("energies", terms.energies, energies),
+        ):
             if weight:
                 parts[key] = loss(given, right)
                 total = total + weight * parts[key]

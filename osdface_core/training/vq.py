@@ -11,7 +11,8 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
+from torch.nn import Conv2d, Embedding, GroupNorm
 
 from ..vre import Shape
 from ..vre.encoder import NORM_GROUPS, Attention, Encoder, Middle, ResnetBlock
@@ -22,7 +23,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -52,15 +53,15 @@ class Decoder(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         widths = [shape.channels * m for m in shape.multipliers]
-        self.conv_in = nn.Conv2d(shape.features, widths[-1], 3, padding=1)
+        self.conv_in = Conv2d(shape.features, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], nn)
         # up.0 works at the full resolution, as down.0 does.
         self.up = nn.ModuleList(
             UpLevel(before, width, first=i == len(widths) - 1, last=i == 0)
             for i, (width, before) in enumerate(pairwise([*widths, widths[-1]]))
         )
-        self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm_out = GroupNorm(NORM_GROUPS, widths[0], eps=1e-6)
+        self.conv_out = Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
@@ -86,14 +87,14 @@ class Quantizer(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(shape.codes, shape.features)
+        self.embedding = Embedding(shape.codes, shape.features)
         nn.init.uniform_(self.embedding.weight, -1 / shape.codes, 1 / shape.codes)
         self.register_buffer("uses", torch.zeros(shape.codes))
         self.uses: Tensor
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(what is decoded, commitment loss, code book loss, codes). Distances in fp32: squares of lower precision choose other codes."""
-        with torch.autocast(features.device.type, enabled=False):
+        with autocast(features.device.type, enabled=False):
             features = features.float()
             z = features.movedim(1, -1)
             book = self.embedding.weight.float()
@@ -112,9 +113,9 @@ class VQAutoencoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.encoder = Encoder(nn, shape)
-        self.quant_conv = nn.Conv2d(shape.features, shape.features, 1)
+        self.quant_conv = Conv2d(shape.features, shape.features, 1)
         self.quantize = Quantizer(shape)
-        self.post_quant_conv = nn.Conv2d(shape.features, shape.features, 1)
+        self.post_quant_conv = Conv2d(shape.features, shape.features, 1)
         self.decoder = Decoder(shape)
         for module in self.modules():
             if isinstance(module, Attention):
