@@ -134,6 +134,40 @@ as it is, bit for bit. A picture without a face comes out unchanged.
         },
         [["load"], ["detect", "checkpoint"], ["prompts", "step"], ["paste"], ["save"]],
     ),
+    "osdface_try_it": Graph(
+        """## Try it with nothing downloaded
+
+Choose a portrait in *Load Image*, press Run. The two nodes of *Make it bad first* shrink your picture and enlarge it again; then its
+faces are found, restored and put back, all by a small model that comes with this pack. Look at *Degraded* beside the result.
+
+**A picture that is bad already?** Select the two nodes and press Ctrl+B: they are passed over.
+
+ComfyUI's `example.png` is a drawing: where no face is found, the picture comes out as it went in.
+
+This model is a stand-in to show how the nodes go together. For what OSDFace can do, open *osdface_basic*; it says which files it needs.
+""",
+        {
+            "load": load_image(),
+            "shrink": Node("ImageScaleBy", {"image": "load.IMAGE"}, {"upscale_method": "area", "scale_by": 0.25}),
+            "enlarge": Node("ImageScaleBy", {"image": "shrink.IMAGE"}, {"upscale_method": "bicubic", "scale_by": 4.0}),
+            "detect": detect("enlarge.IMAGE", detector="builtin", confidence=0.7),
+            "builtin": Node("OSDFaceBuiltinModel", size=(300, 0)),
+            "prompts": Node("OSDFaceVRE", {"crops": "detect.crops"}, {"vre_name": "builtin"}, size=(320, 0)),
+            "step": Node(
+                "OSDFaceOneStep",
+                {"model": "builtin.model", "vae": "builtin.vae", "crops": "detect.crops", "conditioning": "prompts.conditioning"},
+                {"lora_name": "none"},
+                size=(320, 0),
+            ),
+            "paste": paste(image="enlarge.IMAGE", mask_type="ellipse"),
+            "degraded": show("enlarge.IMAGE", "Degraded"),
+            "save": save("paste.image", "osdface_try_it"),
+            "report": read("detect.report"),
+        },
+        [["load"], ["shrink", "enlarge"], ["detect", "builtin"], ["prompts", "step"], ["paste", "report"], ["degraded", "save"]],
+        {"Make it bad first": ["shrink", "enlarge"]},
+        note_width=720,
+    ),
     "osdface_all_in_one": Graph(
         f"""## All in one node
 
@@ -550,6 +584,8 @@ def illustration(address: str, name: str, folder: Path) -> Image.Image:
         return captioned([portrait(folder, "male_003")] * 4, ["before", "0.35", "0.7", "1"])
     if name == "osdface_old_photo":
         return with_faces(address, sepia(portrait(folder, "male_012")))
+    if name == "osdface_try_it":
+        return with_faces(address, portrait(folder, "female_006"), detector="builtin")
     if name == "osdface_all_in_one":
         return with_faces(address, portrait(folder, "female_002"))
     if name == "osdface_step_taken_apart":

@@ -133,11 +133,14 @@ class Site:
 
     def shown(self, node_type: str) -> list[tuple[int, int]]:
         """Sizes of the pictures that the nodes of a type show."""
-        script = """async (type) => {
-          await new Promise((done) => setTimeout(done, 1500))
-          const nodes = app.graph._nodes.filter((n) => n.type === type)
-          return nodes.flatMap((n) => (n.imgs ?? []).map((i) => [i.naturalWidth, i.naturalHeight]))
-        }"""
+        self.ui.page.wait_for_function(
+            "t => app.graph._nodes.filter((n) => n.type === t).every((n) => n.imgs?.length && n.imgs.every((i) => i.naturalWidth))",
+            arg=node_type,
+            timeout=30_000,
+        )
+        self.ui.page.wait_for_timeout(500)
+        script = """type => app.graph._nodes.filter((n) => n.type === type)
+          .flatMap((n) => n.imgs.map((i) => [i.naturalWidth, i.naturalHeight]))"""
         return [tuple(size) for size in self.ui.js(script, node_type)]
 
     def post(self, prompt: dict[str, Any]) -> requests.Response:
@@ -162,28 +165,19 @@ class Site:
 
 
 def tiny_upscaler(path: Path) -> None:
-    """An untrained 4x ESRGAN of the smallest size, by the names of its file format."""
+    """An untrained 4x upscale model of Real-ESRGAN's compact kind, which adds a little to the enlarged picture."""
     from safetensors.torch import save_file
 
     rng = torch.Generator().manual_seed(0)
-    width, grow, state = 8, 4, {}
-
-    def conv(name: str, inside: int, out: int) -> None:
-        state[f"{name}.weight"] = torch.randn(out, inside, 3, 3, generator=rng) * 0.05
-        state[f"{name}.bias"] = torch.full((out,), 0.1)
-
-    conv("conv_first", 3, width)
-    for part in (1, 2, 3):
-        for i in range(5):
-            conv(f"body.0.rdb{part}.conv{i + 1}", width + i * grow, grow if i < 4 else width)
-    for name in ("conv_body", "conv_up1", "conv_up2", "conv_hr"):
-        conv(name, width, width)
-    conv("conv_last", width, 3)
+    state = {"body.1.weight": torch.full((8,), 0.1), "body.3.weight": torch.full((8,), 0.1)}
+    for layer, inside, out in ((0, 3, 8), (2, 8, 8), (4, 8, 3 * 4**2)):
+        state[f"body.{layer}.weight"] = torch.randn(out, inside, 3, 3, generator=rng) * 0.05
+        state[f"body.{layer}.bias"] = torch.zeros(out)
     save_file(state, str(path))
 
 
 def stable_diffusion_15(path: Path, base: Path) -> None:
-    """A checkpoint of the wrong kind: SD 1.5's UNet by names and shapes, all zero, a file of holes."""
+    """A checkpoint of the wrong kind: SD 1.5's UNet by names and shapes, all zero in 8 bits, a file of holes."""
     with base.open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     layout, end = {}, 0
@@ -194,8 +188,8 @@ def stable_diffusion_15(path: Path, base: Path) -> None:
                 shape = [shape[0], 768]
             elif re.search(r"\.1\.proj_(in|out)\.weight$", name):
                 shape = [*shape, 1, 1]
-            start, end = end, end + 2 * int(np.prod(shape))
-            layout[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+            start, end = end, end + int(np.prod(shape))
+            layout[name] = {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(layout).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
