@@ -206,8 +206,8 @@ def test_two_processes_give_what_one_gives(stage: str, faces: Path, vre: Path, t
     common = ("run.steps=3", "optimiser.eps=1e-3")
     one = weights(run(config, stage, *common, "run.batch=4", f"run.folder={tmp_path / 'one'}"))
     two = tmp_path / "two"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "osdface_core.training"]
+    # accelerate launch starts several processes on GPUs only; it takes torch's for the processor, and so do we
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "osdface_core.training"]
     command = [*launch, stage, "--config", str(config), *common, "run.batch=2", f"run.folder={two}"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
