@@ -289,20 +289,29 @@ def test_the_basic_workflow_runs_and_shows_its_picture(site: Site) -> None:
     site.shot("run_osdface_basic")
 
 
-def test_strengths_are_compared_side_by_side(site: Site) -> None:
-    """Four pictures in a row, the first as it was; and the step is not run again, since nothing before it has changed."""
+def test_strengths_are_compared_and_changing_one_runs_no_network(site: Site) -> None:
+    """Four pictures in a row, the first as it was."""
+
+    def distances() -> list[float]:
+        saved = np.asarray(Image.open(max((site.base / "output").glob("osdface_strengths*.png"))), dtype=float)
+        given = np.asarray(Image.open(site.base / "input" / PICTURE).convert("RGB"), dtype=float)
+        return [float(np.abs(saved[:, i * 520 : i * 520 + 512] - given).mean()) for i in range(4)]
+
     site.open("osdface_strengths")
     site.turn(image=PICTURE, **HERE)
     site.run()
     assert site.shown("SaveImage") == [(4 * 512 + 3 * 8, 512)]
     site.shot("run_osdface_strengths")
-    step = site.ui.js("() => String(app.graph._nodes.find((n) => n.type === 'OSDFaceOneStep').id)")
-    assert step not in {node for node, _, _ in site.ui.js("() => window.steps")}
-    saved = np.asarray(Image.open(max((site.base / "output").glob("osdface_strengths*.png"))), dtype=float)
-    given = np.asarray(Image.open(site.base / "input" / PICTURE).convert("RGB"), dtype=float)
-    far = [float(np.abs(saved[:, i * 520 : i * 520 + 512] - given).mean()) for i in range(4)]
+    far = distances()
     assert far[0] == 0
     assert far[0] < far[1] < far[2] < far[3]
+
+    site.turn("FacePasteBack", strength=0.5)
+    site.run()
+    again = distances()
+    assert far[1] < again[1] == again[2] == again[3] < far[2]
+    step = site.ui.js("() => String(app.graph._nodes.find((n) => n.type === 'OSDFaceOneStep').id)")
+    assert step not in {node for node, _, _ in site.ui.js("() => window.steps")}
 
 
 def test_an_old_photo_is_enlarged_and_its_face_pasted_in(site: Site) -> None:
@@ -497,6 +506,21 @@ def test_the_help_of_a_node_opens(site: Site, node: str) -> None:
     page.get_by_role("button", name="Node Library").first.click()
 
 
+def test_the_node_library_lists_ours(site: Site) -> None:
+    site.clean()
+    page = site.ui.page
+    names = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    page.get_by_role("button", name="Node Library").first.click()
+    page.locator(".p-tree-node-content", has_text=re.compile(r"^\s*OSDFace\s*\d+\s*$")).click()
+    listed = page.locator(".node-lib-node-container")
+    listed.first.wait_for(timeout=10_000)
+    assert {text.strip() for text in listed.all_inner_texts()} == {names[node]["display_name"] for node in OURS}
+    listed.first.hover()
+    page.wait_for_timeout(500)
+    site.shot("node_library")
+    page.get_by_role("button", name="Node Library").first.click()
+
+
 def test_the_blueprint_is_a_node_to_add(site: Site) -> None:
     """A newer ComfyUI offers it by itself; here it lies in the user's own blueprints."""
     site.open("osdface_basic")
@@ -505,7 +529,7 @@ def test_the_blueprint_is_a_node_to_add(site: Site) -> None:
     page.get_by_role("button", name="Node Library").first.click()
     page.get_by_placeholder("Search Nodes").fill("OSDFace")
     page.locator(".node-lib-node-container", has_text="OSDFace").first.wait_for(timeout=10_000)
-    site.shot("node_library")
+    site.shot("blueprint_in_library")
     page.get_by_role("button", name="Node Library").first.click()
     site.ui.js("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     page.locator(".comfy-vue-node-search-container input").first.fill("OSDFace")
