@@ -156,6 +156,7 @@ class FaceDetectAlign(io.ComfyNode):
         choice = Choice(select, order, indices, max_faces, min_size, max_size)
         found = detected(image, detector, confidence, choice, any_angle, crop_size, smoothing, host.progress(len(image)))
         preview = draw(image, found.everyone, found.verdicts)
+        host.shown(found.report)
         return io.NodeOutput(found.faces, found.faces.crops, preview, len(found.faces), found.report)
 
 

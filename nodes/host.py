@@ -25,7 +25,8 @@ import comfy.samplers
 import comfy.utils
 import folder_paths
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor, nn
 
@@ -296,6 +297,14 @@ def stages(**shares: int) -> Callable[[str, int], Callable[..., None]]:
         return report
 
     return begin
+
+
+def shown(text: str) -> ui.PreviewText:
+    """The text on the running node itself: as its output, and as the progress text that pages show on any node."""
+    server, context = getattr(sys.modules.get("server"), "PromptServer", None), get_executing_context()
+    if context is not None and (instance := getattr(server, "instance", None)) is not None:
+        instance.send_progress_text(text, context.node_id, instance.client_id)
+    return ui.PreviewText(text)
 
 
 def _pil(picture: Tensor) -> Image.Image:

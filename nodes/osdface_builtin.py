@@ -13,7 +13,7 @@ import comfy.supported_models
 import comfy.taesd.taesd
 import comfy.utils
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -121,4 +121,4 @@ class OSDFaceBuiltinModel(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         model = host.once("builtin model", (builtin.UNET,), make_model)
         vae = host.once("builtin vae", (builtin.AUTOENCODER,), make_vae)
-        return io.NodeOutput(model, vae, ui=ui.PreviewText(builtin.ANNOUNCEMENT))
+        return io.NodeOutput(model, vae, ui=host.shown(builtin.ANNOUNCEMENT))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..osdface_core.backbone import TIMESTEP, TIMESTEPS
 from ..osdface_core.errors import OSDFaceError
@@ -98,7 +98,7 @@ class OSDFaceOneStep(io.ComfyNode):
         if len(result.failed) == len(crops):
             raise OSDFaceError(f"Every face (crops {which}) came out as NaN: {AGAINST_NAN}")
         says = f"Crops {which} came out as NaN and are left as they were: {AGAINST_NAN}"
-        return io.NodeOutput(result.crops, ui=ui.PreviewText(says))
+        return io.NodeOutput(result.crops, ui=host.shown(says))
 
 
 def backbone(model: Any, vae: Any, lora_name: str, lora_strength: float, options: dict[str, Any]) -> host.HostBackbone:

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..osdface_core.errors import OSDFaceError
@@ -134,7 +134,7 @@ class OSDFaceRestore(io.ComfyNode):
             step = _once(image, "restored", (seen, vre_name, lora_name, files, models), restored)
             result, report = step.crops, report + _failures(faces, step.failed)
         after, mask = pasted(image, faces, result, strength, mask_type, feather, color_match, keep, 0.0, stage("paste", len(faces)))
-        return io.NodeOutput(after, mask, before_after(image, after), report, ui=ui.PreviewText(report))
+        return io.NodeOutput(after, mask, before_after(image, after), report, ui=host.shown(report))
 
 
 _kept: dict[int, dict[str, tuple[object, Any]]] = {}
