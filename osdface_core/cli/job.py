@@ -168,12 +168,13 @@ class Worker:
 
 def _shared(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise OSDFaceError('Workers need Ray: run pip install "ray[data]", or leave --workers and --ray-address out.') from error
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     package = str(Path(__file__).resolve().parents[2])
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}}
     ray.init(
@@ -185,7 +186,8 @@ def _shared(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str
         runtime_env=environment,
     )
     try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
         accelerator = torch.device(options.device).type != "cpu"
         threads = max(1, (os.cpu_count() or 1) // options.workers)
         rows = [{"source": str(item.source.absolute()), "target": str(item.target.absolute())} for item in items]
@@ -198,5 +200,8 @@ def _shared(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str
         )
         for row in done.iter_rows():
             yield json.loads(row["entry"])
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        raise OSDFaceError(str(cause if isinstance(cause, OSDFaceError) else f"The workers stopped: {error}")) from error
     finally:
         ray.shutdown()

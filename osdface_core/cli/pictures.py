@@ -84,6 +84,8 @@ def read(path: Path) -> Picture:
 
 def _read(path: Path, image: Image.Image, deep: bool) -> Picture:
     _check_single(path, getattr(image, "n_frames", 1))
+    given = image.getexif().get(ORIENTATION, 1)
+    image.load()  # turns a TIFF upright by itself
     exif = image.getexif()
     turn = _UPRIGHT.get(exif.get(ORIENTATION, 1), _UPRIGHT[1])
     cmyk = _upright(np.asarray(image), turn) if image.mode == "CMYK" else None
@@ -105,7 +107,7 @@ def _read(path: Path, image: Image.Image, deep: bool) -> Picture:
         path,
         _tensor(array, turn),
         16 if deep else 8,
-        turn != _UPRIGHT[1],
+        given in _UPRIGHT and given != 1,
         image.info.get("icc_profile"),
         _upright_exif(raw) if raw else None,
         _upright_xmp(xmp.encode() if isinstance(xmp, str) else xmp) if xmp else None,
@@ -260,10 +262,11 @@ def write(picture: Picture, pixels: Tensor, mask: Tensor, path: Path, kind: str,
         else:
             options.pop("xmp", None)
             if picture.exif:
-                exif = Image.Exif()
+                options["exif"] = exif = Image.Exif()
                 exif.load(picture.exif)
-                options["exif"] = exif
-            image.save(path, "TIFF", compression="tiff_lzw", **options)
+            # Pillow writes EXIF's blocks into a TIFF only where it does not compress.
+            plain = picture.exif and any(block in exif for block in _TIFF_BLOCKS)
+            image.save(path, "TIFF", compression=None if plain else "tiff_lzw", **options)
 
 
 def _png(array: np.ndarray, picture: Picture, icc: bytes | None) -> bytes:

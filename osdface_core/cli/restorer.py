@@ -24,7 +24,7 @@ from ..faces import Found, chosen_faces, find_faces
 from ..one_step import restore
 from ..parse import build_parser, face_maps
 from ..paste import paste
-from ..select import CHOSEN, Choice
+from ..select import CHOSEN, Choice, parse_indices
 from ..types import Face, Faces
 from ..vre import build_embedder, embed, read_embedder
 from ..weights import catalogue, store
@@ -68,6 +68,7 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     Says on the log where a stand-in is taken. Raises OSDFaceError for weights that are missing.
     """
     options = argparse.Namespace(**vars(options))
+    parse_indices(options.indices)
     try:
         device = torch.device(options.device) if options.device else best_device()
         torch.empty(1, device=device)

@@ -51,6 +51,7 @@ def restore(source: Path, target: Path, restorer: Restorer, crf: int, progress: 
     """
     found: list[list[Any]] = []
     small = []
+    first = None
     with av.open(str(source)) as container:
         stream = _stream(container, source)
         total = 2 * stream.frames
@@ -60,10 +61,11 @@ def restore(source: Path, target: Path, restorer: Restorer, crf: int, progress: 
             if size not in ((0, 0), pixels.shape[1:3]):
                 raise OSDFaceError(f"{source} changes its size midway; one size is wanted: take it apart.")
             size = pixels.shape[1], pixels.shape[2]
+            first = first or window[0]
             found += restorer.detect(pixels)
             small.append(thumbnails(pixels))
             progress(len(window), total)
-    if not found:
+    if first is None:
         raise OSDFaceError(f"{source} holds no frames: it is damaged or of another kind.")
     everyone, verdicts = restorer.followed(found, torch.cat(small), size[1], size[0])
     chosen = [face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN]
@@ -86,7 +88,8 @@ def restore(source: Path, target: Path, restorer: Restorer, crf: int, progress: 
         progress(len(window), total)
 
     with av.open(str(source)) as container, av.open(str(target), "w") as out:
-        codec = _transcode(container, out, _stream(container, source), restored, crf)
+        stream = _stream(container, source)
+        codec = _transcode(container, out, _encoder(out, stream, first, crf), stream, restored)
     if start != len(found):
         raise OSDFaceError(f"{source} gave {len(found)} frames at first and {start} the second time: it is damaged.")
     return {"frames": start, "codec": codec, "width": size[1], "height": size[0], "faces": described(everyone, verdicts, notes)}
@@ -112,13 +115,10 @@ def _windows(frames: Iterable[av.VideoFrame]) -> Iterator[list[av.VideoFrame]]:
 
 
 def _transcode(
-    container: Any, out: Any, stream: Any, restored: Callable[[list[av.VideoFrame]], Iterable[av.VideoFrame]], crf: int
+    container: Any, out: Any, encoded: Any, stream: Any, restored: Callable[[list[av.VideoFrame]], Iterable[av.VideoFrame]]
 ) -> str:
-    """Copies what is beside the pictures, and encodes these as `restored` gives them, window by window."""
+    """Copies what is beside the pictures of `stream`, and encodes these as `restored` gives them, window by window."""
     out.metadata.update(container.metadata)
-    first = next(container.decode(stream))
-    container.seek(0)
-    encoded = _encoder(out, stream, first, crf)
     copies = {}
     for other in container.streams:
         if other.type in COPIED:

@@ -1,0 +1,552 @@
+"""The command line: what goes in comes out with only its faces changed, whatever the file, the failure or the number of workers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+pytest.importorskip("diffusers", reason="no diffusers: pip install -r requirements-dev.txt")
+pytest.importorskip("av", reason="no PyAV: pip install -r requirements-dev.txt")
+pytest.importorskip("imagecodecs", reason="no imagecodecs: pip install -r requirements-dev.txt")
+pytest.importorskip("tifffile", reason="no tifffile: pip install -r requirements-dev.txt")
+
+import av
+import imagecodecs
+import tifffile
+
+from osdface_core import cli
+from osdface_core.cli import job, pictures, video
+from osdface_core.cli.options import parser
+from osdface_core.diffusers_backbone import DiffusersBackbone
+from osdface_core.errors import OSDFaceError
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def away_from_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No weights of this machine's user are found."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+
+
+@pytest.fixture(scope="session")
+def weights(data: Path, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options for small random networks and a real face detector."""
+    models = tmp_path_factory.mktemp("models")
+    (models / "facedetection").mkdir()
+    shutil.copy(data / "weights" / "detection_mobilenet0.25_Final.pth", models / "facedetection")
+    vre = str(small_model / "vre.safetensors")
+    return ["--model", str(small_model), "--lora", "none", "--vre", vre, "--models-dir", str(models), "--dtype", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(weights: list[str]) -> Run:
+    return lambda *arguments: cli.main(["restore", *weights, *map(str, arguments)])
+
+
+@pytest.fixture(scope="session")
+def face(data: Path) -> np.ndarray:
+    """(256,256,3) uint8 with one face in it."""
+    return np.asarray(Image.open(data / "images" / "astronaut.png").convert("RGB"))[:256, 100:356]
+
+
+@pytest.fixture(scope="session")
+def nobody(data: Path) -> np.ndarray:
+    """(96,128,3) uint8 without a face."""
+    return np.asarray(Image.open(data / "images" / "astronaut.png").convert("RGB"))[400:496, 380:508]
+
+
+def entries(report: Path) -> dict[str, dict[str, Any]]:
+    return {Path(entry["input"]).name: entry for entry in json.loads(report.read_text())["files"]}
+
+
+def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    return (before != after).any(-1)
+
+
+# Options
+
+
+def test_every_option_of_the_nodes_has_the_nodes_name_and_default() -> None:
+    nodes = json.loads((ROOT / "tests" / "interfaces.json").read_text())
+    graph = json.loads((ROOT / "tests" / "osdface_basic_api.json").read_text())
+    inputs = {name for node, (inputs, _) in nodes.items() if node != "FaceSelect" for name in inputs}
+    elsewhere = {"image", "faces", "restored", "crops", "conditioning", "vae", "vre_name", "lora_name"}
+    options = vars(parser().parse_args(["restore", "in", "out"]))
+    assert inputs - elsewhere <= options.keys()
+    told = {name: value for node in graph.values() for name, value in node["inputs"].items() if not isinstance(value, list)}
+    for name in ("confidence", "select", "order", "indices", "max_faces", "min_size", "max_size", "any_angle", "crop_size", "smoothing",
+                 "lora_strength", "timestep", "faces_per_batch", "strength", "feather", "color_match", "keep_detail"):
+        assert options[name] == told[name], name
+
+
+@pytest.mark.parametrize("wrong", [["--confidence", "2"], ["--select", "tallest"], ["--crop-size", "64"], ["--timestep", "1000"]])
+def test_a_wrong_option_is_a_wrong_usage(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["restore", "in", "out", *wrong])
+    assert stopped.value.code == 2
+
+
+# Folders
+
+
+def test_a_folder_is_done_file_by_file_and_goes_on_where_it_stopped(
+    run: Run, face: np.ndarray, nobody: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    given, out, report = tmp_path / "in", tmp_path / "out", tmp_path / "report.json"
+    (given / "deep" / "er").mkdir(parents=True)
+    Image.fromarray(face).save(given / "a.png")
+    Image.fromarray(nobody).save(given / "deep" / "er" / "b.jpg", quality=80)
+    (given / "broken.png").write_bytes((given / "a.png").read_bytes()[:5000])
+    (given / "notes.txt").write_text("not a picture")
+
+    assert run(given, out, "--report", report) == 1
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == ["a.png", "deep/er/b.jpg"]
+    said = entries(report)
+    assert {name: entry["status"] for name, entry in said.items()} == {
+        "a.png": "done", "b.jpg": "done", "broken.png": "failed", "notes.txt": "skipped"
+    }
+    (found,) = said["a.png"]["faces"]
+    assert found["verdict"] == "chosen"
+    assert found["confidence"] > 0.9
+    assert 80 < found["size"] < 140
+    assert "broken.png" in said["broken.png"]["error"]
+    assert "broken.png" in caplog.text
+    assert "notes.txt" in caplog.text
+    assert said["b.jpg"]["faces"] == []
+    assert (out / "deep" / "er" / "b.jpg").read_bytes() == (given / "deep" / "er" / "b.jpg").read_bytes(), "no face: the very file"
+    assert changed(face, np.asarray(Image.open(out / "a.png"))).any()
+    assert "2 done, 1 skipped, 1 failed" in capsys.readouterr().out
+
+    (given / "broken.png").unlink()
+    (out / "a.png").unlink()
+    untouched = (out / "deep" / "er" / "b.jpg").stat().st_mtime_ns
+    assert run(given, out, "--report", report) == 0
+    statuses = {name: entry["status"] for name, entry in entries(report).items()}
+    assert statuses == {"a.png": "done", "b.jpg": "skipped", "notes.txt": "skipped"}
+    assert (out / "deep" / "er" / "b.jpg").stat().st_mtime_ns == untouched
+
+
+def test_stopping_leaves_whole_files_only_and_a_report(
+    run: Run, nobody: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, out, report = tmp_path / "in", tmp_path / "out", tmp_path / "report.json"
+    given.mkdir()
+    for name in "abc":
+        Image.fromarray(nobody).save(given / f"{name}.png")
+    copy, calls = shutil.copyfile, []
+
+    def interrupted(source: Path, fresh: Path) -> None:
+        calls.append(source)
+        Path(fresh).write_bytes(b"half")
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        copy(source, fresh)
+
+    monkeypatch.setattr(shutil, "copyfile", interrupted)
+    assert run(given, out, "--report", report) == 130
+    assert [path.name for path in out.iterdir()] == ["a.png"]
+    assert [entry["status"] for entry in entries(report).values()] == ["done"]
+    monkeypatch.undo()
+    assert run(given, out) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "c.png"]
+
+
+def test_an_input_is_never_written_over(nobody: np.ndarray, tmp_path: Path, run: Run) -> None:
+    given = tmp_path / "in"
+    given.mkdir()
+    Image.fromarray(nobody).save(given / "a.png")
+    before = (given / "a.png").read_bytes()
+    (tmp_path / "soft.png").symlink_to(given / "a.png")
+    os.link(given / "a.png", tmp_path / "hard.png")
+    (tmp_path / "linked").symlink_to(given)
+    for name in ("in/a.png", "in", "soft.png", "hard.png", "linked", "linked/a.png"):
+        target = tmp_path / name
+        assert run(given / "a.png", target, "--overwrite") == 2, target
+    for target in (given, tmp_path / "linked", given / "a.png"):
+        assert run(given, target, "--overwrite") == 2, target
+    assert run(given, tmp_path / "out", "--report", given / "a.png") == 2
+    assert (given / "a.png").read_bytes() == before
+    # One output of many is a link to an input: that one fails, the rest is done.
+    Image.fromarray(nobody).save(given / "b.png")
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "b.png").unlink(missing_ok=True)
+    os.link(given / "a.png", tmp_path / "out" / "b.png")
+    assert run(given, tmp_path / "out", "--overwrite") == 1
+    assert (given / "a.png").read_bytes() == before
+
+
+def test_outputs_within_the_input_folder_are_not_inputs(nobody: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(nobody).save(tmp_path / "a.png")
+    (tmp_path / "out").mkdir()
+    Image.fromarray(nobody).save(tmp_path / "out" / "old.png")
+    Image.fromarray(nobody).save(tmp_path / ".b.partial.png")
+    assert [item.source.name for item in job.plan(tmp_path, tmp_path / "out", False)] == ["a.png"]
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "notes.txt"])
+def test_nothing_to_read_is_a_wrong_usage(what: str, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    assert run(tmp_path / what, tmp_path / "out") == 2
+
+
+# Pictures
+
+
+@cache  # it holds the time at which it was made
+def with_profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def exif_of(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x8769] = orientation, "Maker", {0x9003: "2020:01:02 03:04:05", 0x927C: b"notes\0of the maker"}
+    whole = Image.Exif()
+    whole.load(exif.tobytes())
+    return whole
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+def test_a_turned_picture_comes_out_upright_with_its_other_exif(kind: str, orientation: int, nobody: np.ndarray, tmp_path: Path) -> None:
+    from PIL import ImageOps
+
+    source, target = tmp_path / f"in.{kind}", tmp_path / f"out.{kind}"
+    lossless = {"lossless": True} if kind == "webp" else {"quality": 95} if kind == "jpg" else {}
+    Image.fromarray(nobody).save(source, exif=exif_of(orientation), icc_profile=with_profile(), **lossless)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(source)))
+    given = pictures.read(source)
+    assert np.array_equal((given.pixels * 255).round().numpy().astype(np.uint8), upright)
+    pictures.write(given, given.pixels, torch.zeros(given.pixels.shape[:2]), target, f".{kind}")
+    with Image.open(target) as image:
+        assert image.getexif().get(0x0112, 1) == 1
+        assert image.getexif()[0x010F] == "Maker"
+        assert image.getexif().get_ifd(0x8769)[0x9003] == "2020:01:02 03:04:05"
+        assert image.info["icc_profile"] == with_profile()
+        assert np.abs(np.asarray(image).astype(int) - upright).max() <= (12 if kind == "jpg" else 0)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_16_bits_stay_16_bits(kind: str, channels: int, tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 65536, (20, 30, channels), dtype=np.uint16)
+    array = array[..., 0] if channels == 1 else array
+    source, target = tmp_path / f"in.{kind}", tmp_path / f"out.{kind}"
+    if kind == "png":
+        source.write_bytes(imagecodecs.png_encode(array))
+    else:
+        alpha = ["unassalpha"] if channels in (2, 4) else None
+        kind_of = "rgb" if channels > 2 else "minisblack"
+        tifffile.imwrite(source, array, photometric=kind_of, extrasamples=alpha, iccprofile=b"profile" * 20, resolution=(300, 300))
+    given = pictures.read(source)
+    pictures.write(given, given.pixels, torch.zeros(20, 30), target, f".{kind}")
+    after = imagecodecs.png_decode(target.read_bytes()) if kind == "png" else tifffile.imread(target)
+    assert after.dtype == np.uint16
+    assert np.array_equal(after, array)
+    if kind == "tif":
+        with tifffile.TiffFile(target) as file:
+            assert file.pages.first.tags.valueof(34675) == b"profile" * 20
+            assert file.pages.first.get_resolution("INCH") == (300, 300)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("kind", ["png", "tif", "webp", "bmp"])
+def test_every_kind_of_8_bit_picture_keeps_its_values(kind: str, mode: str, tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8), "RGBA")
+    source, target = tmp_path / f"in.{kind}", tmp_path / f"out.{kind}"
+    image = noise if mode in ("LA", "RGBA") else noise.convert("RGB")
+    try:
+        image.convert(mode).save(source, **({"lossless": True} if kind == "webp" else {}))
+    except OSError:
+        pytest.skip(f"there is no {kind} of mode {mode}")
+    given = pictures.read(source)
+    pictures.write(given, given.pixels, torch.zeros(20, 30), target, f".{kind}")
+    with Image.open(source) as before, Image.open(target) as after:
+        same = "CMYK" if before.mode == "CMYK" else "RGBA"
+        assert np.array_equal(np.asarray(before.convert(same)), np.asarray(after.convert(same)))
+
+
+def test_a_png_keeps_what_it_says_beside_its_pixels(nobody: np.ndarray, tmp_path: Path) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    told = PngInfo()
+    told.add_text("Title", "A title")
+    told.add_itxt("parameters", "steps: 20, Zürich")
+    Image.fromarray(nobody).save(tmp_path / "in.png", pnginfo=told, dpi=(300, 300))
+    given = pictures.read(tmp_path / "in.png")
+    pictures.write(given, given.pixels, torch.zeros(given.pixels.shape[:2]), tmp_path / "out.png", ".png")
+    with Image.open(tmp_path / "out.png") as image:
+        assert (image.info["Title"], image.info["parameters"]) == ("A title", "steps: 20, Zürich")
+        assert image.info["dpi"][0] == pytest.approx(300, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["animated.webp", "pages.tif", "float.tif", "cut.jpg", "cut16.png", "text.png"])
+def test_a_picture_that_cannot_be_done_is_named_in_a_sentence(kind: str, nobody: np.ndarray, tmp_path: Path) -> None:
+    path, image = tmp_path / kind, Image.fromarray(nobody)
+    if kind in ("animated.webp", "pages.tif"):
+        image.save(path, save_all=True, append_images=[Image.fromarray(255 - nobody)])
+    elif kind == "float.tif":
+        tifffile.imwrite(path, nobody[..., 0].astype(np.float32))
+    elif kind == "cut16.png":
+        path.write_bytes(imagecodecs.png_encode(nobody.astype(np.uint16) * 257)[:4000])
+    elif kind == "text.png":
+        path.write_text("a picture of words")
+    else:
+        whole = io.BytesIO()
+        image.save(whole, "JPEG")
+        path.write_bytes(whole.getvalue()[:2000])
+    with pytest.raises(OSDFaceError, match=kind):
+        pictures.read(path)
+
+
+def test_transparency_is_not_lost_in_a_jpeg(nobody: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(nobody).convert("RGBA").save(tmp_path / "in.png")
+    with pytest.raises(OSDFaceError, match=r"out\.jpg cannot hold the transparency of in\.png"):
+        pictures.check_target(pictures.read(tmp_path / "in.png"), tmp_path / "out.jpg")
+
+
+def test_only_the_face_of_a_turned_16_bit_picture_changes(run: Run, face: np.ndarray, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    upright = np.concatenate([face.astype(np.uint16) * 257 - rng.integers(0, 2, face.shape, dtype=np.uint16),
+                              rng.integers(0, 65536, (256, 256, 1), dtype=np.uint16)], -1)
+    data = imagecodecs.png_encode(np.ascontiguousarray(np.rot90(upright)))
+    given = pictures.Picture(tmp_path / "x.png", torch.zeros(1, 1, 3), 16, exif=exif_of(6).tobytes(), icc=with_profile())
+    chunks = pictures._png(np.zeros((1, 1, 3), np.uint16), given, given.icc)
+    start, stop = 33, chunks.index(b"IDAT") - 4
+    (tmp_path / "in.png").write_bytes(data[:33] + chunks[start:stop] + data[33:])
+    keep = np.zeros((256, 256), np.uint8)
+    keep[:, :120] = 255
+    Image.fromarray(keep).save(tmp_path / "keep.png")
+    assert run(tmp_path / "in.png", tmp_path / "out.png", "--keep", tmp_path / "keep.png", "--report", tmp_path / "r.json") == 0
+    after = imagecodecs.png_decode((tmp_path / "out.png").read_bytes())
+    assert after.dtype == np.uint16
+    assert np.array_equal(after[..., 3], upright[..., 3])
+    x1, y1, x2, y2 = entries(tmp_path / "r.json")["in.png"]["faces"][0]["box"]
+    rows, columns = np.nonzero(changed(after, upright))
+    assert len(rows) > 2000
+    assert columns.min() >= 120, "keep was not kept"
+    middle, side = ((x1 + x2) / 2, (y1 + y2) / 2), max(x2 - x1, y2 - y1)
+    assert np.abs(columns - middle[0]).max() < side
+    assert np.abs(rows - middle[1]).max() < side
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.getexif()[0x0112] == 1
+        assert image.getexif()[0x010F] == "Maker"
+        assert image.info["icc_profile"] == with_profile()
+
+
+def test_only_the_face_of_a_picture_made_of_ink_changes(run: Run, face: np.ndarray, tmp_path: Path) -> None:
+    ink = np.asarray(Image.fromarray(face).convert("CMYK")).copy()
+    ink[..., 3] = np.random.default_rng(2).integers(0, 20, ink.shape[:2])
+    Image.fromarray(ink, "CMYK").save(tmp_path / "in.tif")
+    assert run(tmp_path / "in.tif", tmp_path / "out.tif", "--mask-type", "box") == 0
+    with Image.open(tmp_path / "out.tif") as image:
+        assert image.mode == "CMYK"
+        different = changed(np.asarray(image), ink)
+    assert 1000 < different.sum() < 0.9 * different.size
+    assert not different[:10].all()
+
+
+# What goes wrong
+
+
+def test_nan_in_half_precision_is_computed_again_in_fp32(
+    run: Run, face: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(face).save(tmp_path / "in.png")
+    decode, seen = DiffusersBackbone.decode, []
+
+    def overflowing(self: DiffusersBackbone, latents: torch.Tensor) -> torch.Tensor:
+        seen.append(self.dtype)
+        return decode(self, latents) * (torch.nan if self.dtype == torch.float16 else 1)
+
+    monkeypatch.setattr(DiffusersBackbone, "decode", overflowing)
+    assert run(tmp_path / "in.png", tmp_path / "out.png", "--report", tmp_path / "r.json", "--dtype", "fp16") == 0
+    assert seen == [torch.float16, torch.float32]
+    assert entries(tmp_path / "r.json")["in.png"]["faces"][0]["note"] == "computed again in fp32"
+    assert changed(face, np.asarray(Image.open(tmp_path / "out.png"))).any()
+
+
+def test_weights_that_are_missing_or_wrong_stop_the_run_with_a_sentence(
+    face: np.ndarray, small_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.fromarray(face).save(tmp_path / "in.png")
+    models = tmp_path / "models"
+    (models / "osdface").mkdir(parents=True)
+    (models / "osdface" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    wrong = tmp_path / "wrong"
+    shutil.copytree(small_model, wrong)
+    config = wrong / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    for options, says in (
+        (["--models-dir", models], "v2-1_512-ema-pruned.safetensors"),
+        (["--models-dir", models, "--model", small_model], "osdface_vre.safetensors"),
+        (["--model", tmp_path / "nowhere"], "does not exist"),
+        (["--model", wrong, "--lora", "none", "--vre", small_model / "vre.safetensors", "--detector", "builtin"], "predicts v_prediction"),
+        (["--models-dir", models, "--model", "builtin", "--mask-type", "parsing"], "parsing_parsenet.pth"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--select", "by-index", "--indices", "one"], '`indices` is "one"'),
+    ):
+        caplog.clear()
+        assert cli.main(["restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), *map(str, options)]) == 2, options
+        assert says in caplog.text
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_without_weights_the_built_in_model_is_taken_and_announced(
+    face: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from osdface_core import builtin
+
+    if not all(file.is_file() for file in (builtin.AUTOENCODER, builtin.UNET, builtin.VRE, builtin.DETECTOR)):
+        pytest.skip("the built-in model's files are not in the package")
+    Image.fromarray(face).save(tmp_path / "in.png")
+    assert cli.main(["restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--report", str(tmp_path / "r.json")]) == 0
+    assert builtin.ANNOUNCEMENT in caplog.text
+    settings = json.loads((tmp_path / "r.json").read_text())["settings"]
+    assert (settings["model"], settings["detector"], settings["mask_type"]) == ("builtin", "builtin", "ellipse")
+    assert (tmp_path / "out.png").is_file()
+
+
+# Videos
+
+
+def made_video(path: Path, frames: Sequence[np.ndarray], times: Sequence[int], codec: str, pix_fmt: str, sound: bool) -> None:
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        track = out.add_stream("aac", rate=44100) if sound else None
+        for picture, time in zip(frames, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+        for i in range(20 if track else 0):
+            wave = np.sin(np.arange(1024) / (20 + i)).astype(np.float32)
+            samples = av.AudioFrame.from_ndarray(np.stack([wave, wave]), format="fltp", layout="stereo")
+            samples.sample_rate, samples.pts, samples.time_base = 44100, 1024 * i, Fraction(1, 44100)
+            out.mux(track.encode(samples))
+        if track:
+            out.mux(track.encode(None))
+
+
+def seen_frames(path: Path, form: str) -> tuple[list[np.ndarray], list[float]]:
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    return [frame.to_ndarray(format=form) for frame in frames], [float(frame.pts * frame.time_base) for frame in frames]
+
+
+def sounds(path: Path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [bytes(packet) for packet in container.demux(audio=0) if packet.size]
+
+
+@pytest.fixture(scope="session")
+def clip(face: np.ndarray, nobody: np.ndarray) -> list[np.ndarray]:
+    """Frames of 160 x 192: a face that moves, and, after a cut, none."""
+    moving = [face[40:200, x : x + 192] for x in (10, 13, 16, 19)]
+    return [*moving, *(np.tile(nobody, (2, 2, 1))[:160, x : x + 192] for x in (0, 2))]
+
+
+def test_a_video_keeps_its_times_its_sound_and_all_but_its_faces(
+    run: Run, clip: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = [0, 40, 100, 120, 160, 290]
+    made_video(tmp_path / "in.mkv", clip, times, "ffv1", "yuv420p", sound=True)
+    reports = []
+    for name, window in (("whole", video.WINDOW), ("pieces", 2 * 160 * 192)):
+        monkeypatch.setattr(video, "WINDOW", window)
+        options = ("--report", tmp_path / "r.json", "--smoothing", "0.5")
+        assert run(tmp_path / "in.mkv", tmp_path / f"{name}.mkv", *options) == 0
+        reports.append(entries(tmp_path / "r.json")["in.mkv"])
+    before, when = seen_frames(tmp_path / "in.mkv", "yuv420p")
+    after, when_after = seen_frames(tmp_path / "whole.mkv", "yuv420p")
+    pieces, _ = seen_frames(tmp_path / "pieces.mkv", "yuv420p")
+    assert when_after == pytest.approx(when)
+    assert when == pytest.approx([time / 1000 for time in times])
+    assert sounds(tmp_path / "whole.mkv") == sounds(tmp_path / "in.mkv")
+    assert reports[0]["faces"] == reports[1]["faces"], "a window's border parted a track"
+    assert {(f["frame"], f["number"]) for f in reports[0]["faces"] if f["verdict"] == "chosen"} == {(i, 0) for i in range(4)}
+    assert all(np.array_equal(a, b) for a, b in zip(after, pieces, strict=True))
+    assert [bool((a != b).any()) for a, b in zip(before, after, strict=True)] == [True] * 4 + [False] * 2
+    corner = np.s_[:30, :10]
+    assert all(np.array_equal(a[corner], b[corner]) for a, b in zip(before, after, strict=True)), "values outside of the face changed"
+
+
+@pytest.mark.parametrize(("codec", "pix_fmt", "name"), [("libx264", "yuv420p", "a.mp4"), ("libvpx-vp9", "yuv420p", "a.webm")])
+def test_a_video_keeps_its_codec_and_looks(codec: str, pix_fmt: str, name: str, run: Run, clip: list[np.ndarray], tmp_path: Path) -> None:
+    made_video(tmp_path / name, clip[3:], [0, 40, 80], codec, pix_fmt, sound=False)
+    assert run(tmp_path / name, tmp_path / f"out_{name}") == 0
+    with av.open(str(tmp_path / name)) as before, av.open(str(tmp_path / f"out_{name}")) as after:
+        assert before.streams.video[0].codec_context.codec.canonical_name == after.streams.video[0].codec_context.codec.canonical_name
+    old, when = seen_frames(tmp_path / name, "rgb24")
+    new, when_after = seen_frames(tmp_path / f"out_{name}", "rgb24")
+    assert when_after == pytest.approx(when, abs=1e-3)
+    error = np.mean((old[-1].astype(float) - new[-1]) ** 2)
+    assert 10 * np.log10(255**2 / error) > 35
+
+
+def test_a_video_shown_turned_stays_turned(run: Run, clip: list[np.ndarray], tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "in.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 192, 160, "yuv420p"
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV cannot turn a video")
+        stream.set_display_rotation(90)
+        for picture in clip[:3]:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(picture, -1)), format="rgb24")))
+        out.mux(stream.encode(None))
+    assert run(tmp_path / "in.mp4", tmp_path / "out.mp4", "--report", tmp_path / "r.json") == 0
+    assert [f["frame"] for f in entries(tmp_path / "r.json")["in.mp4"]["faces"] if f["verdict"] == "chosen"] == [0, 1, 2]
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.width, frame.height, frame.rotation % 360) == (160, 192, 90)
+
+
+# Workers
+
+
+def test_two_workers_do_what_one_does(run: Run, face: np.ndarray, nobody: np.ndarray, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason='no Ray: pip install "ray[data]"')
+    given = tmp_path / "in"
+    given.mkdir()
+    Image.fromarray(face).save(given / "a.png")
+    Image.fromarray(face[:, ::-1]).save(given / "b.png")
+    Image.fromarray(nobody).save(given / "c.png")
+    (given / "d.png").write_bytes(b"broken")
+    assert run(given, tmp_path / "one", "--report", tmp_path / "one.json") == 1
+    assert run(given, tmp_path / "two", "--workers", "2", "--report", tmp_path / "two.json") == 1
+    for name in ("a.png", "b.png", "c.png"):
+        one, two = (np.asarray(Image.open(tmp_path / which / name)) for which in ("one", "two"))
+        assert np.array_equal(one, two), name
+    one_said, two_said = (entries(tmp_path / f"{which}.json") for which in ("one", "two"))
+    assert one_said.keys() == two_said.keys()
+    assert all(one_said[name].get("faces") == two_said[name].get("faces") for name in one_said)
+    assert two_said["d.png"]["status"] == "failed"
+
+
+def test_it_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "osdface_core", "restore", "nothing", "out"]
+    done = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "which does not exist" in done.stderr
