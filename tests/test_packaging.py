@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10, where pytest brings it
     import tomli as tomllib
 
+from osdface_core import builtin
 from osdface_core.weights.catalogue import BY_NAME, HUB
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +62,27 @@ def test_the_archive_is_small_and_holds_no_pickle_link_or_bytecode() -> None:
     assert not [path for path, size in sizes.items() if size > LARGEST_FILE]
     assert sum(sizes.values()) < LARGEST_ARCHIVE
     assert not [path for path in files if path.suffix in WEIGHTS | {".pyc"} or path.is_symlink()]
+
+
+def test_the_built_in_model_is_part_of_the_archive() -> None:
+    wanted = {path.relative_to(ROOT).as_posix() for path in (builtin.AUTOENCODER, builtin.UNET, builtin.VRE, builtin.DETECTOR)}
+    assert not wanted - set(archive())
+
+
+@pytest.mark.host
+def test_a_server_loads_the_nodes_from_the_archive_alone(comfyui: Path, tmp_path: Path) -> None:
+    pack = tmp_path / "custom_nodes" / "osdface"
+    for path in archive():
+        (pack / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, pack / path)
+    (tmp_path / "user").mkdir()
+    command = [sys.executable, "main.py", "--cpu", "--quick-test-for-ci", "--disable-api-nodes", "--base-directory", str(tmp_path)]
+    command += ["--user-directory", str(tmp_path / "user"), "--database-url", f"sqlite:///{tmp_path}/user/t.db"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(command, cwd=comfyui, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    loaded = [line for line in run.stderr.splitlines() if line.endswith(str(pack))]
+    assert len(loaded) == 1 and "IMPORT FAILED" not in loaded[0], run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_the_readme_shows_no_picture_that_the_archive_lacks() -> None:
