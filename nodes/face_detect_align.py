@@ -154,8 +154,9 @@ class FaceDetectAlign(io.ComfyNode):
         smoothing: float,
     ) -> io.NodeOutput:
         choice = Choice(select, order, indices, max_faces, min_size, max_size)
-        found = detected(image, detector, confidence, choice, any_angle, crop_size, smoothing, host.progress(len(image)))
-        preview = draw(image, found.everyone, found.verdicts)
+        progress = host.progress(len(image))
+        found = detected(image, detector, confidence, choice, any_angle, crop_size, smoothing, progress)
+        preview = draw(image, found.everyone, found.verdicts, progress)
         host.shown(found.report)
         return io.NodeOutput(found.faces, found.faces.crops, preview, len(found.faces), found.report)
 

@@ -11,6 +11,7 @@ from ..osdface_core.color import COLOR_MATCHES
 from ..osdface_core.parse import FACE_MEMORY, ParseNet, build_parser, face_maps
 from ..osdface_core.paste import MASK_TYPES, paste
 from ..osdface_core.types import Faces
+from ..osdface_core.weights import catalogue
 from . import host
 from .face_detect_align import FACES
 
@@ -88,6 +89,10 @@ class FacePasteBack(io.ComfyNode):
             search=("paste face", "uncrop face", "stitch face", "merge face", "blend face"),
             advanced=("keep_detail",),
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, mask_type: str | None = None, **_: object) -> str:
+        return host.state_of(PARSER if mask_type == "parsing" else None, catalogue.FACES)
 
     @classmethod
     def check_lazy_status(cls, faces: Faces, strength: float, restored: Tensor | None = None, **_: object) -> list[str]:

@@ -244,7 +244,7 @@ def embedder(vre_name: str, faces: int) -> tuple[VisualEmbedder, torch.device]:
 
 
 def faces_that_fit(memory: float) -> int:
-    """How many faces a network of our own takes at once that wants so many bytes for each; one on a CPU, which is no slower for it."""
+    """How many faces a network of our own takes at once that wants so many bytes for each; one on a CPU, to stop within it."""
     device = mm.get_torch_device()
     return 1 if mm.is_device_cpu(device) else _clamp(_room(device) / memory)
 
@@ -472,7 +472,7 @@ class HostBackbone:
 
 
 def _face_by_face(work: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """For the VAE, which wants the most memory and is hardly faster with more: so a run stops within a face."""
+    """For the VAE, which wants the most memory for a face: so a run stops within one."""
     done = []
     for face in batch.split(1):
         mm.throw_exception_if_processing_interrupted()

@@ -133,8 +133,9 @@ class OSDFaceRestore(io.ComfyNode):
             models = weakref.ref(model), model.patches_uuid, weakref.ref(vae)
             step = _once(image, "restored", (seen, vre_name, lora_name, files, models), restored)
             result, report = step.crops, report + _failures(faces, step.failed)
-        after, mask = pasted(image, faces, result, strength, mask_type, feather, color_match, keep, 0.0, stage("paste", len(faces)))
-        return io.NodeOutput(after, mask, before_after(image, after), report, ui=host.shown(report))
+        progress = stage("paste", len(faces))
+        after, mask = pasted(image, faces, result, strength, mask_type, feather, color_match, keep, 0.0, progress)
+        return io.NodeOutput(after, mask, before_after(image, after, progress), report, ui=host.shown(report))
 
 
 _kept: dict[int, dict[str, tuple[object, Any]]] = {}

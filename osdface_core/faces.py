@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .align import apply, compose, cut_all, inverse, similarity
@@ -63,9 +64,20 @@ def find_faces(
         out_of_memory=out_of_memory,
         progress=progress,
     )
-    everyone, verdicts = chosen_faces(found, thumbnails(images), width, height, choice, crop_size, smoothing)
+    step = progress or (lambda done, picture=None: None)
+
+    def one_by_one() -> Iterator[Tensor]:
+        for image in images.split(1):
+            step(0)
+            yield image
+
+    small = torch.cat([thumbnails(image) for image in one_by_one()])
+    everyone, verdicts = chosen_faces(found, small, width, height, choice, crop_size, smoothing)
     chosen = tuple(face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN)
-    crops = cut_all(images, [face.frame for face in chosen], [face.matrix for face in chosen], crop_size)
+    crops = torch.empty(len(chosen), crop_size, crop_size, 3, device=images.device)
+    for i, face in enumerate(chosen):
+        step(0)
+        crops[i : i + 1] = cut_all(images, [face.frame], [face.matrix], crop_size)
     return Found(
         Faces(chosen, crops, count, height, width, crop_size), everyone, verdicts, report(everyone, verdicts, count)
     )

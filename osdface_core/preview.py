@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .align import colour
+from .chunks import Progress
 from .detect import finite
 from .select import CHOSEN
 from .types import Face
@@ -20,8 +21,11 @@ CHOSEN_COLOUR = (80, 255, 120)
 OTHER_COLOUR = (255, 90, 70)
 
 
-def draw(images: Tensor, faces: Sequence[Face], verdicts: Sequence[str]) -> Tensor:
-    """The pictures (B,H,W,C) in [0,1] -> (B,h,w,3), at most 1024 px a side: chosen faces in green, the rest in red."""
+def draw(images: Tensor, faces: Sequence[Face], verdicts: Sequence[str], progress: Progress | None = None) -> Tensor:
+    """The pictures (B,H,W,C) in [0,1] -> (B,h,w,3), at most 1024 px a side: chosen faces in green, the rest in red.
+
+    progress: called with 0 for each picture; what it raises ends the job.
+    """
     count, height, width = images.shape[:3]
     scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
     size = _reduced(height, width)
@@ -32,6 +36,8 @@ def draw(images: Tensor, faces: Sequence[Face], verdicts: Sequence[str]) -> Tens
     if not height or not width:
         return out
     for i, image in enumerate(images):
+        if progress:
+            progress(0)
         pixels = _resized(image, size)
         if i in frames:
             canvas = Image.frombytes("RGB", size[::-1], bytes((pixels * 255).round().byte().cpu().contiguous().flatten().numpy()))
@@ -42,11 +48,11 @@ def draw(images: Tensor, faces: Sequence[Face], verdicts: Sequence[str]) -> Tens
     return out
 
 
-def before_after(before: Tensor, after: Tensor) -> Tensor:
+def before_after(before: Tensor, after: Tensor, progress: Progress | None = None) -> Tensor:
     """The pictures (B,H,W,C) in [0,1] and what became of them -> (B,h,w,3) with both, parted by a white line.
 
     Left and right, or above and below where a picture is wider than high. A single picture keeps its size, so that every pixel can be
-    looked at; the frames of a video are at most 1024 px a side.
+    looked at; the frames of a video are at most 1024 px a side. progress: as for `draw`.
     """
     count, height, width = before.shape[:3]
     size = _reduced(height, width) if count > 1 else (height, width)
@@ -54,6 +60,8 @@ def before_after(before: Tensor, after: Tensor) -> Tensor:
     above = width > height
     out = torch.ones(count, *((2 * size[0] + line, size[1]) if above else (size[0], 2 * size[1] + line)), 3)
     for i in range(count if height and width else 0):
+        if progress:
+            progress(0)
         out[i, : size[0], : size[1]] = _resized(before[i], size)
         out[i, -size[0] :, -size[1] :] = _resized(after[i], size)
     return out

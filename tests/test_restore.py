@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osdface_core.preview import before_after
+from osdface_core.preview import before_after, draw
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
 
@@ -334,6 +334,20 @@ def test_before_and_after_are_seen_at_once(shape: tuple[int, ...], wanted: tuple
     assert both[:, -10:, -10:].allclose(torch.tensor(0.75))
 
 
+@pytest.mark.parametrize("work", [lambda x, step: before_after(x, x, step), lambda x, step: draw(x, [], [], step)])
+def test_a_stop_is_heeded_at_each_picture_that_is_drawn(work: Callable[..., Tensor]) -> None:
+    seen = []
+
+    def stop(done: int) -> None:
+        seen.append(done)
+        if len(seen) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        work(torch.zeros(9, 8, 8, 3), stop)
+    assert seen == [0, 0, 0]
+
+
 def test_a_changed_file_is_noticed(host: Any, parser: Path) -> None:
     node = host.nodes["OSDFaceRestore"]
     before = node.fingerprint_inputs(**WIDGETS), node.fingerprint_inputs(**WIDGETS | {"mask_type": "parsing"})
@@ -342,3 +356,6 @@ def test_a_changed_file_is_noticed(host: Any, parser: Path) -> None:
     assert before[0] == after[0]
     assert before[1] != after[1]
     assert before[0] != node.fingerprint_inputs(**WIDGETS | {"lora_name": "none"})
+    paste = host.nodes["FacePasteBack"]
+    assert str(parser.stat().st_size) in paste.fingerprint_inputs(mask_type="parsing")
+    assert not paste.fingerprint_inputs(mask_type="ellipse")
