@@ -225,11 +225,13 @@ def _start(network: VQAutoencoder, name: str, files: tuple[Path, ...]) -> None:
 
 
 def _everywhere(features: Tensor, accelerator: Accelerator) -> Tensor:
-    """The features of all processes' pictures, through which the gradient flows."""
-    if accelerator.num_processes == 1:
+    """The features of all processes' pictures.
+
+    The gradient flows into one's own, times the number of processes, since their gradients are averaged and each is of the whole loss.
+    """
+    count = accelerator.num_processes
+    if count == 1:
         return features
-    import torch.distributed.nn.functional as distributed
-
-    return torch.cat(distributed.all_gather(features.contiguous()))
-
-
+    parts = list(accelerator.gather(features.detach()).chunk(count))
+    parts[accelerator.process_index] = features + (count - 1) * (features - features.detach())
+    return torch.cat(parts)
