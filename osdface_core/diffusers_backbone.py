@@ -290,7 +290,7 @@ class DiffusersBackbone:
             self.to(dtype)
 
     def _given(self, tensor: Tensor) -> Tensor:
-        order = self.order if tensor.ndim == 4 else torch.preserve_format
+        order = self.order if tensor.ndim == 4 else torch.contiguous_format
         return tensor.to(device=self.device, dtype=self.dtype).contiguous(memory_format=order)
 
     @torch.no_grad()

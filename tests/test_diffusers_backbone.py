@@ -80,7 +80,7 @@ def test_the_step_is_the_scheduler_s_prediction_of_x0(small: db.DiffusersBackbon
     scheduler = DDIMScheduler.from_pretrained(small_model / "scheduler")
     scheduler.set_timesteps(1000)
     generator = torch.Generator().manual_seed(2)
-    latents, prompts = torch.randn(3, 4, 8, 8, generator=generator), torch.rand(3, 77, 1024, generator=generator)
+    latents, prompts = torch.randn(3, 4, 8, 8, generator=generator), torch.rand(3, 1024, 77, generator=generator).transpose(1, 2)
     for timestep in (399, 100):
         noise = small.unet(latents, timestep, encoder_hidden_states=prompts).sample
         wanted = scheduler.step(noise, timestep, latents).pred_original_sample

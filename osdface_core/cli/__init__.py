@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OSDFaceError
-from .options import parser
 
 OK, SOME_FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
 
@@ -21,10 +20,14 @@ log = logging.getLogger("osdface")
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; the exit code. argparse itself exits with 2 for wrong options."""
-    options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        return restore(options)
+        from .options import parser
+
+        return restore(parser().parse_args(arguments))
+    except ModuleNotFoundError as error:
+        log.error('The Python package %s is missing: run pip install -e ".[cli]" in the project\'s folder.', error.name)
+        return UNUSABLE
     except OSDFaceError as error:
         log.error("%s", error)
         return UNUSABLE

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", help="fetch weights that are missing (8 GB)")
     add = command.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, xpu, mps, cpu ... (the fastest there is)")
-    add("--dtype", choices=("fp32", "fp16", "bf16"), help="what the networks compute in (half precision where the device has it)")
+    add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (half where the device has it; fp32 for the built-in model)")
     add("--workers", type=number(int, 1, 4096), default=1, metavar="N", help="share the files of a folder among N processes, by Ray")
     add("--ray-address", metavar="ADDRESS", help="a Ray cluster that the workers run on, such as `auto`, instead of this machine")
     add = command.add_argument_group("faces").add_argument

@@ -75,7 +75,6 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OSDFaceError(f"--device {options.device} cannot be used here ({str(error).splitlines()[0]}): leave it out.") from error
     options.device = str(device)
-    options.dtype = options.dtype or next(name for name, dtype in DTYPES.items() if dtype == best_dtype(device))
     models = models_dir(options.models_dir)
     places = folders(models)
     bar = _download_bar() if options.download else None
@@ -112,6 +111,9 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
             options.vre = str(checkpoint or ensure(catalogue.VRE))
         elif options.vre != BUILTIN:
             options.vre = given("vre", options.vre)
+    # The small model is quick in any type.
+    best = torch.float32 if options.model == BUILTIN else best_dtype(device)
+    options.dtype = options.dtype or next(name for name, dtype in DTYPES.items() if dtype == best)
     if options.detector is None:
         found = next((name for name, file in DETECTORS.items() if store.find(catalogue.BY_NAME[file], places)), None)
         options.detector = found or (next(iter(DETECTORS)) if options.download else BUILTIN)
