@@ -163,6 +163,18 @@ def test_the_picture_is_that_of_the_four_nodes(changed: dict[str, Any], host: An
     assert both.shape[0] == 3
 
 
+def test_the_built_in_model_does_the_same_in_one_node_and_in_four(host: Any, portrait: Tensor) -> None:
+    """No stand-ins: ComfyUI's own sampler, VAE and memory management."""
+    model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
+    real, changed = SimpleNamespace(model=model, vae=vae), {"vre_name": "builtin", "lora_name": "none"}
+    image, mask, _, report = restore(host, real, portrait, **changed).args
+    wanted_image, wanted_mask, wanted_report = four_nodes(host, real, portrait, **changed)
+    assert torch.equal(image, wanted_image)
+    assert torch.equal(mask, wanted_mask)
+    assert report == wanted_report
+    assert (image - portrait)[mask == 1].abs().mean() > 0.01
+
+
 def test_without_a_face_the_very_picture_comes_back_and_no_file_is_asked_for(
     host: Any, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The basic workflow on a photograph, over HTTP, in a real ComfyUI server with full-size stand-in weights."""
+"""The basic workflow and the one node on photographs, over HTTP, in a real ComfyUI server with full-size stand-in weights."""
 
 from __future__ import annotations
 
@@ -26,10 +26,18 @@ from torch import Tensor
 pytestmark = [pytest.mark.host, pytest.mark.full]
 
 ROOT = Path(__file__).resolve().parents[1]
+PREVIEW, TEXT = bytes((0, 0, 0, 1)), bytes((0, 0, 0, 3))
 
-# Writes whatever comes in to a file, bit for bit, where a picture would have 8 bits.
+# Writes whatever comes in to a file, bit for bit, where a picture would have 8 bits; and notes which weight files are opened.
 KEEP_NODE = """
-import torch, folder_paths, os
+import torch, folder_paths, os, safetensors, sys
+def note(path):
+    if str(path).endswith((".safetensors", ".ckpt", ".pth")):
+        with open(os.path.join(folder_paths.get_output_directory(), "opened.txt"), "a") as file:
+            file.write(os.path.basename(path) + chr(10))
+sys.addaudithook(lambda event, args: note(args[0]) if event == "open" and isinstance(args[0], (str, os.PathLike)) else None)
+safe_open = safetensors.safe_open
+safetensors.safe_open = lambda path, *args, **kwargs: note(path) or safe_open(path, *args, **kwargs)
 class KeepTensor:
     OUTPUT_NODE, RETURN_TYPES, FUNCTION, CATEGORY = True, (), "keep", "test"
     @classmethod
@@ -49,6 +57,9 @@ NODE_CLASS_MAPPINGS = {"KeepTensor": KeepTensor}
 class Run:
     executed: list[str]
     messages: list[dict[str, Any]]
+    pictures: int
+    texts: dict[str, str]
+    seconds: float
 
     @property
     def error(self) -> str | None:
@@ -60,24 +71,37 @@ class Server:
     address: str
     base: Path
 
-    def queue(self, prompt: dict[str, Any]) -> Run:
+    def queue(self, prompt: dict[str, Any], heard: Callable[[dict[str, Any]], Any] = lambda event: None) -> Run:
+        """Runs a prompt to its end. heard: called with each message."""
         client = str(uuid.uuid4())
         link = websocket.create_connection(f"ws://{self.address}/ws?clientId={client}", timeout=900)
         answer = requests.post(f"http://{self.address}/prompt", json={"prompt": prompt, "client_id": client}, timeout=60)
         assert answer.ok, answer.text
-        executed, messages = [], []
+        executed, messages, pictures, texts, start = [], [], 0, {}, time.monotonic()
         while True:
             message = link.recv()
             if isinstance(message, bytes):
+                pictures += message[:4] == PREVIEW
+                if message[:4] == TEXT:
+                    end = 8 + int.from_bytes(message[4:8], "big")
+                    texts[message[8:end].decode()] = message[end:].decode()
                 continue
             event = json.loads(message)
             messages.append(event)
+            heard(event)
             if event["type"] == "executing" and event["data"]["node"] is not None:
                 executed.append(event["data"]["node"])
             if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
                 break
         link.close()
-        return Run(executed, messages)
+        return Run(executed, messages, pictures, texts, time.monotonic() - start)
+
+    def opened(self) -> set[str]:
+        """The weight files that were opened since this was last asked."""
+        log = self.base / "output" / "opened.txt"
+        names = set(log.read_text().split()) if log.exists() else set()
+        log.unlink(missing_ok=True)
+        return names
 
     def kept(self, name: str) -> Any:
         return torch.load(self.base / "output" / name, weights_only=True)
@@ -187,14 +211,17 @@ def test_without_a_face_the_picture_passes_and_no_network_runs(server: Server, d
     assert kinds == {"LoadImage", "FaceDetectAlign", "FacePasteBack", "SaveImage", "KeepTensor"}
 
 
-def test_a_photograph_is_restored(server: Server, data: Path, seeded: ModuleType, load_picture: Callable[[Path], Tensor]) -> None:
-    pytest.importorskip("diffusers", reason="diffusers is the outside truth for the restored crop")
-    prompt = keeping(
-        basic(),
+def photograph(**changed: Any) -> dict[str, Any]:
+    return keeping(
+        basic(**changed),
         crops=("FaceDetectAlign", 1), count=("FaceDetectAlign", 3), prompts=("OSDFaceVRE", 0), restored=("OSDFaceOneStep", 0),
         image=("FacePasteBack", 0), mask=("FacePasteBack", 1),
     )
-    assert server.queue(prompt).error is None
+
+
+def test_a_photograph_is_restored(server: Server, data: Path, seeded: ModuleType, load_picture: Callable[[Path], Tensor]) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is the outside truth for the restored crop")
+    assert server.queue(photograph()).error is None
     given = load_picture(data / "images" / "astronaut.png")
     image, mask, crops, restored = (server.kept(n) for n in ("image", "mask", "crops", "restored"))
     assert server.kept("count") == 1
@@ -214,6 +241,79 @@ def test_a_photograph_is_restored(server: Server, data: Path, seeded: ModuleType
 
     saved = load_picture(next((server.base / "output").glob("*.png")))
     assert torch.equal(saved[0][outside], given[0][outside])
+
+
+def test_a_turned_widget_runs_what_depends_on_it_and_no_file_is_read_twice(server: Server) -> None:
+    assert server.queue(photograph()).error is None
+    files = {"v2-1_512-ema-pruned.safetensors", "associate_2.ckpt", "pytorch_lora_weights.safetensors", "detection_mobilenet0.25_Final.pth"}
+    assert files <= server.opened()
+
+    def ran(**changed: Any) -> set[str]:
+        prompt = photograph(**changed)
+        run = server.queue(prompt)
+        assert run.error is None
+        return {node if node.startswith("keep") else prompt[node]["class_type"] for node in run.executed}
+
+    pasting = {"FacePasteBack", "SaveImage", "keep_image", "keep_mask"}
+    assert ran() == set()
+    assert ran(**{"FacePasteBack.strength": 0.5}) == pasting
+    assert ran(**{"OSDFaceOneStep.lora_strength": 0.5}) == pasting | {"OSDFaceOneStep", "keep_restored"}
+    assert not server.opened()
+
+
+def test_the_one_node_gives_what_the_four_give_in_one_bar(server: Server) -> None:
+    def both(**changed: Any) -> dict[str, Any]:
+        prompt = photograph()
+        four: dict[str, Any] = {}
+        for kind in ("FacePasteBack", "OSDFaceOneStep", "OSDFaceVRE", "FaceDetectAlign"):
+            four |= prompt[node_of(prompt, kind)]["inputs"]
+        schema = requests.get(f"http://{server.address}/object_info/OSDFaceRestore", timeout=60).json()["OSDFaceRestore"]["input"]
+        inputs = {name: four[name] for name in schema["required"]} | changed
+        prompt["one"] = {"class_type": "OSDFaceRestore", "inputs": inputs}
+        prompt["keep_one"] = {"class_type": "KeepTensor", "inputs": {"value": ["one", 0], "name": "one"}}
+        prompt["keep_one_mask"] = {"class_type": "KeepTensor", "inputs": {"value": ["one", 1], "name": "one_mask"}}
+        return prompt
+
+    assert server.queue(photograph()).error is None
+    server.opened()
+    first = server.queue(both())
+    assert first.error is None
+    assert set(first.executed) == {"one", "keep_one", "keep_one_mask"}
+    assert torch.equal(server.kept("one"), server.kept("image"))
+    assert torch.equal(server.kept("one_mask"), server.kept("mask"))
+    values = [m["data"]["value"] for m in first.messages if m["type"] == "progress"]
+    assert values == sorted(values)
+    assert values[-1] == 100
+    assert first.pictures == 3  # the crop, restored, and pasted
+    assert not server.opened()
+    said = next(m["data"]["output"]["text"][0] for m in first.messages if m["type"] == "executed" and m["data"]["node"] == "one")
+    assert said.startswith("1 face found in 1 picture, 1 chosen.")
+    assert first.texts == {"one": said}
+
+    softer = server.queue(both(strength=0.5))
+    assert not torch.equal(server.kept("one"), server.kept("image"))
+    assert softer.pictures == 1
+    assert softer.seconds < first.seconds / 3
+
+
+def test_a_stop_is_heeded_within_a_face_and_the_next_run_works(server: Server, data: Path) -> None:
+    shutil.copy(data / "images" / "cc0_mosaic_6faces_1080p.png", server.base / "input" / "group.png")
+    prompt = photograph(**{"LoadImage.image": "group.png"})
+    embedder, times = node_of(prompt, "OSDFaceVRE"), []
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["type"] in ("executing", "progress") and event["data"]["node"] == embedder:
+            times.append(time.monotonic())
+            if len(times) == 3:
+                requests.post(f"http://{server.address}/interrupt", timeout=60)
+
+    run = server.queue(prompt, stop)
+    ended = time.monotonic()
+    assert run.messages[-1]["type"] == "execution_interrupted"
+    assert len(times) <= 4, "more than one face was finished after the stop"
+    assert ended - times[2] < 2 * (times[2] - times[1]) + 2
+    assert node_of(prompt, "OSDFaceOneStep") not in run.executed
+    assert server.queue(photograph(**{"LoadImage.image": "flat.png"})).error is None
 
 
 def test_only_the_people_who_were_chosen_change(server: Server, data: Path, load_picture: Callable[[Path], Tensor]) -> None:
