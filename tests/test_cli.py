@@ -525,6 +525,7 @@ def test_a_video_shown_turned_stays_turned(run: Run, clip: list[np.ndarray], tmp
 # Workers
 
 
+@pytest.mark.full
 def test_two_workers_do_what_one_does(run: Run, face: np.ndarray, nobody: np.ndarray, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason='no Ray: pip install "ray[data]"')
     given = tmp_path / "in"
