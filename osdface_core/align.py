@@ -29,7 +29,7 @@ TEMPLATE: Points = (
 
 # The cubic kernel reaches so many pixels to each side, the filter for shrinking so many of the smaller picture's.
 CUBIC = 2
-FILTER = 4
+FILTER = 6
 # Up to here a picture is made smaller by interpolation alone: the filter would gain 2 dB there, for four times the samples.
 SHRINKS = 1.2
 # Samples worked on at once; bounds the memory that a picture of any size takes.
@@ -152,7 +152,7 @@ def warp(source: Tensor, matrix: Affine, height: int, width: int, grain: float =
     if step <= SHRINKS:
         fine, border = 1, 0
     else:
-        fine, border = max(2, math.ceil(1.25 * step / block)), FILTER
+        fine, border = max(3, math.ceil(1.25 * step / block)), FILTER
         kernel = _shrinking(step, block, fine, max(grain, 1 / step))
     result = torch.empty(source.shape[0], height, width, device=source.device)
     columns = (width + 2 * border) * fine
@@ -220,7 +220,7 @@ def _shrinking(step: float, block: int, fine: int, grain: float) -> Tensor:
     wanted = _cubic((within - places) / grain).mean(1)
     # The ridge is what smooths: all else that the source may hold is kept out as far as this leaves. It is the larger the nearer the
     # sizes are, for there the source may hold as much at the limit as anywhere.
-    ridge = (0.25 / step**3 if grain <= 1 else 1e-4) * fine * (grain / apart) * torch.eye(len(taps), dtype=torch.float64)
+    ridge = (0.05 / step**3 if grain <= 1 else 3e-5) * fine * (grain / apart) * torch.eye(len(taps), dtype=torch.float64)
     kernel = torch.linalg.solve(enlarged.T @ enlarged + ridge, enlarged.T @ wanted)
     return kernel / kernel.sum()
 
