@@ -133,6 +133,7 @@ def test_a_folder_is_done_file_by_file_and_goes_on_where_it_stopped(
     assert said["b.jpg"]["faces"] == []
     assert (out / "deep" / "er" / "b.jpg").read_bytes() == (given / "deep" / "er" / "b.jpg").read_bytes(), "no face: the very file"
     assert changed(face, np.asarray(Image.open(out / "a.png"))).any()
+    assert "1 of the files done have no face" in caplog.text
     assert "2 done, 1 skipped, 1 failed" in capsys.readouterr().out
 
     (given / "broken.png").unlink()

@@ -41,6 +41,7 @@ def restore(options: argparse.Namespace) -> int:
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
+    from ..select import CHOSEN
     from . import job
 
     started = time.perf_counter()
@@ -69,6 +70,9 @@ def restore(options: argparse.Namespace) -> int:
         if options.report:
             _write_report(options.report, settled, entries, time.perf_counter() - started)
     counts = Counter(entry["status"] for entry in entries)
+    without = sum(not any(face["verdict"] == CHOSEN for face in entry.get("faces", ())) for entry in entries if entry["status"] == job.DONE)
+    if without:
+        log.warning("%d of the files done have no face that was found and chosen; --report tells which.", without)
     sys.stdout.write(", ".join(f"{counts[status]} {status}" for status in (job.DONE, job.SKIPPED, job.FAILED) if counts[status]) + "\n")
     return SOME_FAILED if counts[job.FAILED] else OK
 
