@@ -334,7 +334,8 @@ def detect(
             faces = look_from_all_sides(network, pixels, confidence, smallest, report)
         else:
             faces = look_at_all_sizes(network, pixels, confidence, smallest, report)
-            coarse = longer_side(faces) * scale < BEST_SIZE / 2 if scale < 1 else torch.zeros(len(faces), dtype=torch.bool)
+            # Which landmarks want a second look: all of a detector that needs it, else those of faces that were seen small.
+            coarse = longer_side(faces) * scale < (math.inf if network.looks_twice else BEST_SIZE / 2 if scale < 1 else 0)
             closer, _ = look_closer(network, pixels, faces[coarse], confidence, report)
             faces = Candidates.join([faces[~coarse], replace(closer, score=faces.score[coarse])])
         faces = faces[faces.score.argsort(descending=True, stable=True)]

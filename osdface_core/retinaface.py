@@ -143,11 +143,12 @@ class RetinaFace(nn.Module):
     """(B,3,H,W) in BGR, 0..255 less MEAN_BGR -> boxes (B,A,4), confidences (B,A) in 0..1 and landmarks (B,A,5,2), in pixels.
 
     A is the number of anchors, in facexlib's order. Boxes are x1, y1, x2, y2. As in facexlib, a landmark on the centre of the
-    picture's first pixel is at (0, 0).
+    picture's first pixel is at (0, 0). looks_twice: its landmarks are good only in an upright window about the face.
     """
 
     def __init__(self, trunk: str, operations: Operations = nn) -> None:
         super().__init__()
+        self.looks_twice = trunk == "narrow"
         self.body = ResNet50() if trunk == "resnet50" else (Narrow if trunk == "narrow" else MobileNet)(operations)
         width, slope = {"resnet50": (256, 0.0), "narrow": (48, 0.1)}.get(trunk, (64, 0.1))
         self.fpn = FeaturePyramid(self.body.channels, width, slope, operations)

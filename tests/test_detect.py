@@ -266,6 +266,7 @@ def test_a_callers_error_stops_the_search_and_progress_counts_every_picture(netw
 def test_a_batch_that_does_not_fit_is_halved(data: Path, network: RetinaFace, load_picture: Load) -> None:
     class Little(nn.Module):
         home = torch.device("cpu")
+        looks_twice = False
         largest = 0
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

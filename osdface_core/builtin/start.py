@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -31,7 +32,7 @@ def start(seed: int = 0) -> dict[str, torch.Tensor]:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(**UNET_CONFIG)
+    unet: Any = UNet2DConditionModel(**UNET_CONFIG)
     width = UNET_CONFIG["block_out_channels"][0]
     if width != 64:
         raise ValueError("groups of two channels are wanted: a width of 64")

@@ -106,16 +106,16 @@ def train(
     """The moving average of `network`'s weights after so many minutes of training."""
     generator = torch.Generator().manual_seed(seed)
     average = copy.deepcopy(network).requires_grad_(False)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), rate, betas=(0.9, 0.98), weight_decay=1e-4)
     begun, shown, done, mean = time.monotonic(), 0.0, 0, 0.0
-    for crops in batches(pictures, side, batch, generator):
+    for drawn in batches(pictures, side, batch, generator):
         elapsed = (time.monotonic() - begun) / 60
         if elapsed >= minutes:
             break
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (done + 1) / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * elapsed / minutes)) / 2)
-        crops = crops.contiguous(memory_format=torch.channels_last)
+        crops = drawn.contiguous(memory_format=torch.channels_last)
         with autocast("cpu", torch.bfloat16):
             given = network(crops)
         loss = loss_of(given.float(), crops)

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, autocast
 
-from ..retinaface import ANCHORS_PER_CELL, MEAN_BGR, RetinaFace, build_retinaface
+from ..detect import BEST_SIZE, WINDOW
+from ..retinaface import MEAN_BGR, RetinaFace, build_retinaface
 from ..weights.reading import read_tensors
 from .autoencoder import SIDE, squares, training_pictures
 
@@ -29,7 +30,10 @@ log = logging.getLogger(__name__)
 
 # Sides of training pictures and how many make a batch of about equal cost.
 BATCHES = ((256, 12), (384, 5), (512, 3))
-MOST_TURNED = 50
+MOST_TURNED = 45
+# Every other batch is of so many windows as detection's second look has them. A face's height is this share of a portrait's.
+WINDOWS = 10
+FACE_HEIGHT = 0.37
 
 
 def uniform(low: float, high: float, generator: torch.Generator) -> float:
@@ -49,7 +53,8 @@ def ground(portraits: Tensor, side: int, generator: torch.Generator) -> Tensor:
     if kind == 2:
         y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         angle, period = uniform(0, math.pi, generator), uniform(4, 60, generator)
-        waves = torch.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period)) * torch.sin(y * uniform(0.01, 0.5, generator))
+        waves = torch.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period))
+        waves = waves * torch.sin(y * uniform(0.01, 0.5, generator))
         return torch.lerp(colours[0], colours[1], waves * 0.5 + 0.5)
     # The lowest quarter of a portrait is shoulders and cloth.
     body = portraits[int(torch.randint(len(portraits), (), generator=generator)), :, SIDE * 13 // 16 :].float() / 255
@@ -87,10 +92,11 @@ def picture(portraits: Tensor, side: int, generator: torch.Generator) -> Tensor:
         cell = side / columns
         scale = math.exp(uniform(math.log(0.12 if count == 1 else 0.3), math.log(1.6), generator)) * cell / SIDE
         scale = max(scale, 56 / SIDE)
-        turn = 0.0 if uniform(0, 1, generator) < 0.4 else uniform(-MOST_TURNED, MOST_TURNED, generator)
+        turn = 0.0 if uniform(0, 1, generator) < 0.75 else uniform(-MOST_TURNED, MOST_TURNED, generator)
         middle = ((i % columns + uniform(0.25, 0.75, generator)) * cell, (i // columns + uniform(0.3, 0.8, generator)) * cell)
         placed(canvas, portrait, middle, scale, turn, uniform(0, 1, generator) < 0.5)
-    canvas = (canvas * uniform(0.5, 1.3, generator) + uniform(-0.1, 0.1, generator)) * (1 + 0.15 * torch.randn(3, 1, 1, generator=generator))
+    tint = 1 + 0.1 * torch.randn(3, 1, 1, generator=generator)
+    canvas = (canvas * uniform(0.6, 1.2, generator) + uniform(-0.1, 0.1, generator)) * tint
     if uniform(0, 1, generator) < 0.2:
         canvas = canvas.mean(0, keepdim=True).expand(3, -1, -1)
     if uniform(0, 1, generator) < 0.3:
@@ -100,6 +106,17 @@ def picture(portraits: Tensor, side: int, generator: torch.Generator) -> Tensor:
     if uniform(0, 1, generator) < 0.4:
         canvas = canvas + torch.randn(canvas.shape, generator=generator) * uniform(0, 0.1, generator)
     return canvas.clamp(0, 1)
+
+
+def window(portraits: Tensor, generator: torch.Generator) -> Tensor:
+    """(3,288,288) in [0,1]: one face, nearly upright and about as large and central as detection's second look shows it."""
+    canvas = ground(portraits, WINDOW, generator)
+    portrait = portraits[int(torch.randint(len(portraits), (), generator=generator))].float() / 255
+    scale = math.exp(uniform(-0.2, 0.2, generator)) * BEST_SIZE / FACE_HEIGHT / SIDE
+    # Faces are above the middle of a portrait.
+    middle = WINDOW / 2 + uniform(-16, 16, generator), WINDOW / 2 + uniform(-16, 16, generator) + 0.18 * scale * SIDE
+    placed(canvas, portrait, middle, scale, uniform(-10, 10, generator), uniform(0, 1, generator) < 0.5)
+    return (canvas * uniform(0.7, 1.15, generator) + uniform(-0.05, 0.05, generator)).clamp(0, 1)
 
 
 def answers(network: RetinaFace, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +151,7 @@ def train(
 ) -> RetinaFace:
     """The moving average of `network`'s weights after so many minutes of training. portraits: (N,3,512,512) bytes."""
     generator = torch.Generator().manual_seed(seed)
-    network.train().requires_grad_(True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.train().requires_grad_(True).to(memory_format=torch.channels_last)
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), rate, betas=(0.9, 0.98), weight_decay=1e-3)
     mean_bgr = torch.tensor(MEAN_BGR).view(3, 1, 1)
@@ -142,8 +159,11 @@ def train(
     while (elapsed := (time.monotonic() - begun) / 60) < minutes:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (done + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * elapsed / minutes)) / 2)
-        side, count = BATCHES[int(torch.randint(len(BATCHES), (), generator=generator))]
-        pixels = torch.stack([picture(portraits, side, generator) for _ in range(count)])
+        if done % 2:
+            pixels = torch.stack([window(portraits, generator) for _ in range(WINDOWS)])
+        else:
+            side, count = BATCHES[int(torch.randint(len(BATCHES), (), generator=generator))]
+            pixels = torch.stack([picture(portraits, side, generator) for _ in range(count)])
         x = (pixels.flip(1) * 255 - mean_bgr).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             wanted = answers(teacher, x)
@@ -151,7 +171,7 @@ def train(
             found = answers(network, x)
         losses = loss_of(found, wanted)
         optimizer.zero_grad()
-        (losses[0] + 2 * losses[1] + 6 * losses[2]).backward()
+        (losses[0] + 2 * losses[1] + 8 * losses[2]).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimizer.step()
         done += 1
@@ -189,7 +209,8 @@ def main() -> None:
     else:
         for head in network.ClassHead:
             # At first no anchor is a face, as nearly none is.
-            head.conv1x1.bias.data.copy_(torch.tensor([2.0, -2.0]).repeat(ANCHORS_PER_CELL))
+            torch.nn.init.constant_(head.get_parameter("conv1x1.bias")[0::2], 2.0)
+            torch.nn.init.constant_(head.get_parameter("conv1x1.bias")[1::2], -2.0)
     average = train(portraits, network, build_retinaface(read_tensors(given.teacher)), given.minutes, rate=given.rate)
     save_file({k: (t.half() if t.is_floating_point() else t).contiguous() for k, t in average.state_dict().items()}, given.out)
 

@@ -95,7 +95,7 @@ class Gan:
 
 @dataclass(frozen=True)
 class Losses:
-    """mse, charbonnier, differences, energies: of pixels, weights alone; latent: mean squared error of the latents. The others as `Term`."""
+    """mse, charbonnier, differences, energies: of pixels, weights alone; latent: of the latents, squared. The others as `Term`."""
 
     mse: float = 1.0
     charbonnier: float = 0.0
