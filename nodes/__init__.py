@@ -15,4 +15,4 @@ from .osdface_vre import OSDFaceVRE
 
 class OSDFaceExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [FaceDetectAlign, OSDFaceVRE, OSDFaceOneStep, FacePasteBack, FaceSelect, OSDFaceRestore, OSDFaceBuiltinModel]
+        return [OSDFaceRestore, FaceDetectAlign, FaceSelect, OSDFaceVRE, OSDFaceOneStep, FacePasteBack, OSDFaceBuiltinModel]

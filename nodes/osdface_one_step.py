@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..osdface_core.backbone import TIMESTEP, TIMESTEPS
 from ..osdface_core.errors import OSDFaceError
-from ..osdface_core.one_step import restore
+from ..osdface_core.one_step import Restored, restore
 from ..osdface_core.weights.catalogue import LORA, LORAS
 from . import host
 
@@ -92,13 +92,16 @@ class OSDFaceOneStep(io.ComfyNode):
             faces_per_batch=faces_per_batch,
             progress=host.progress(len(crops)),
         )
+        raise_if_all_failed(result)
         if not result.failed:
             return io.NodeOutput(result.crops)
-        which = ", ".join(map(str, result.failed))
-        if len(result.failed) == len(crops):
-            raise OSDFaceError(f"Every face (crops {which}) came out as NaN: {AGAINST_NAN}")
-        says = f"Crops {which} came out as NaN and are left as they were: {AGAINST_NAN}"
+        says = f"Crops {', '.join(map(str, result.failed))} came out as NaN and are left as they were: {AGAINST_NAN}"
         return io.NodeOutput(result.crops, ui=host.shown(says))
+
+
+def raise_if_all_failed(result: Restored) -> None:
+    if result.failed and len(result.failed) == len(result.crops):
+        raise OSDFaceError(f"Every face (crops {', '.join(map(str, result.failed))}) came out as NaN: {AGAINST_NAN}")
 
 
 def backbone(model: Any, vae: Any, lora_name: str, lora_strength: float, options: dict[str, Any]) -> host.HostBackbone:

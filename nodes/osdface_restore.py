@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from ..osdface_core.weights.catalogue import FACES, LORAS, OSDFACE
 from . import host
 from .face_detect_align import DETECTORS, FaceDetectAlign, detected
 from .face_paste_back import PARSER, FacePasteBack, parse, pasted
-from .osdface_one_step import AGAINST_NAN, OSDFaceOneStep, backbone
+from .osdface_one_step import AGAINST_NAN, OSDFaceOneStep, backbone, raise_if_all_failed
 from .osdface_vre import OSDFaceVRE, prompt_options, visual_prompts
 
 T = TypeVar("T")
@@ -132,17 +133,20 @@ class OSDFaceRestore(io.ComfyNode):
             files = host.state_of(vre_name, OSDFACE, embedder_files), host.state_of(lora_name, LORAS)
             models = weakref.ref(model), model.patches_uuid, weakref.ref(vae)
             step = _once(image, "restored", (seen, vre_name, lora_name, files, models), restored)
+            raise_if_all_failed(step)
             result, report = step.crops, report + _failures(faces, step.failed)
         progress = stage("paste", len(faces))
         after, mask = pasted(image, faces, result, strength, mask_type, feather, color_match, keep, 0.0, progress)
         return io.NodeOutput(after, mask, before_after(image, after, progress), report, ui=host.shown(report))
 
 
-_kept: dict[int, dict[str, tuple[object, Any]]] = {}
+_kept: dict[int, dict[str, list[tuple[object, Any]]]] = {}
+# Several of these nodes may look at one picture.
+MOST_KEPT = 4
 
 
 def _once(image: Tensor, stage: str, key: object, make: Callable[[], T]) -> T:
-    """What `make` gave for this very picture if `key` is the one of the last time, else what it gives now.
+    """What `make` gave for this very picture under the same `key`, else what it gives now.
 
     So a turned widget runs anew what depends on it and no more, as in the graph of four nodes. It is kept as long as the host keeps
     the picture.
@@ -150,11 +154,16 @@ def _once(image: Tensor, stage: str, key: object, make: Callable[[], T]) -> T:
     if id(image) not in _kept:
         _kept[id(image)] = {}
         weakref.finalize(image, _kept.pop, id(image), None)
-    kept = _kept[id(image)]
-    if stage not in kept or kept[stage][0] != key:
-        kept.pop(stage, None)
-        kept[stage] = key, make()
-    return kept[stage][1]
+    # A node before this one may have written into the picture that it handed on.
+    rows, columns = (image.sum(axes, dtype=torch.float32).numpy(force=True).tobytes() for axes in ((2, 3), (1, 3)))
+    key = key, rows, columns
+    kept = _kept[id(image)].setdefault(stage, [])
+    for known, value in kept:
+        if known == key:
+            return value
+    value = make()
+    kept[:] = [*kept[-MOST_KEPT + 1 :], (key, value)]
+    return value
 
 
 def _check_crops(faces: Faces) -> None:

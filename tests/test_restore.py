@@ -318,11 +318,33 @@ def test_a_turned_widget_runs_anew_only_what_depends_on_it(
     assert (len(looks), small.calls) == (4, ran * 3)
 
 
+def test_a_picture_that_was_written_into_is_looked_at_anew(host: Any, small: Any, portrait: Tensor) -> None:
+    image = portrait.clone()
+    restore(host, small, image)
+    image.copy_(image.flip(2))
+    out, mask, _, _ = restore(host, small, image).args
+    truth = restore(host, small, image.clone()).args
+    assert torch.equal(out, truth[0])
+    assert torch.equal(mask, truth[1])
+
+
+def test_two_nodes_on_one_picture_do_not_drive_each_other_out(host: Any, small: Any, portrait: Tensor) -> None:
+    for crop_size in (512, 576, 512, 576):
+        restore(host, small, portrait, crop_size=crop_size)
+    assert small.calls.count("denoise") == 2
+
+
+def test_if_every_face_fails_the_node_says_so_as_one_step_does(host: Any, small: Any, portrait: Tensor) -> None:
+    small.broken = 0
+    with pytest.raises(host.error, match=r"^Every face \(crops 0\) came out as NaN: start ComfyUI with --fp32-vae"):
+        restore(host, small, portrait)
+
+
 def test_nothing_is_kept_longer_than_the_picture(host: Any, small: Any, portrait: Tensor) -> None:
     image = portrait.clone()
     kept = host.nodes["OSDFaceRestore"].execute.__func__.__globals__["_kept"]
     restore(host, small, image)
-    crops = weakref.ref(kept[id(image)]["found"][1].faces.crops)
+    crops = weakref.ref(kept[id(image)]["found"][0][1].faces.crops)
     del image
     gc.collect()
     assert crops() is None
