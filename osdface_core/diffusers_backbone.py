@@ -69,10 +69,9 @@ MOST_FACES_AT_ONCE = 16
 
 def best_device() -> torch.device:
     """The accelerator that this torch finds (CUDA or ROCm, XPU, MPS ...), else the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True) if hasattr(torch, "accelerator") else None
-    if accelerator is not None:
-        return accelerator
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # torch 2.6 cannot be asked for both at once.
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -31,6 +33,7 @@ import tifffile
 from osdface_core import cli
 from osdface_core.cli import job, pictures, video
 from osdface_core.cli.options import parser
+from osdface_core.cli.restorer import resolve
 from osdface_core.diffusers_backbone import DiffusersBackbone
 from osdface_core.errors import OSDFaceError
 
@@ -199,7 +202,80 @@ def test_outputs_within_the_input_folder_are_not_inputs(nobody: np.ndarray, tmp_
     (tmp_path / "out").mkdir()
     Image.fromarray(nobody).save(tmp_path / "out" / "old.png")
     Image.fromarray(nobody).save(tmp_path / ".b.partial.png")
-    assert [item.source.name for item in job.plan(tmp_path, tmp_path / "out", False)] == ["a.png"]
+    assert [item.source.name for item in job.plan(tmp_path, str(tmp_path / "out"), False)] == ["a.png"]
+
+
+def test_a_link_is_named_where_it_is_not_followed(run: Run, nobody: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given, out = tmp_path / "in", tmp_path / "out"
+    (tmp_path / "elsewhere").mkdir()
+    given.mkdir()
+    Image.fromarray(nobody).save(tmp_path / "elsewhere" / "a.png")
+    (given / "folder").symlink_to(tmp_path / "elsewhere")
+    (given / "file.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    (given / "gone.png").symlink_to(tmp_path / "gone.png")
+    assert run(given, out, "--report", tmp_path / "r.json") == 0
+    assert [path.name for path in out.iterdir()] == ["file.png"]
+    statuses = {name: entry["status"] for name, entry in entries(tmp_path / "r.json").items()}
+    assert statuses == {"file.png": "done", "folder": "skipped", "gone.png": "skipped"}
+    assert f"{given / 'folder'} is skipped: a link to a folder" in caplog.text
+
+
+def test_a_slash_at_the_end_names_a_folder_that_is_not_there_yet(run: Run, nobody: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(nobody).save(tmp_path / "photo.png")
+    assert run(tmp_path / "photo.png", f"{tmp_path}/restored/") == 0
+    assert [path.name for path in (tmp_path / "restored").iterdir()] == ["photo.png"]
+
+
+@pytest.mark.parametrize(("given", "out"), [("a.png", "restored"), ("a.png", "a.mp4"), ("a.png", "a.gif"), ("a.mp4", "out.png")])
+def test_an_output_of_another_kind_is_refused_before_a_network_is_read(
+    given: str, out: str, run: Run, nobody: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.fromarray(nobody).save(tmp_path / given, "PNG")
+    monkeypatch.setattr(job, "run", lambda *_: pytest.fail("the networks are read"))
+    assert run(tmp_path / given, tmp_path / out) == 2
+    assert f"OUT is {tmp_path / out}, whose extension is none of" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "report", ["in/a.png", "out/a.png", "out", "hard.png", "keep.png", "vre.bin", "lora.bin", "model/unet/config.json"]
+)
+def test_the_report_takes_no_file_s_place(report: str, nobody: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "model" / "unet").mkdir(parents=True)
+    Image.fromarray(nobody).save(tmp_path / "in" / "a.png")
+    os.link(tmp_path / "in" / "a.png", tmp_path / "hard.png")
+    for name in ("keep.png", "vre.bin", "lora.bin", "model/unet/config.json"):
+        (tmp_path / name).write_text(name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    options = ["--keep", "keep.png", "--model", "model", "--lora", "lora.bin", "--vre", "vre.bin", "--report", report]
+    paths = [option if option.startswith("--") else str(tmp_path / option) for option in options]
+    assert cli.main(["restore", str(tmp_path / "in"), str(tmp_path / "out"), *paths]) == 2
+    assert "which this run reads or makes itself" in caplog.text
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_work(
+    run: Run, nobody: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.fromarray(nobody).save(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for report in ("a.png/report.json", "notes.txt/report.json", "folder"):
+        assert run(tmp_path / "a.png", tmp_path / "out.png", "--report", tmp_path / report) == 2, report
+        assert not (tmp_path / "out.png").exists()
+        assert f"--report is {tmp_path / report}, which cannot be written" in caplog.text
+    # It could be written at first, and not at last: the work is done all the same.
+    written, replace = tmp_path / "r.json", Path.replace
+
+    def full(fresh: Path, path: Path) -> Path:
+        if path == written and path.exists():
+            raise OSError(28, "No space left on device")
+        return replace(fresh, path)
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert run(tmp_path / "a.png", tmp_path / "out.png", "--report", written) == 1
+    assert (tmp_path / "out.png").exists()
+    assert "No space left on device" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "notes.txt"])
@@ -523,7 +599,101 @@ def test_a_video_shown_turned_stays_turned(run: Run, clip: list[np.ndarray], tmp
         assert (frame.width, frame.height, frame.rotation % 360) == (160, 192, 90)
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_single_video_has_one_bar_by_frames(
+    run: Run, clip: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_video(tmp_path / "in.mp4", clip[3:], [0, 40, 80], "libx264", "yuv420p", sound=False)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert run(tmp_path / "in.mp4", tmp_path / "out.mp4") == 0
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "in.mp4" in shown
+    assert "3.0/3.0" in shown.rsplit("\r", 1)[-1], "the bar is not full in the end"
+    assert "file" not in shown, "a second bar, by files"
+
+
 # Workers
+
+
+def with_workers(monkeypatch: pytest.MonkeyPatch, stops_after: int) -> tuple[dict[str, Any], Callable[..., list[dict[str, Any]]]]:
+    """Ray's place taken by one that does so many files and breaks: what `map` was told, and a run of job.run."""
+    told: dict[str, Any] = {}
+
+    class RayError(Exception):
+        pass
+
+    class Rows(list[Any]):
+        def map(self, worker: object, **options: Any) -> Rows:
+            told.update(options)
+            return self
+
+        def iter_rows(self) -> Iterator[dict[str, str]]:
+            for row in self[:stops_after]:
+                yield {"entry": json.dumps({"input": row["source"], "output": row["target"], "status": "done"})}
+            if stops_after < len(self):
+                raise RayError("a machine went away")
+
+    data = types.ModuleType("ray.data")
+    ray = types.ModuleType("ray")
+    vars(data).update(
+        DataContext=types.SimpleNamespace(get_current=types.SimpleNamespace),
+        ActorPoolStrategy=lambda size: size,
+        from_items=lambda rows, **_: Rows(rows),
+    )
+    nothing = lambda **_: None  # noqa: E731
+    vars(ray).update(data=data, init=nothing, shutdown=nothing, exceptions=types.SimpleNamespace(RayError=RayError))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", data)
+
+    def run(items: list[job.Item], device: str = "cpu") -> list[dict[str, Any]]:
+        return list(job.run(items, argparse.Namespace(workers=2, ray_address=None, device=device)))
+
+    return told, run
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cuda", 1), ("xpu", 1), ("mps", None), ("cpu", None)])
+def test_only_what_ray_counts_as_a_gpu_is_asked_of_it(device: str, gpus: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, run = with_workers(monkeypatch, 1)
+    run([job.Item(Path("a.png"), Path("out.png"))], device)
+    assert (told["num_gpus"], told["num_cpus"]) == (gpus, None if gpus else 1)
+
+
+def test_one_device_for_many_workers_is_refused(run: Run, nobody: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.fromarray(nobody).save(tmp_path / "a.png")
+    for workers in (["--workers", "2"], ["--ray-address", "auto"]):
+        caplog.clear()
+        assert run(tmp_path / "a.png", tmp_path / "out.png", "--device", "cuda:1", *workers) == 2
+        assert caplog.text.count("--device is cuda:1, but workers are given a device each: name cuda alone.") == 1
+
+
+def test_what_workers_have_done_counts_when_they_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [job.Item(Path(f"{name}.png"), Path("out") / f"{name}.png") for name in "abc"]
+    _, run = with_workers(monkeypatch, 1)
+    done, *undone = run(items)
+    assert (Path(done["input"]).name, done["status"]) == ("a.png", "done")
+    assert [(entry["input"], entry["status"]) for entry in undone] == [("b.png", "failed"), ("c.png", "failed")]
+    assert all("a machine went away" in entry["error"] for entry in undone)
+    _, run = with_workers(monkeypatch, 0)
+    with pytest.raises(OSDFaceError, match="a machine went away"):
+        run(items)
+
+
+def test_weights_and_keep_are_found_from_any_folder(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(small_model, tmp_path / "model")
+    (tmp_path / "models" / "facedetection").mkdir(parents=True)
+    (tmp_path / "models" / "facedetection" / "detection_mobilenet0.25_Final.pth").write_bytes(b"")
+    (tmp_path / "lora.bin").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    names = {"model": "model", "lora": "lora.bin", "vre": "model/vre.safetensors", "models_dir": "models", "keep": "keep.png"}
+    arguments = [text for name, path in names.items() for text in (f"--{name.replace('_', '-')}", path)]
+    options = resolve(parser().parse_args(["restore", "in", "out", "--device", "cpu", *arguments]))
+    for name, path in names.items():
+        assert Path(getattr(options, name)) == tmp_path / path, name
+    assert Path(options.detector_file) == tmp_path / "models" / "facedetection" / "detection_mobilenet0.25_Final.pth"
 
 
 @pytest.mark.full

@@ -50,6 +50,14 @@ def small_lora(unet: torch.nn.Module) -> dict[str, LoraModule]:
     return lora
 
 
+@pytest.mark.parametrize(("there", "wanted"), [(True, "xpu"), (False, "cpu")])
+def test_the_accelerator_is_found_by_torch_2_6_too(there: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Neither function of that version takes anything, and the second names what torch was built for, be it there or not.
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    assert db.best_device() == torch.device(wanted)
+
+
 def test_the_lora_lands_on_every_module_and_nowhere_else(small: db.DiffusersBackbone) -> None:
     before = {name: tensor.clone() for name, tensor in small.unet.state_dict().items()}
     lora = small_lora(small.unet)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections import Counter
@@ -47,20 +48,24 @@ def restore(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     inputs = tuple(path for path in (options.keep,) if path and path.exists())
     items = job.plan(options.input, options.output, options.overwrite, inputs)
-    if options.report and any(options.report.exists() and options.report.samefile(item.source) for item in items):
-        raise OSDFaceError(f"--report is {options.report}, an input of this run, which is never written over: name another file.")
     entries = [_left_out(item) for item in items if item.reason]
     for item in items:
         if item.reason and item.reason != job.THERE:
             log.warning("%s is %s: %s.", item.source, "not done" if item.wrong else "skipped", item.reason)
     todo = [item for item in items if not item.reason]
-    settled = options
+    if options.report:
+        _check_report(options, items)
+        # Hours of work are not to end in a report that cannot be written.
+        _write_report(options.report, options, entries, time.perf_counter() - started)
+    settled, reported = options, True
     try:
         if todo:
             from .restorer import resolve
 
             settled = resolve(options)
-            with tqdm(total=len(todo), unit="file", disable=None) as bar, logging_redirect_tqdm():
+            # A single video has a bar of its own, by frames.
+            alone = len(todo) == 1 and todo[0].source.suffix.lower() in job.VIDEOS
+            with tqdm(total=len(todo), unit="file", disable=alone or None) as bar, logging_redirect_tqdm():
                 for entry in job.run(todo, settled):
                     entries.append(entry)
                     if "error" in entry:
@@ -68,18 +73,37 @@ def restore(options: argparse.Namespace) -> int:
                     bar.update()
     finally:
         if options.report:
-            _write_report(options.report, settled, entries, time.perf_counter() - started)
+            try:
+                _write_report(options.report, settled, entries, time.perf_counter() - started)
+            except OSDFaceError as error:
+                log.error("%s", error)
+                reported = False
     counts = Counter(entry["status"] for entry in entries)
     without = sum(not any(face["verdict"] == CHOSEN for face in entry.get("faces", ())) for entry in entries if entry["status"] == job.DONE)
     if without:
         log.warning("%d of the files done have no face that was found and chosen; --report tells which.", without)
     sys.stdout.write(", ".join(f"{counts[status]} {status}" for status in (job.DONE, job.SKIPPED, job.FAILED) if counts[status]) + "\n")
-    return SOME_FAILED if counts[job.FAILED] else OK
+    return SOME_FAILED if counts[job.FAILED] or not reported else OK
 
 
 def _left_out(item: Any) -> dict[str, Any]:
     what = {"status": "failed", "error": item.reason} if item.wrong else {"status": "skipped", "reason": item.reason}
     return {"input": str(item.source), "output": str(item.target), **what}
+
+
+def _check_report(options: argparse.Namespace, items: list[Any]) -> None:
+    from .options import BUILTIN, NONE
+
+    report = options.report.resolve()
+    weights = [Path(path).resolve() for path in (options.model, options.lora, options.vre) if path not in (None, BUILTIN, NONE)]
+    files = [options.keep, Path(options.output), *(path for item in items for path in (item.source, item.target))]
+    there = [path for path in files if path and os.path.exists(path)] if os.path.exists(report) else []
+    if (
+        any(report.is_relative_to(path) for path in weights)
+        or any(path and path.resolve() == report for path in files)
+        or any(path.samefile(report) for path in there)
+    ):
+        raise OSDFaceError(f"--report is {options.report}, which this run reads or makes itself: name another file.")
 
 
 def _write_report(path: Path, options: argparse.Namespace, entries: list[dict[str, Any]], seconds: float) -> None:
@@ -93,4 +117,7 @@ def _write_report(path: Path, options: argparse.Namespace, entries: list[dict[st
     def fill(fresh: Path) -> None:
         fresh.write_text(text, encoding="utf-8")
 
-    placed(path, fill)
+    try:
+        placed(path, fill)
+    except OSError as error:
+        raise OSDFaceError(f"--report is {path}, which cannot be written ({error.strerror or error}): name another file.") from error

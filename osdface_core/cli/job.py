@@ -40,12 +40,13 @@ class Item:
 # What there is to do
 
 
-def plan(source: Path, target: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> list[Item]:
-    """The files of `source`, a file or a folder, and their places in `target`.
+def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ()) -> list[Item]:
+    """The files of `source`, a file or a folder, and their places in `out`, which is a folder if it ends in a slash or is one.
 
-    inputs: further files that nothing may be written over. Raises OSDFaceError if there is nothing to be read, or if the whole
-    run would write over what it reads.
+    inputs: further files that nothing may be written over. Raises OSDFaceError if there is nothing to be read, if the whole
+    run would write over what it reads, or if a single output has another kind of extension than its input.
     """
+    target = Path(out)
     if not source.exists():
         raise OSDFaceError(f"IN is {source}, which does not exist: name a picture, a folder or a video.")
     if source.is_dir():
@@ -54,16 +55,22 @@ def plan(source: Path, target: Path, overwrite: bool, inputs: tuple[Path, ...] =
         sources = list(_files(source, target))
         pairs = [(path, target / path.relative_to(source)) for path in sources]
     else:
-        into_folder = target.is_dir() or str(target).endswith(("/", os.sep))
+        into_folder = target.is_dir() or out.endswith(("/", os.sep))
         sources = [source]
         pairs = [(source, target / source.name if into_folder else target)]
-    protected = {(s.st_dev, s.st_ino) for s in (path.stat() for path in (*sources, *inputs))}
+    protected = {(s.st_dev, s.st_ino) for s in (path.stat() for path in (*sources, *inputs) if path.is_file())}
     items = []
     single = not source.is_dir()
     for path, place in pairs:
         kind = path.suffix.lower()
-        if kind not in (*pictures.EXTENSIONS, *VIDEOS):
+        wanted = VIDEOS if kind in VIDEOS else pictures.EXTENSIONS
+        if path.is_symlink() and not path.is_file():
+            items.append(Item(path, place, "a link to a folder, which is not followed" if path.is_dir() else "a link to nothing"))
+        elif kind not in (*pictures.EXTENSIONS, *VIDEOS):
             items.append(Item(path, place, f"{kind or 'no extension'} is not a kind of picture or video that is done", single))
+        elif place.suffix.lower() not in wanted:
+            says = f"OUT is {place}, whose extension is none of {', '.join(wanted)}: name such a file, or a folder with a / at its end"
+            items.append(Item(path, place, says, True))
         elif place.exists() and (place.stat().st_dev, place.stat().st_ino) in protected:
             items.append(Item(path, place, f"{place} is an input of this run, which is never written over: name another output", True))
         elif place.exists() and not overwrite:
@@ -78,23 +85,24 @@ def plan(source: Path, target: Path, overwrite: bool, inputs: tuple[Path, ...] =
 
 
 def _files(source: Path, target: Path) -> Iterator[Path]:
-    """All files below `source` in order, but those of `target`, where that lies within, and hidden ones."""
+    """All files and links below `source` in order, but those of `target`, where that lies within, and hidden ones."""
     inside = target.resolve()
     for folder, below, names in os.walk(source):
         below[:] = sorted(name for name in below if not name.startswith(".") and (Path(folder) / name).resolve() != inside)
-        yield from (Path(folder) / name for name in sorted(names) if not name.startswith(".") and (Path(folder) / name).is_file())
+        paths = [Path(folder) / name for name in sorted([*below, *names]) if not name.startswith(".")]
+        yield from (path for path in paths if path.is_file() or path.is_symlink())
 
 
 # One file
 
 
-def work(item: Item, restorer: Restorer, bar: tqdm | None = None) -> dict[str, Any]:
+def work(item: Item, restorer: Restorer) -> dict[str, Any]:
     """Does one file; what is to be said of it in the report. A file that cannot be done is named there and leaves nothing behind."""
     started = time.perf_counter()
     entry: dict[str, Any] = {"input": str(item.source), "output": str(item.target), "status": DONE}
     try:
         video = item.source.suffix.lower() in VIDEOS
-        entry |= (_video if video else _picture)(item, restorer, bar)
+        entry |= (_video if video else _picture)(item, restorer)
     except Exception as error:  # whatever is wrong with one file, the others are still to be done
         log.debug("%s", item.source, exc_info=True)
         says = " ".join(str(error).split()) or type(error).__name__
@@ -102,7 +110,7 @@ def work(item: Item, restorer: Restorer, bar: tqdm | None = None) -> dict[str, A
     return entry | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def _picture(item: Item, restorer: Restorer, bar: tqdm | None) -> dict[str, Any]:
+def _picture(item: Item, restorer: Restorer) -> dict[str, Any]:
     given = pictures.read(item.source)
     pictures.check_target(given, item.target)
     after, mask, faces = restorer.picture(given.pixels)
@@ -119,13 +127,12 @@ def _picture(item: Item, restorer: Restorer, bar: tqdm | None) -> dict[str, Any]
     return {"width": width, "height": height, "faces": faces}
 
 
-def _video(item: Item, restorer: Restorer, bar: tqdm | None) -> dict[str, Any]:
+def _video(item: Item, restorer: Restorer) -> dict[str, Any]:
     from . import video
 
-    if item.target.suffix.lower() not in VIDEOS:
-        raise OSDFaceError(f"{item.target} has no extension of a video; one of {', '.join(VIDEOS)} is wanted.")
     says: dict[str, Any] = {}
-    with tqdm(unit="step", desc=item.source.name, leave=False, disable=bar is None or bar.disable, position=1) as steps:
+    # A frame takes two steps. The bar stays where it is the only one, and is none where standard error is no terminal.
+    with tqdm(unit="frame", unit_scale=0.5, desc=item.source.name, leave=None, disable=None) as steps:
 
         def progress(done: int, total: int) -> None:
             steps.total = total or None
@@ -144,7 +151,7 @@ def _video(item: Item, restorer: Restorer, bar: tqdm | None) -> dict[str, Any]:
 def run(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Does the items, one after the other or by workers, and gives each one's entry of the report as it is done.
 
-    options: as restorer.resolve gives them. Raises OSDFaceError for weights that do not fit.
+    options: as restorer.resolve gives them. Raises OSDFaceError for weights that do not fit, before anything is done.
     """
     if options.workers > 1 or options.ray_address:
         yield from _shared(items, options)
@@ -177,18 +184,23 @@ def _shared(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     package = str(Path(__file__).resolve().parents[2])
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}}
-    ray.init(
-        address=options.ray_address,
-        ignore_reinit_error=True,
-        include_dashboard=None if options.ray_address else False,
-        configure_logging=False,
-        log_to_driver=False,
-        runtime_env=environment,
-    )
+    try:
+        ray.init(
+            address=options.ray_address,
+            ignore_reinit_error=True,
+            include_dashboard=None if options.ray_address else False,
+            configure_logging=False,
+            log_to_driver=False,
+            runtime_env=environment,
+        )
+    except ConnectionError as error:
+        raise OSDFaceError(f"--ray-address is {options.ray_address}, where no Ray cluster answers: start one, or leave it out.") from error
+    left = {str(item.source.absolute()): item for item in items}
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
-        accelerator = torch.device(options.device).type != "cpu"
+        # What Ray counts as a GPU: it would wait forever for one of another kind.
+        accelerator = torch.device(options.device).type in ("cuda", "xpu")
         threads = max(1, (os.cpu_count() or 1) // options.workers)
         rows = [{"source": str(item.source.absolute()), "target": str(item.target.absolute())} for item in items]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
@@ -199,9 +211,15 @@ def _shared(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str
             num_cpus=None if accelerator else 1,
         )
         for row in done.iter_rows():
-            yield json.loads(row["entry"])
+            entry = json.loads(row["entry"])
+            del left[entry["input"]]
+            yield entry
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
-        raise OSDFaceError(str(cause if isinstance(cause, OSDFaceError) else f"The workers stopped: {error}")) from error
+        says = str(cause if isinstance(cause, OSDFaceError) else f"The workers stopped: {error}")
+        if len(left) == len(items):
+            raise OSDFaceError(says) from error
+        for item in left.values():
+            yield {"input": str(item.source), "output": str(item.target), "status": FAILED, "error": says}
     finally:
         ray.shutdown()

@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("input", metavar="IN", type=Path, help="picture, folder or video")
-    command.add_argument("output", metavar="OUT", type=Path, help="file, or folder: for a folder IN the same tree is made in it")
+    # A string, for a Path forgets the slash at the end, by which a folder is told that is not there yet.
+    command.add_argument("output", metavar="OUT", help="file, or folder/: for a folder IN the same tree is made in it")
     add = command.add_argument_group("files").add_argument
     add("--overwrite", action="store_true", help="do again what is already in OUT")
     add("--report", metavar="FILE", type=Path, help="write what was found and done to FILE, as JSON")

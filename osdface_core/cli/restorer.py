@@ -71,11 +71,15 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     parse_indices(options.indices)
     try:
         device = torch.device(options.device) if options.device else best_device()
+        if device.index is not None and (options.workers > 1 or options.ray_address):
+            raise OSDFaceError(f"--device is {device}, but workers are given a device each: name {device.type} alone.")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OSDFaceError(f"--device {options.device} cannot be used here ({str(error).splitlines()[0]}): leave it out.") from error
     options.device = str(device)
-    models = models_dir(options.models_dir)
+    # Workers may be started in another folder.
+    options.keep = options.keep and options.keep.absolute()
+    options.models_dir = models = models_dir(options.models_dir).absolute()
     places = folders(models)
     bar = _download_bar() if options.download else None
 
@@ -93,7 +97,7 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     def given(name: str, path: str) -> str:
         if not Path(path).exists():
             raise OSDFaceError(f"--{name} is {path}, which does not exist.")
-        return path
+        return str(Path(path).absolute())
 
     base = next((str(models / name) for name in DIFFUSERS_FOLDERS if (models / name).is_dir()), None)
     there = [entry for entry in (catalogue.BASE, catalogue.LORA, catalogue.VRE, catalogue.VRE_CHECKPOINT) if store.find(entry, places)]

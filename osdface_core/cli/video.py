@@ -85,7 +85,7 @@ def restore(source: Path, target: Path, restorer: Restorer, crf: int, progress: 
         else:
             yield from window
         start = stop
-        progress(len(window), total)
+        progress(len(window), 2 * len(found))
 
     with av.open(str(source)) as container, av.open(str(target), "w") as out:
         stream = _stream(container, source)
