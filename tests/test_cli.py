@@ -619,7 +619,9 @@ def test_a_single_video_has_one_bar_by_frames(
 # Workers
 
 
-def with_workers(monkeypatch: pytest.MonkeyPatch, stops_after: int) -> tuple[dict[str, Any], Callable[..., list[dict[str, Any]]]]:
+def with_workers(
+    monkeypatch: pytest.MonkeyPatch, stops_after: int, why: str = ""
+) -> tuple[dict[str, Any], Callable[..., list[dict[str, Any]]]]:
     """Ray's place taken by one that does so many files and breaks: what `map` was told, and a run of job.run."""
     told: dict[str, Any] = {}
 
@@ -635,7 +637,7 @@ def with_workers(monkeypatch: pytest.MonkeyPatch, stops_after: int) -> tuple[dic
             for row in self[:stops_after]:
                 yield {"entry": json.dumps({"input": row["source"], "output": row["target"], "status": "done"})}
             if stops_after < len(self):
-                raise RayError("a machine went away")
+                raise RayError(why)
 
     data = types.ModuleType("ray.data")
     ray = types.ModuleType("ray")
@@ -672,13 +674,13 @@ def test_one_device_for_many_workers_is_refused(run: Run, nobody: np.ndarray, tm
 
 def test_what_workers_have_done_counts_when_they_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     items = [job.Item(Path(f"{name}.png"), Path("out") / f"{name}.png") for name in "abc"]
-    _, run = with_workers(monkeypatch, 1)
+    _, run = with_workers(monkeypatch, 1, "a machine went away\n  File ...")
     done, *undone = run(items)
     assert (Path(done["input"]).name, done["status"]) == ("a.png", "done")
     assert [(entry["input"], entry["status"]) for entry in undone] == [("b.png", "failed"), ("c.png", "failed")]
-    assert all("a machine went away" in entry["error"] for entry in undone)
-    _, run = with_workers(monkeypatch, 0)
-    with pytest.raises(OSDFaceError, match="a machine went away"):
+    assert all(entry["error"] == "The workers stopped: a machine went away" for entry in undone)
+    _, run = with_workers(monkeypatch, 0, "The actor died\n  File ...\nosdface_core.errors.OSDFaceError: the file is damaged.\n")
+    with pytest.raises(OSDFaceError, match=r"^the file is damaged\.$"):
         run(items)
 
 

@@ -215,8 +215,9 @@ def _shared(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str
             del left[entry["input"]]
             yield entry
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        says = str(cause if isinstance(cause, OSDFaceError) else f"The workers stopped: {error}")
+        # Ray tells with whole traces, at whose end a worker's own sentence is.
+        _, name, said = str(error).rpartition(f"{OSDFaceError.__name__}: ")
+        says = said.partition("\n")[0] if name else "The workers stopped: " + said.partition("\n")[0]
         if len(left) == len(items):
             raise OSDFaceError(says) from error
         for item in left.values():
