@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +18,8 @@ import torch
 import torch.nn.functional as F
 import websocket
 from torch import Tensor
+
+from tests.frontend import server as serving
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
 
@@ -114,30 +112,8 @@ def server(comfyui: Path, populate: Callable[[Path], None], data: Path, tmp_path
     (base / "custom_nodes" / "keep").mkdir()
     (base / "custom_nodes" / "keep" / "__init__.py").write_text(KEEP_NODE)
     shutil.copy(data / "images" / "astronaut.png", base / "input" / "astronaut.png")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "main.py", "--cpu", "--disable-auto-launch", "--listen", "127.0.0.1", "--port", str(port), "--disable-api-nodes",
-        "--base-directory", str(base), "--user-directory", str(base / "user"), "--database-url", f"sqlite:///{base}/user/t.db",
-    ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    log = (base / "log.txt").open("w")
-    process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    address = f"127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            assert process.poll() is None, (base / "log.txt").read_text()
-            try:
-                requests.get(f"http://{address}/system_stats", timeout=5)
-                break
-            except requests.ConnectionError:
-                time.sleep(0.5)
-        yield Server(address, base)
-    finally:
-        process.terminate()
-        process.wait(60)
-        log.close()
+    with serving(comfyui, base) as address:
+        yield Server(address.removeprefix("http://"), base)
 
 
 def basic(**changed: Any) -> dict[str, Any]:
