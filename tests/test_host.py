@@ -268,9 +268,12 @@ def test_menus_offer_what_a_shared_workflow_names_present_or_not(host: Any) -> N
 
 
 @pytest.mark.parametrize("how", ["nowhere", "variable", "setting"])
-def test_a_missing_file_is_fetched_only_where_the_user_allowed_it(how: str, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = host.base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(exist_ok=True)
+def test_a_missing_file_is_fetched_only_where_the_user_allowed_it(
+    how: str, host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.folder_paths, "get_user_directory", lambda: str(tmp_path))
+    settings = tmp_path / "default" / "comfy.settings.json"
+    settings.parent.mkdir()
     settings.write_text(json.dumps({"OSDFace.download": how == "setting"}))
     monkeypatch.setenv("OSDFACE_DOWNLOAD", "1" if how == "variable" else "")
     asked = {}

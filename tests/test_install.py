@@ -181,9 +181,12 @@ def test_ctrl_c_in_the_middle_then_a_second_run(server: Server, models: Path, re
     server.answers[path] = [stall]
     arguments = ["--models-dir", str(models), "--only", LORA]
     environment = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()}
+    # A shell that runs the tests in the background has the signal ignored, which children inherit; a handler they do not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     first = subprocess.Popen(
         [sys.executable, str(ROOT / "install.py"), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, before)
     part = models / "osdface" / ".incomplete"
     for _ in range(600):
         if any(file.stat().st_size > 10_000_000 for file in part.glob("*.part")):
