@@ -6,11 +6,13 @@ is used.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
 import os
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +24,12 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.ops
 import comfy.samplers
+import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from comfy.cli_args import args
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy_api.latest import io, ui
 from comfy_execution.utils import get_executing_context
 from PIL import Image
@@ -34,6 +39,7 @@ from ..osdface_core import builtin
 from ..osdface_core.backbone import LATENT_CHANNELS, STRIDE, TIMESTEP, TIMESTEPS, alphas_cumprod
 from ..osdface_core.errors import OSDFaceError
 from ..osdface_core.lora import LoraModule, parse_lora
+from ..osdface_core.on_cpu import computes_in_bf16, faster
 from ..osdface_core.vre import build_embedder, embedder_files, read_embedder
 from ..osdface_core.vre.embedder import VisualEmbedder
 from ..osdface_core.weights import catalogue
@@ -61,6 +67,8 @@ CHECKPOINT = "Load Stable Diffusion 2.1-base (v2-1_512-ema-pruned.safetensors) w
 PREVIEW_SIDE = 512
 # A chunk is also the grain at which a run shows progress, and the UNet's at which it stops.
 MOST_FACES_AT_ONCE = 16
+# Crops whose latents are kept with a VAE: 64 KB each at 512 px, 256 KB at 1024.
+MOST_LATENTS = 128
 # Peak of the embedder's activations for a 512 px crop in fp32.
 EMBEDDER_MEMORY = 450 * 1024**2
 
@@ -412,6 +420,9 @@ def _merged(model: Any, lora: dict[str, LoraModule], source: str, strength: floa
             source,
         )
     clone = model.clone()
+    if _as_fast_in_bf16(model):
+        # As newer hosts' own set_model_compute_dtype does.
+        clone.add_object_patch("manual_cast_dtype", torch.bfloat16)
     left_over = sorted(set(targets.values()) - set(clone.add_patches(comfy.lora.load_lora(tensors, targets), strength)))
     if left_over:
         raise OSDFaceError(
@@ -421,6 +432,29 @@ def _merged(model: Any, lora: dict[str, LoraModule], source: str, strength: floa
 
 
 # The step
+
+
+def _as_fast_in_bf16(model: Any) -> bool:
+    """Whether the user asked for bf16 (--bf16-unet) on a CPU that computes in it, for which ComfyUI casts every weight to fp32."""
+    base = model.model
+    bf16 = base.get_dtype() == torch.bfloat16 and base.manual_cast_dtype is not None
+    return bf16 and mm.is_device_cpu(model.load_device) and computes_in_bf16()
+
+
+def _with_fused_attention(model: Any, model_options: dict[str, Any]) -> dict[str, Any]:
+    """The sampler's options with torch's fused attention where ComfyUI would take the slower way that it has for CPUs.
+
+    A way that the user or a node has chosen stays.
+    """
+    given = model_options.get("transformer_options", {})
+    chosen = mm.pytorch_attention_enabled() or args.use_split_cross_attention or args.use_quad_cross_attention
+    if chosen or not mm.is_device_cpu(model.load_device) or "optimized_attention_override" in given:
+        return model_options
+
+    def fused(usual: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
+        return attention_pytorch(*inputs, **options)
+
+    return model_options | {"transformer_options": given | {"optimized_attention_override": fused}}
 
 
 class HostBackbone:
@@ -441,11 +475,32 @@ class HostBackbone:
 
     def encode(self, pixels: Tensor) -> Tensor:
         # Newer hosts may hand out half precision.
-        return self.latent_format.process_in(_face_by_face(self.vae.encode, pixels.movedim(1, -1)).float())
+        with faster(self.vae.device, self.vae.first_stage_model):
+            encoded = _face_by_face(self._encoded, pixels.movedim(1, -1))
+        return self.latent_format.process_in(encoded)
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """Of one crop (1,H,W,3), kept with the VAE: with another strength or timestep the same crops come again."""
+        kept = self.vae.__dict__.setdefault("osdface_latents", OrderedDict())
+        network = id(self.vae.first_stage_model), self.vae.patcher.patches_uuid
+        seen = hashlib.blake2b(pixels.contiguous().numpy(force=True)).digest(), tuple(pixels.shape), network
+        latents = kept.pop(seen, None)
+        if latents is None:
+            # Newer hosts may hand out half precision.
+            latents = self.vae.encode(pixels).float()
+        kept[seen] = latents
+        if len(kept) > MOST_LATENTS:
+            kept.popitem(last=False)
+        return latents
 
     def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
+        if len(latents) > 1 and mm.is_device_cpu(self.model.load_device):
+            # Several at once take no less time there, and a face is the same to the bit, whoever comes with it.
+            faces = zip(latents.split(1), prompts.split(1), strict=True)
+            return torch.cat([self.denoise(latent, prompt, timestep) for latent, prompt in faces])
         sigma = self.model.get_model_object("model_sampling").sigmas[timestep]
         guider = comfy.samplers.CFGGuider(self.model)
+        guider.model_options = _with_fused_attention(self.model, guider.model_options)
         guider.inner_set_conds({"positive": [[prompts, dict(self.options)]]})
         x0 = guider.sample(
             torch.zeros_like(latents),
@@ -457,7 +512,8 @@ class HostBackbone:
         return self.latent_format.process_in(x0.to(mm.intermediate_device()))
 
     def decode(self, latents: Tensor) -> Tensor:
-        return _face_by_face(self.vae.decode, self.latent_format.process_out(latents)).movedim(-1, 1)
+        with faster(self.vae.device, self.vae.first_stage_model):
+            return _face_by_face(self.vae.decode, self.latent_format.process_out(latents)).movedim(-1, 1)
 
     def faces_that_fit(self, height: int, width: int) -> int:
         device = self.model.load_device
@@ -466,6 +522,19 @@ class HostBackbone:
         one, two = (self.model.memory_required((n, LATENT_CHANNELS, height // STRIDE, width // STRIDE)) for n in (1, 2))
         # Newer hosts add what they want to keep free, however many faces there are.
         return _clamp(1 + (_room(device, self.model) - one) / (two - one))
+
+    @contextmanager
+    def precisely(self) -> Iterator[bool]:
+        """With the VAE's weights in fp32: it is the VAE whose activations leave the range of fp16."""
+        vae = self.vae
+        if vae.vae_dtype == torch.float32:
+            yield False
+            return
+        self.vae = comfy.sd.VAE(sd=vae.get_sd(), device=vae.device, dtype=torch.float32)
+        try:
+            yield True
+        finally:
+            self.vae = vae
 
     def out_of_memory(self, error: BaseException) -> bool:
         return out_of_memory(error)

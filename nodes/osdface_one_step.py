@@ -14,6 +14,9 @@ from ..osdface_core.weights.catalogue import LORA, LORAS
 from . import host
 
 AGAINST_NAN = "start ComfyUI with --fp32-vae, or with --force-fp32."
+# What became of a crop that came out as NaN.
+AGAIN = "in half precision and were computed again in fp32; --fp32-vae as an option of ComfyUI's start spares that time."
+LEFT = f"and are left as they were: {AGAINST_NAN}"
 
 
 class OSDFaceOneStep(io.ComfyNode):
@@ -93,10 +96,9 @@ class OSDFaceOneStep(io.ComfyNode):
             progress=host.progress(len(crops)),
         )
         raise_if_all_failed(result)
-        if not result.failed:
-            return io.NodeOutput(result.crops)
-        says = f"Crops {', '.join(map(str, result.failed))} came out as NaN and are left as they were: {AGAINST_NAN}"
-        return io.NodeOutput(result.crops, ui=host.shown(says))
+        fates = (result.again, AGAIN), (result.failed, LEFT)
+        says = [f"Crops {', '.join(map(str, which))} came out as NaN {then}" for which, then in fates if which]
+        return io.NodeOutput(result.crops, ui=host.shown("\n".join(says)) if says else None)
 
 
 def raise_if_all_failed(result: Restored) -> None:

@@ -134,7 +134,7 @@ class OSDFaceRestore(io.ComfyNode):
             models = weakref.ref(model), model.patches_uuid, weakref.ref(vae)
             step = _once(image, "restored", (seen, vre_name, lora_name, files, models), restored)
             raise_if_all_failed(step)
-            result, report = step.crops, report + _failures(faces, step.failed)
+            result, report = step.crops, report + _notes(faces, step)
         progress = stage("paste", len(faces))
         after, mask = pasted(image, faces, result, strength, mask_type, feather, color_match, keep, 0.0, progress)
         return io.NodeOutput(after, mask, before_after(image, after, progress), report, ui=host.shown(report))
@@ -175,8 +175,12 @@ def _check_crops(faces: Faces) -> None:
             )
 
 
-def _failures(faces: Faces, failed: tuple[int, ...]) -> str:
+def _notes(faces: Faces, step: Restored) -> str:
     return "".join(
-        f"\npicture {faces.faces[i].frame}, face {faces.faces[i].number} came out as NaN and is left as it was: {AGAINST_NAN}"
-        for i in failed
+        f"\npicture {faces.faces[i].frame}, face {faces.faces[i].number} came out as NaN {then}"
+        for which, then in (
+            (step.again, "in half precision and was computed again in fp32"),
+            (step.failed, f"and is left as it was: {AGAINST_NAN}"),
+        )
+        for i in which
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -30,6 +31,9 @@ class Backbone(Protocol):
 
     def faces_that_fit(self, height: int, width: int) -> int:
         """How many crops of this size the free memory takes at once; at least 1."""
+
+    def precisely(self) -> AbstractContextManager[bool]:
+        """Within, what can overflow in half precision computes in fp32. Gives whether that is another way than before."""
 
     def out_of_memory(self, error: BaseException) -> bool:
         """Whether `error` says that memory ran out."""

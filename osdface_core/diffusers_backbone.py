@@ -20,6 +20,7 @@ from .backbone import LATENT_CHANNELS, STRIDE, TIMESTEPS, alphas_cumprod
 from .errors import OSDFaceError
 from .lora import LoraModule, _some, parse_lora
 from .networks import filled
+from .on_cpu import computes_in_bf16, faster
 from .vre.embedder import SIDE, WIDTH
 from .weights.reading import read_tensors
 
@@ -78,8 +79,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
     """Half precision where the device computes in it: fp16 on an accelerator, bf16 on a CPU that has instructions for it."""
     if device.type != "cpu":
         return torch.float16
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")) else torch.float32
+    return torch.bfloat16 if computes_in_bf16() else torch.float32
 
 
 # The networks
@@ -279,12 +279,15 @@ class DiffusersBackbone:
             nn.Module.to(network, device=self.device, dtype=dtype, memory_format=self.order)  # type: ignore[call-overload]
 
     @contextmanager
-    def precisely(self) -> Iterator[None]:
-        """Computes in fp32 within, for what half precision has no numbers for."""
+    def precisely(self) -> Iterator[bool]:
+        """Computes in fp32 within, for what half precision has no numbers for. Gives whether it did not before."""
         dtype = self.dtype
+        if dtype == torch.float32:
+            yield False
+            return
         self.to(torch.float32)
         try:
-            yield
+            yield True
         finally:
             self.to(dtype)
 
@@ -294,7 +297,8 @@ class DiffusersBackbone:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        encoded = self.vae.encode(self._given(pixels * 2 - 1))
+        with faster(self.device, self.vae):
+            encoded = self.vae.encode(self._given(pixels * 2 - 1))
         mean = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         return mean.float().cpu() * self.scaling
 
@@ -306,7 +310,9 @@ class DiffusersBackbone:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        return (self.vae.decode(self._given(latents / self.scaling)).sample.float().cpu() / 2 + 0.5).clamp(0, 1)
+        with faster(self.device, self.vae):
+            pixels = self.vae.decode(self._given(latents / self.scaling)).sample
+        return (pixels.float().cpu() / 2 + 0.5).clamp(0, 1)
 
     def faces_that_fit(self, height: int, width: int) -> int:
         # On a CPU two at once take more memory and no less time.

@@ -22,10 +22,12 @@ SILU_MINIMUM = -0.28
 
 @dataclass(frozen=True)
 class Restored:
-    """crops: (N,H,W,3) in [0,1]. failed: indices of the crops that came out as NaN and are returned as they were."""
+    """crops: (N,H,W,3) in [0,1]. failed: indices of the crops that came out as NaN and are returned as they were. again: indices of
+    those that came out as NaN in half precision, and as numbers when they were computed again in fp32."""
 
     crops: Tensor
     failed: tuple[int, ...] = ()
+    again: tuple[int, ...] = ()
 
 
 def check_crops(crops: Tensor, name: str = "crops") -> None:
@@ -104,7 +106,7 @@ def restore(
 
     report = progress or (lambda done, picture=None: None)
 
-    def work(part: slice) -> None:
+    def work(part: slice, done: int = 1) -> None:
         pixels = network_input(crops[part])
         report(0)
         latents = backbone.encode(pixels)
@@ -116,10 +118,20 @@ def restore(
             whole = bool(picture.isfinite().all())
             if not whole:
                 failed.append(i)
-                log.warning("Face %d came out as NaN and is left as it was.", i)
             out[i] = (picture if whole else given[:, :height, :width]).movedim(0, -1)
-            report(1, picture)
+            report(done, picture)
 
     if count:
         in_chunks(count, faces_per_batch or backbone.faces_that_fit(height, width), work, backbone.out_of_memory)
-    return Restored(out, tuple(failed))
+    again: tuple[int, ...] = ()
+    if failed:
+        with backbone.precisely() as other:
+            if other:
+                again = tuple(failed)
+                failed.clear()
+                for i in again:
+                    log.warning("Face %d came out as NaN and is computed again in fp32.", i)
+                    work(slice(i, i + 1), 0)
+    for i in failed:
+        log.warning("Face %d came out as NaN and is left as it was.", i)
+    return Restored(out, tuple(failed), tuple(i for i in again if i not in failed))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .align import filtered
 from .chunks import in_chunks
 from .networks import Operations, filled
+from .on_cpu import faster
 
 SIDE = 512
 WIDTHS = (64, 128, 256, 256, 256)
@@ -100,7 +101,7 @@ def face_maps(crops: Tensor, network: ParseNet, out_of_memory: Callable[[BaseExc
         pixels = crops[part].movedim(-1, 1).to(device, torch.float32).clamp(0, 1)
         if pixels.shape[-2:] != (SIDE, SIDE):
             pixels = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
-        with torch.inference_mode():
+        with torch.inference_mode(), faster(device):
             maps[part] = face_probability(network(pixels * 2 - 1)).to(maps.device)
 
     in_chunks(len(crops), max(len(crops), 1), work, out_of_memory)

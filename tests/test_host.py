@@ -460,6 +460,110 @@ def test_faces_that_come_out_as_nan_are_told(host: Any, checkpoint: tuple[Any, A
         host.nodes["OSDFaceOneStep"].execute(**given)
 
 
+def test_what_overflows_in_an_fp16_vae_is_decoded_in_fp32(host: Any, checkpoint: tuple[Any, Any]) -> None:
+    """A VAE whose activations leave fp16's range, as SDXL's do: there only NaN comes out."""
+    model, vae = checkpoint
+    tensors = {name: tensor.clone() for name, tensor in vae.get_sd().items()}
+    tensors["decoder.conv_in.weight"] *= 65000 / tensors["decoder.conv_in.weight"].abs().max()
+    wide, narrow = (host.comfy.sd.VAE(sd=dict(tensors), dtype=dtype) for dtype in (torch.float32, torch.float16))
+    crops = torch.rand(2, 64, 72, 3)
+    given = {"model": model, "crops": crops, "conditioning": prompts_of(host, crops)} | STEP
+    assert narrow.decode(torch.ones(1, 4, 8, 8)).isnan().any()
+    result = host.nodes["OSDFaceOneStep"].execute(vae=narrow, **given)
+    exact = run(host, "OSDFaceOneStep", vae=wide, **given)
+    assert (result.args[0] - exact).abs().max() < 0.05
+    says = result.ui.as_dict()["text"][0]
+    assert says.startswith("Crops 0, 1 came out as NaN in half precision and were computed again in fp32")
+    assert narrow.vae_dtype == torch.float16
+
+
+def test_memory_that_runs_out_in_the_unet_halves_the_chunk(
+    host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, vae = checkpoint
+    crops = torch.rand(4, 64, 72, 3)
+    given = {"model": model, "vae": vae, "crops": crops, "conditioning": prompts_of(host, crops)} | STEP | {"faces_per_batch": 4}
+    wanted = run(host, "OSDFaceOneStep", **given)
+    usual, sizes = host.host.HostBackbone.denoise, []
+
+    def denoise(backbone: Any, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append(len(latents))
+        if len(latents) > 2:
+            raise host.comfy.model_management.OOM_EXCEPTION("out of memory")
+        return usual(backbone, latents, *rest)
+
+    monkeypatch.setattr(host.host.HostBackbone, "denoise", denoise)
+    assert torch.equal(run(host, "OSDFaceOneStep", **given), wanted)
+    assert [size for size in sizes if size > 1] == [4, 2, 2]
+
+
+@pytest.mark.parametrize("half", ["encode", "decode"])
+def test_memory_that_runs_out_in_the_vae_does_not_end_the_run(
+    half: str, host: Any, checkpoint: tuple[Any, Any], crop: Callable[[str], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI then works in tiles by itself, which is near what the whole gives."""
+    model, vae = checkpoint
+    crops = crop("astronaut_lq")[:, :384, :384].repeat(1, 2, 2, 1)[:, :576, :576]
+    given = {"model": model, "vae": vae, "crops": crops, "conditioning": prompts_of(host, crops)} | STEP
+    wanted = run(host, "OSDFaceOneStep", **given)
+    vae.osdface_latents.clear()
+    network, failed = vae.first_stage_model, []
+    usual = getattr(network, half)
+
+    def once(x: torch.Tensor, **options: Any) -> torch.Tensor:
+        if not failed:
+            failed.append(True)
+            raise host.comfy.model_management.OOM_EXCEPTION("out of memory")
+        return usual(x, **options)
+
+    monkeypatch.setattr(network, half, once)
+    error = (run(host, "OSDFaceOneStep", **given) - wanted).square().mean()
+    vae.osdface_latents.clear()
+    assert failed
+    assert -10 * error.log10() > 25
+
+
+def test_the_same_crops_are_encoded_once(host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, vae = checkpoint
+    crops = torch.rand(2, 64, 72, 3)
+    given = {"model": model, "vae": vae, "crops": crops, "conditioning": prompts_of(host, crops)} | STEP
+    usual, encoded = vae.encode, []
+    monkeypatch.setattr(vae, "encode", lambda pixels: encoded.append(len(pixels)) or usual(pixels))
+    first = run(host, "OSDFaceOneStep", **given)
+    assert torch.equal(run(host, "OSDFaceOneStep", **given), first)
+    other = run(host, "OSDFaceOneStep", **given | {"timestep": 300})
+    assert not torch.equal(other, first)
+    assert encoded == [1, 1]
+    crops[1] = crops[1].flip(0)  # written into by a node before this one
+    run(host, "OSDFaceOneStep", **given)
+    assert encoded == [1, 1, 1]
+    again = host.comfy.sd.VAE(sd=vae.get_sd())
+    monkeypatch.setattr(again, "encode", lambda pixels: encoded.append(len(pixels)) or usual(pixels))
+    run(host, "OSDFaceOneStep", **given | {"vae": again})
+    assert encoded == [1, 1, 1, 1, 1]
+    monkeypatch.setattr(host.host, "MOST_LATENTS", 3)
+    run(host, "OSDFaceOneStep", **given | {"crops": torch.rand(2, 64, 72, 3)})
+    assert len(vae.osdface_latents) == 3
+
+
+def test_attention_on_a_cpu_is_torchs_own_unless_another_is_chosen(
+    host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = checkpoint
+    fused = host.host._with_fused_attention
+
+    def chosen(options: dict[str, Any]) -> Any:
+        return fused(model, options).get("transformer_options", {}).get("optimized_attention_override")
+
+    assert chosen({}) is not None
+    options = {"transformer_options": {"patches": {}}}
+    assert chosen(options) is not None
+    assert options == {"transformer_options": {"patches": {}}}
+    assert chosen({"transformer_options": {"optimized_attention_override": chosen}}) is chosen
+    monkeypatch.setattr(host.host.args, "use_quad_cross_attention", True)
+    assert chosen({}) is None
+
+
 def test_a_network_is_read_once_while_its_file_stays(
     host: Any, monkeypatch: pytest.MonkeyPatch, crop: Callable[[str], torch.Tensor]
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -24,6 +26,7 @@ class Pixels:
 
     room: int = 100
     fit: int = 8
+    half: bool = False
     chunks: list[int] = field(default_factory=list)
     sizes: set[tuple[int, int]] = field(default_factory=set)
     prompts: list[Tensor] = field(default_factory=list)
@@ -46,6 +49,12 @@ class Pixels:
 
     def faces_that_fit(self, height: int, width: int) -> int:
         return self.fit
+
+    @contextmanager
+    def precisely(self) -> Iterator[bool]:
+        self.half, half = False, self.half
+        yield half
+        self.half = half
 
     def out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, OutOfMemory)
@@ -134,6 +143,38 @@ def test_a_face_that_comes_out_as_nan_is_left_as_it_was() -> None:
     assert result.failed == (1,)
     assert torch.equal(result.crops[1], given[1])
     assert torch.equal(result.crops[[0, 2]], given[[0, 2]] * 0.5)
+
+
+@dataclass
+class Narrow(Pixels):
+    """Half precision that has no number for the darkest crop; what `mends` says is whether fp32 has one."""
+
+    half: bool = True
+    mends: bool = True
+
+    def decode(self, latents: Tensor) -> Tensor:
+        out = super().decode(latents)
+        dark = out.amax((1, 2, 3)) < 0.5
+        return torch.where((dark & (self.half or not self.mends))[:, None, None, None], torch.nan, out)
+
+
+def test_a_face_that_half_precision_has_no_numbers_for_is_computed_again_in_fp32() -> None:
+    given = crops(3, 512, 512)
+    given[1] *= 0.25
+    done: list[int] = []
+    backbone = Narrow()
+    result = restore(given, prompts(3), backbone, progress=lambda n, picture=None: done.append(n))
+    assert torch.equal(result.crops, given)
+    assert (result.failed, result.again) == ((), (1,))
+    assert (backbone.chunks, sum(done), backbone.half) == ([3, 1], 3, True)
+
+
+def test_a_face_without_numbers_in_fp32_either_is_left_as_it_was_and_told_apart() -> None:
+    given = crops(3, 512, 512)
+    given[1] *= 0.25
+    result = restore(given, prompts(3), Narrow(mends=False))
+    assert torch.equal(result.crops, given)
+    assert (result.failed, result.again) == ((1,), ())
 
 
 def test_the_input_is_not_changed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def no_gradients() -> Any:
 @pytest.fixture
 def small(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Networks of a few operations that see the whole crop and the prompts; `calls` says which ran, `broken` which crop comes out NaN."""
-    seen = SimpleNamespace(calls=[], broken=None, model=Model(), vae=Model(), hook=lambda name: None)
+    seen = SimpleNamespace(calls=[], broken=None, half=False, model=Model(), vae=Model(), hook=lambda name: None)
 
     def ran(name: str) -> None:
         seen.calls.append(name)
@@ -74,6 +75,9 @@ def small(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
         def faces_that_fit(self, height: int, width: int) -> int:
             return 1
+
+        def precisely(self) -> Any:
+            return contextlib.nullcontext(seen.half)
 
         def out_of_memory(self, error: BaseException) -> bool:
             return False
@@ -195,6 +199,17 @@ def test_without_a_face_the_very_picture_comes_back_and_no_file_is_asked_for(
 def test_at_no_strength_nothing_is_restored(host: Any, small: Any, portrait: Tensor) -> None:
     assert restore(host, small, portrait, strength=0.0).args[0] is portrait
     assert not small.calls
+
+
+def test_a_face_that_half_precision_fails_on_is_restored_and_named(host: Any, small: Any, group: Tensor) -> None:
+    small.broken, small.half = 1, True
+    out, mask, _, report = restore(host, small, group).args
+    small.broken = None
+    whole = restore(host, small, group.clone()).args
+    assert torch.equal(out, whole[0])
+    assert torch.equal(mask, whole[1])
+    assert "\npicture 0, face 1 came out as NaN in half precision and was computed again in fp32" in report
+    assert "came out as NaN" not in whole[3]
 
 
 def test_a_face_that_fails_is_left_and_named(host: Any, small: Any, group: Tensor) -> None:

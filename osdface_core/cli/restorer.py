@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..detect import detect
 from ..diffusers_backbone import DiffusersBackbone, best_device, best_dtype, out_of_memory
 from ..errors import OSDFaceError
 from ..faces import Found, chosen_faces, find_faces
-from ..one_step import restore
+from ..one_step import Restored, restore
 from ..parse import build_parser, face_maps
 from ..paste import paste
 from ..select import CHOSEN, Choice, parse_indices
@@ -219,9 +218,10 @@ class Restorer:
         o = self.options
         crops, notes = faces.crops, {}
         if len(faces) and o.strength > 0:
-            crops, again, failed = self._restored(faces.crops, progress)
-            for i, note in [*((i, "computed again in fp32") for i in again), *((i, "came out as NaN, left as it was") for i in failed)]:
-                notes[faces.faces[i].frame, faces.faces[i].number] = note
+            result = self._restored(faces.crops, progress)
+            crops = result.crops
+            for which, note in ((result.again, "computed again in fp32"), (result.failed, "came out as NaN, left as it was")):
+                notes |= {(faces.faces[i].frame, faces.faces[i].number): note for i in which}
         after, mask = paste(
             images,
             faces,
@@ -236,20 +236,12 @@ class Restorer:
         )
         return after, mask, notes
 
-    def _restored(self, crops: Tensor, progress: Progress | None) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    def _restored(self, crops: Tensor, progress: Progress | None) -> Restored:
         o = self.options
         at_once = 1 if self.device.type == "cpu" else EMBEDDED_AT_ONCE
         prompts = embed(crops, lambda faces: (self.embedder, self.device), at_once=at_once, out_of_memory=out_of_memory)
         settings = {"timestep": o.timestep, "faces_per_batch": o.faces_per_batch}
-        result = restore(crops, prompts, self.backbone, progress=progress, **settings)
-        again: tuple[int, ...] = ()
-        if result.failed and self.backbone.dtype != torch.float32:
-            again, index = result.failed, list(result.failed)
-            with self.backbone.precisely():
-                second = restore(crops[index], prompts[index], self.backbone, **settings)
-            result.crops[index] = second.crops
-            result = replace(result, failed=tuple(again[i] for i in second.failed))
-        return result.crops, tuple(i for i in again if i not in result.failed), result.failed
+        return restore(crops, prompts, self.backbone, progress=progress, **settings)
 
     def _parse(self, crops: Tensor) -> Tensor:
         assert self.parser is not None

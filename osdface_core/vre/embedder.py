@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..chunks import Progress, in_chunks
 from ..networks import Operations
+from ..on_cpu import faster
 from .encoder import FULL, Encoder, Shape
 
 SIDE = 512
@@ -84,7 +85,8 @@ def embed(
 
     def work(part: slice) -> None:
         embedder, device = network(part.stop - part.start)
-        prompts[part] = embedder(pixels[part].to(device)).to(prompts)
+        with faster(device):
+            prompts[part] = embedder(pixels[part].to(device)).to(prompts)
         for crop in pixels[part]:
             (progress or (lambda done, picture: None))(1, crop)
 
