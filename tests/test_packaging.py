@@ -199,7 +199,8 @@ def test_tools_can_read_the_nodes_off_the_source() -> None:
     table = re.search(r"^NODE_CLASS_MAPPINGS = \{([^}]*)\}", text, re.M)
     assert table
     named = dict(re.findall(r'"(\w+)": (\w+),', table[1]))
-    declared = [match for path in (ROOT / "nodes").glob("*.py") for match in re.findall(r'node_id="(\w+)"', path.read_text(encoding="utf-8"))]
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "nodes").glob("*.py"))
+    declared = re.findall(r'node_id="(\w+)"', sources)
     assert sorted(named) == sorted(declared)
     assert all(name == kind for name, kind in named.items())
     used = {node["type"] for path in (ROOT / "workflows").glob("*.json") for node in _nodes(json.loads(path.read_text(encoding="utf-8")))}
