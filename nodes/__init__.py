@@ -12,7 +12,19 @@ from .osdface_one_step import OSDFaceOneStep
 from .osdface_restore import OSDFaceRestore
 from .osdface_vre import OSDFaceVRE
 
+# Under this name, and as plain text, because tools that look for the pack of a missing node, and comfy-test's coverage, read it off the
+# source. ComfyUI itself looks for it in the root alone, and so takes comfy_entrypoint.
+NODE_CLASS_MAPPINGS = {
+    "OSDFaceRestore": OSDFaceRestore,
+    "FaceDetectAlign": FaceDetectAlign,
+    "FaceSelect": FaceSelect,
+    "OSDFaceVRE": OSDFaceVRE,
+    "OSDFaceOneStep": OSDFaceOneStep,
+    "FacePasteBack": FacePasteBack,
+    "OSDFaceBuiltinModel": OSDFaceBuiltinModel,
+}
+
 
 class OSDFaceExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [OSDFaceRestore, FaceDetectAlign, FaceSelect, OSDFaceVRE, OSDFaceOneStep, FacePasteBack, OSDFaceBuiltinModel]
+        return list(NODE_CLASS_MAPPINGS.values())

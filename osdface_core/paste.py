@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .align import bounds, colour, compose, inverse, moved, reach, sampled, scaling, warp
+from .align import bounds, colour, compose, inverse, moved, reach, reconciled, sampled, scaling, warp
 from .chunks import Progress
 from .color import COLOR_MATCHES, matched
 from .errors import OSDFaceError
@@ -217,6 +217,8 @@ def _patch(
     if look.keep_detail > 0:
         crop = crop - look.keep_detail * own
         lowest, highest = min(lowest, float(before.min())), max(highest, float(before.max()))
+    if abs(grown - 1) < 1e-3:
+        crop = reconciled(crop, to_crop)
     from_crop = moved(inverse(to_crop), -columns.start, -rows.start)
     pixels = warp(crop, from_crop, weight.shape[0], weight.shape[1], grown).movedim(0, -1)
     if look.keep_detail > 0:

@@ -191,3 +191,19 @@ def test_publishing_stops_outside_of_the_named_repository() -> None:
     named = PYPROJECT["project"]["urls"]["Repository"].removeprefix("https://github.com/")
     for repository, code in ((named, 0), ("someone/else", 1)):
         assert subprocess.run(["bash", "-c", guard[1]], cwd=ROOT, env={"GITHUB_REPOSITORY": repository}, check=False).returncode == code
+
+
+def test_tools_can_read_the_nodes_off_the_source() -> None:
+    """comfy-test's coverage does, and whatever looks for the pack of a missing node without running it: by plain text."""
+    text = (ROOT / "nodes" / "__init__.py").read_text(encoding="utf-8")
+    table = re.search(r"^NODE_CLASS_MAPPINGS = \{([^}]*)\}", text, re.M)
+    assert table
+    named = dict(re.findall(r'"(\w+)": (\w+),', table[1]))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "nodes").glob("*.py"))
+    declared = re.findall(r'node_id="(\w+)"', sources)
+    assert sorted(named) == sorted(declared)
+    assert all(name == kind for name, kind in named.items())
+    used = {node["type"] for path in (ROOT / "workflows").glob("*.json") for node in _nodes(json.loads(path.read_text(encoding="utf-8")))}
+    assert set(named) <= used
+    # In the root it would make ComfyUI take the pack for one of the old kind.
+    assert "NODE_CLASS_MAPPINGS" not in (ROOT / "__init__.py").read_text(encoding="utf-8")

@@ -127,23 +127,39 @@ def test_the_measure_of_shift_finds_one(portrait: Tensor) -> None:
 )
 def test_identity_comes_back_no_worse_than_through_opencv(side: float, degrees: float, scale: float, portrait: Tensor) -> None:
     ours, theirs, shift = there_and_back(portrait[0].numpy(), placed(side, degrees, (512.3, 511.9)), scale)
-    assert ours > theirs - 0.1
+    assert ours > theirs - 0.01
     assert shift < 0.02
 
 
-@pytest.mark.parametrize("side", [128, 330, 360, 400])
-def test_a_smooth_face_comes_back_no_worse_than_through_opencv(side: float, data: Path, load_picture: Callable[[Path], Tensor]) -> None:
-    """0.3 dB below at 360 px, where the error is a quarter of a step of 8 bits for both."""
-    smooth = load_picture(data / "images" / "portraits" / "male_000.jpg")
-    ours, theirs, shift = there_and_back(smooth[0].numpy(), placed(side, 7, (512.3, 511.9)), 1)
-    assert ours > theirs - 0.4
+@pytest.mark.parametrize("degrees", [7, 20])
+@pytest.mark.parametrize("side", [128, 320, 345, 360, 375, 420])
+@pytest.mark.parametrize("name", ["male_000", "female_009", "female_084"])
+def test_a_smooth_face_comes_back_no_worse_than_through_opencv(
+    name: str, side: float, degrees: float, data: Path, load_picture: Callable[[Path], Tensor]
+) -> None:
+    """Turned little and enlarged 1.3 to 1.6 times, the waves that cubic interpolation leaves on smooth skin are aliased to ones that
+    the picture may have."""
+    smooth = load_picture(data / "images" / "portraits" / f"{name}.jpg")
+    ours, theirs, shift = there_and_back(smooth[0].numpy(), placed(side, degrees, (512.3, 511.9)), 1)
+    assert ours > theirs - 0.01
+    assert shift < 0.02
+
+
+@pytest.mark.parametrize("side", [430, 475, 512, 590, 620])
+@pytest.mark.parametrize("name", ["female_031", "male_094"])
+def test_a_face_near_the_crops_size_comes_back_no_worse_than_through_opencv(
+    name: str, side: float, data: Path, load_picture: Callable[[Path], Tensor]
+) -> None:
+    picture = load_picture(data / "images" / "portraits" / f"{name}.jpg")
+    ours, theirs, shift = there_and_back(picture[0].numpy(), placed(side, 20, (512.3, 511.9)), 1)
+    assert ours > theirs - 0.01
     assert shift < 0.02
 
 
 def test_a_face_of_2000_px_comes_back_no_worse_than_through_opencv(portrait: Tensor) -> None:
     picture = cv2.resize(portrait[0].numpy(), (2200, 2200), interpolation=cv2.INTER_CUBIC)
     ours, theirs, shift = there_and_back(picture, placed(2000, 5, (1100, 1090)), 1)
-    assert ours > theirs - 0.1
+    assert ours > theirs - 0.01
     assert shift < 0.02
 
 
@@ -151,7 +167,7 @@ def test_a_face_of_2000_px_comes_back_no_worse_than_through_opencv(portrait: Ten
 @given(st.floats(100, 700), st.floats(-180, 180), st.floats(450, 570), st.floats(450, 570), st.sampled_from([0.5, 1, 1.5]))
 def test_any_similarity_comes_back(portrait: Tensor, side: float, degrees: float, x: float, y: float, scale: float) -> None:
     ours, theirs, shift = there_and_back(portrait[0].numpy(), placed(side, degrees, (x, y)), scale)
-    assert ours > theirs - 0.1
+    assert ours > theirs - 0.01
     assert shift < 0.02
 
 
