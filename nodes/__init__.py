@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .face_detect_align import FaceDetectAlign
 from .face_paste_back import FacePasteBack
 from .face_select import FaceSelect
+from .guard import checked
 from .osdface_builtin import OSDFaceBuiltinModel
 from .osdface_one_step import OSDFaceOneStep
 from .osdface_restore import OSDFaceRestore
@@ -15,4 +16,5 @@ from .osdface_vre import OSDFaceVRE
 
 class OSDFaceExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [OSDFaceRestore, FaceDetectAlign, FaceSelect, OSDFaceVRE, OSDFaceOneStep, FacePasteBack, OSDFaceBuiltinModel]
+        nodes = OSDFaceRestore, FaceDetectAlign, FaceSelect, OSDFaceVRE, OSDFaceOneStep, FacePasteBack, OSDFaceBuiltinModel
+        return [checked(node) for node in nodes]

@@ -1,0 +1,70 @@
+"""What may come in through a link or a menu, though the host does not look at it, is refused in one sentence that names the input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.host, pytest.mark.full]
+
+FOUND = {
+    "detector": "builtin", "confidence": 0.9, "select": "all", "order": "left to right", "indices": "0", "max_faces": 0, "min_size": 24,
+    "max_size": 0, "any_angle": False, "crop_size": 512, "smoothing": 0.0,
+}
+PASTED = {"strength": 1.0, "mask_type": "ellipse", "feather": 0.1, "color_match": "none"}
+
+
+def find(host: Any, **changed: Any) -> Any:
+    return host.nodes["FaceDetectAlign"].execute(**{"image": torch.rand(1, 40, 40, 3)} | FOUND | changed).args
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("crop_size", 7, "`crop_size` is 7; a whole number from 512 to 1024 is wanted: look at what is connected to it."),
+        ("confidence", math.nan, "`confidence` is nan; a number from 0.05 to 0.999 is wanted: look at what is connected to it."),
+        ("smoothing", -1.0, "`smoothing` is -1.0; a number from 0.0 to 1.0 is wanted: look at what is connected to it."),
+        ("max_faces", "many", "`max_faces` is 'many'; a whole number from 0 to 1000 is wanted: look at what is connected to it."),
+        ("min_size", 10**80, f"`min_size` is 1{'0' * 59}...; a whole number from 0 to 16384 is wanted: look at what is connected to it."),
+        ("indices", None, "`indices` is nothing; a text is wanted."),
+        ("image", None, "`image` is nothing; pictures are wanted: connect an IMAGE."),
+        ("image", {"samples": 1}, "`image` is a dict; pictures are wanted: connect an IMAGE."),
+        (
+            "image", torch.zeros(1, 9, 9, 3, dtype=torch.uint8),
+            "`image` holds torch.uint8; fractions in [0,1] are wanted: divide whole numbers by 255 before this node.",
+        ),
+        (
+            "detector", "mtcnn",
+            "`detector` is 'mtcnn'; one of these is wanted: retinaface_resnet50, retinaface_mobile0.25, builtin.",
+        ),
+    ],
+)
+def test_an_input_that_its_schema_does_not_allow(name: str, value: Any, says: str, host: Any) -> None:
+    with pytest.raises(host.error) as raised:
+        find(host, **{name: value})
+    assert str(raised.value) == says
+
+
+def test_faces_that_are_none(host: Any) -> None:
+    for node, given in (("FaceSelect", {n: FOUND[n] for n in ("select", "order", "indices", "max_faces", "min_size", "max_size")}),
+                        ("FacePasteBack", PASTED | {"image": torch.rand(1, 40, 40, 3)})):
+        with pytest.raises(host.error, match=r"^`faces` is nothing; faces are wanted"):
+            host.nodes[node].execute(faces=None, **given)
+    # What is asked for first says nothing of it, lest the host shows that instead.
+    assert host.nodes["FacePasteBack"].check_lazy_status(faces=None, strength=math.nan) == []
+
+
+def test_what_is_optional_or_lazy_may_be_missing(host: Any) -> None:
+    image = torch.rand(1, 40, 40, 3)
+    faces = find(host, image=image)[0]
+    after, mask = host.nodes["FacePasteBack"].execute(image=image, faces=faces, restored=None, keep=None, **PASTED).args
+    assert after is image
+    assert not mask.any()
+
+
+def test_a_file_that_no_menu_offers_is_told_of_by_the_node(host: Any) -> None:
+    with pytest.raises(host.error, match=r"^`vre_name`: .*other\.safetensors"):
+        host.nodes["OSDFaceVRE"].execute(crops=torch.rand(1, 64, 64, 3), vre_name="other.safetensors")
