@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import OSDFaceError
+
 Box = tuple[float, float, float, float]
 Points = tuple[tuple[float, float], ...]
 Affine = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -55,6 +57,20 @@ class Faces:
 
     def __len__(self) -> int:
         return len(self.faces)
+
+    def check(self) -> None:
+        """Raises OSDFaceError unless there is one crop for each face, at its size, and each face lies in one of the pictures."""
+        remedy = "take them as Face Detect & Align made them."
+        shape, wanted = tuple(self.crops.shape), (len(self), self.crop_size, self.crop_size, 3)
+        if shape != wanted:
+            raise OSDFaceError(f"`faces` hold {len(self)} faces and crops {shape}; {wanted} are wanted: {remedy}")
+        if len(self) and min(self.height, self.width, self.crop_size) < 1:
+            raise OSDFaceError(
+                f"`faces` come from a picture of {self.width} x {self.height} px in crops of {self.crop_size} px; no face does: {remedy}"
+            )
+        for face in self.faces:
+            if not 0 <= face.frame < self.frames:
+                raise OSDFaceError(f"`faces` name picture {face.frame} of a batch of {self.frames}: {remedy}")
 
     @staticmethod
     def empty(frames: int, height: int, width: int, crop_size: int = 512) -> Faces:
