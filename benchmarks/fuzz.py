@@ -525,7 +525,7 @@ def outcome(address: str, link: websocket.WebSocket, client: str, made: Made, ta
             for verdict in ("restored", "nothing changed", "nobody", "step", "1 found", "0 found", "prompts"):
                 if verdict in verdicts:
                     return f"right: {RIGHT[verdict]}", False
-            return "right: no judge", False
+            return "right: nothing of ours was asked for", False
 
 
 RIGHT = {

@@ -52,6 +52,11 @@ def check(item: Any, value: Any) -> None:
         if value is None and item.lazy:
             return
         raise OSDFaceError(f"`{item.id}` is {_shown(value)}; {KINDS[kind][1]}.")
+    # Their own checks tell a wrong one from a right one, where it is one at all.
+    if kind in ("MODEL", "VAE") and type(value).__module__ == "builtins":
+        raise OSDFaceError(f"`{item.id}` is {_shown(value)}; a {kind} is wanted: connect one of Stable Diffusion 2.1-base.")
+    if kind == "CONDITIONING" and not all(map(_is_prompt, value)):
+        raise OSDFaceError(f"`{item.id}` is a list of other things than prompts; {KINDS[kind][1]}.")
     if kind == "IMAGE" and not value.is_floating_point():
         raise OSDFaceError(f"`{item.id}` holds {value.dtype}; fractions in [0,1] are wanted: divide whole numbers by 255 before this node.")
     if kind in ("INT", "FLOAT"):
@@ -64,6 +69,10 @@ def check(item: Any, value: Any) -> None:
     # A file that a menu does not offer is looked for all the same: the node says how to get it.
     if kind == "COMBO" and not item.id.endswith("_name") and value not in item.options:
         raise OSDFaceError(f"`{item.id}` is {_shown(value)}; one of these is wanted: {', '.join(item.options)}.")
+
+
+def _is_prompt(entry: Any) -> bool:
+    return isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], Tensor) and isinstance(entry[1], dict)
 
 
 def _shown(value: Any) -> str:

@@ -131,7 +131,8 @@ class OSDFaceRestore(io.ComfyNode):
                 return restore(faces.crops, prompts, networks, progress=stage("step", len(faces)))
 
             files = host.state_of(vre_name, OSDFACE, embedder_files), host.state_of(lora_name, LORAS)
-            models = weakref.ref(model), model.patches_uuid, weakref.ref(vae)
+            # What is no MODEL is told of where it is used.
+            models = weakref.ref(model), getattr(model, "patches_uuid", None), weakref.ref(vae)
             step = _once(image, "restored", (seen, vre_name, lora_name, files, models), restored)
             raise_if_all_failed(step)
             result, report = step.crops, report + _failures(faces, step.failed)

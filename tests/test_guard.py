@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +49,34 @@ def test_an_input_that_its_schema_does_not_allow(name: str, value: Any, says: st
     with pytest.raises(host.error) as raised:
         find(host, **{name: value})
     assert str(raised.value) == says
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("model", None, "`model` is nothing; a MODEL is wanted: connect one of Stable Diffusion 2.1-base."),
+        ("vae", {"samples": 1}, "`vae` is a dict; a VAE is wanted: connect one of Stable Diffusion 2.1-base."),
+        ("conditioning", None, "`conditioning` is nothing; visual prompts are wanted"),
+        ("conditioning", [[None, {}]], "`conditioning` is a list of other things than prompts; visual prompts are wanted"),
+        ("conditioning", [[torch.zeros(1, 77, 1024)]], "`conditioning` is a list of other things than prompts; visual prompts are wanted"),
+        ("faces_per_batch", -1, "`faces_per_batch` is -1; a whole number from 0 to 1024 is wanted"),
+        ("lora_strength", math.nan, "`lora_strength` is nan; a number from -10.0 to 10.0 is wanted"),
+        ("timestep", 1000, "`timestep` is 1000; a whole number from 0 to 999 is wanted"),
+    ],
+)
+def test_an_input_of_the_step(name: str, value: Any, says: str, host: Any) -> None:
+    model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
+    given = {"model": model, "vae": vae, "crops": torch.rand(1, 16, 24, 3), "conditioning": [[torch.zeros(1, 77, 1024), {}]]}
+    given |= {"lora_name": "none", "lora_strength": 1.0, "timestep": 399, "faces_per_batch": 0}
+    with pytest.raises(host.error, match=f"^{re.escape(says)}"):
+        host.nodes["OSDFaceOneStep"].execute(**given | {name: value})
+
+
+def test_model_and_vae_that_were_swapped(host: Any, data: Path, load_picture: Callable[[Path], torch.Tensor]) -> None:
+    model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
+    widgets = {name: value for name, value in FOUND.items() if name != "max_size"} | PASTED | {"vre_name": "builtin", "lora_name": "none"}
+    with pytest.raises(host.error, match=r"^`model` is VAE"), torch.inference_mode():
+        host.nodes["OSDFaceRestore"].execute(image=load_picture(data / "images" / "astronaut.png"), model=vae, vae=model, **widgets)
 
 
 def test_faces_that_are_none(host: Any) -> None:
