@@ -266,7 +266,9 @@ class Maker:
         if self.chance(0.15):
             kind = self.pick(MODEL_PATCHES)
             if kind in self.info:
-                model = [self.node(kind, **self.widgets(kind), model=model), 0]
+                # Windows over an axis that a latent does not have are no fault of ours.
+                axis = {"dim": self.pick((0, 0, 2, 3))} if kind == "ContextWindowsManual" else {}
+                model = [self.node(kind, **self.widgets(kind, **axis), model=model), 0]
         return model, vae
 
     def conditioning(self, link: Link) -> Link:

@@ -17,7 +17,7 @@ from .chunks import Progress
 from .color import COLOR_MATCHES, matched
 from .errors import OSDFaceError
 from .parse import feathered
-from .types import Affine, Faces
+from .types import Affine, Faces, check_pictures
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +122,7 @@ def check(
     images: Tensor, faces: Faces, restored: Tensor, mask_type: str, color_match: str, keep: Tensor | None, parse: Parser | None
 ) -> None:
     """Raises OSDFaceError if the arguments of `paste` do not fit together."""
-    if images.ndim != 4:
-        raise OSDFaceError(f"`image` has {images.ndim} dimensions {tuple(images.shape)}; a batch (B,H,W,C) is wanted: connect an IMAGE.")
+    check_pictures(images)
     faces.check()
     frames, height, width = images.shape[:3]
     if frames != faces.frames:

@@ -435,6 +435,7 @@ def test_a_picture_8000_px_wide(portrait: Tensor) -> None:
         ({"images": torch.zeros(2, 200, 240, 3)}, r"`image` holds 2 pictures and `faces` come from 1"),
         ({"images": torch.zeros(1, 240, 200, 3)}, r"`image` is 200 x 240 px .* 240 x 200 px"),
         ({"images": torch.zeros(200, 240, 3)}, r"`image` has 3 dimensions"),
+        ({"images": torch.zeros(1, 200, 240, 0)}, r"`image` is \(1, 200, 240, 0\), which holds no colour channel"),
         ({"restored": torch.zeros(2, 64, 64, 3)}, r"`restored` holds 2 crops and `faces` 1 faces"),
         ({"restored": torch.zeros(1, 64, 64, 4)}, r"`restored` is \(1, 64, 64, 4\)"),
         ({"mask_type": "round"}, r"`mask_type` is 'round'"),
