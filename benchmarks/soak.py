@@ -4,8 +4,8 @@
 
 Each run finds, restores and pastes the faces of a picture with the small built-in model, over another picture, place and strength than
 the one before, so that nothing is answered from the host's cache. Prints the process's private memory (USS) every tenth run, its growth
-in per cent after the tenth and over the second half, and what the host gives back on POST /free. --core runs graphs of the host's own
-nodes alone, over the same pictures: what the host itself keeps.
+in per cent after the tenth run and after the fiftieth, and what is held once the host was asked to free everything (POST /free), before
+these runs and after them. --core runs graphs of the host's own nodes alone, over the same pictures: what the host itself keeps.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tests.prompts import Prompts
 MIB = 1024**2
 PICTURES = ("astronaut.png", "astronaut.webp", "two.png", "face_alpha.png")
 WARM = 10
-# Seconds, on a machine with other work.
-START = 900
+# Seconds, on a machine with other work; and after which the host has collected what it has let go.
+START, COLLECTED = 900, 15
 
 
 def graph(run: int, core: bool) -> dict[str, Any]:
@@ -60,10 +60,17 @@ def held(process: psutil.Process) -> float:
     return process.memory_full_info().uss / MIB
 
 
+def after_free(address: str, process: psutil.Process) -> float:
+    """What is held once the host has unloaded every model and emptied its caches."""
+    requests.post(f"{address}/free", json={"unload_models": True, "free_memory": True}, timeout=60)
+    time.sleep(COLLECTED)
+    return held(process)
+
+
 def growth(curve: list[float], first: int) -> float:
-    """Per cent, from the mean of ten runs at `first` to that of the last ten."""
-    start = statistics.fmean(curve[first : first + WARM])
-    return 100 * (statistics.fmean(curve[-WARM:]) - start) / start
+    """Per cent that the line through the runs from `first` on rises over them: two single runs differ by what the allocator holds."""
+    line = statistics.linear_regression(range(first, len(curve)), curve[first:])
+    return 100 * line.slope * (len(curve) - first) / (line.intercept + line.slope * first)
 
 
 def main() -> int:
@@ -83,16 +90,19 @@ def main() -> int:
             before = held(process)
             print(f"after start: {before:.1f} MiB", flush=True)
             curve: list[float] = []
+            for run in range(len(PICTURES)):
+                prompts.run(graph(given.runs + run, given.core))
+            freed = [after_free(address, process)]
             for run in range(given.runs):
                 prompts.run(graph(run, given.core))
                 curve.append(held(process))
                 if (run + 1) % 10 == 0:
                     print(f"run {run + 1:4}: {curve[-1]:8.1f} MiB", flush=True)
-            print(f"growth from the ten runs after the tenth to the last ten: {growth(curve, WARM):+.2f} %")
-            print(f"growth from run {given.runs // 2} on: {growth(curve, given.runs // 2):+.2f} %")
-            requests.post(f"{address}/free", json={"unload_models": True, "free_memory": True}, timeout=60)
-            time.sleep(3)
-            print(f"after /free: {held(process):.1f} MiB; after the first run it was {curve[0]:.1f}", flush=True)
+            for first in (WARM, min(50, given.runs // 2)):
+                spread = f"between {min(curve[first:]):.1f} and {max(curve[first:]):.1f} MiB"
+                print(f"growth after run {first}: {growth(curve, first):+.2f} % ({spread})")
+            freed.append(after_free(address, process))
+            print(f"after /free: {freed[1]:.1f} MiB; before these runs it was {freed[0]:.1f} ({freed[1] / freed[0] * 100 - 100:+.2f} %)")
     if given.csv:
         given.csv.write_text("run,MiB\n" + "".join(f"{i + 1},{value:.2f}\n" for i, value in enumerate(curve)))
     return 0 if growth(curve, WARM) <= 1 else 1
