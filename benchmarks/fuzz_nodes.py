@@ -10,6 +10,7 @@ import random
 import sys
 from typing import Any, ClassVar
 
+import comfy.model_management as mm
 import folder_paths
 import torch
 from torch import Tensor
@@ -18,6 +19,29 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 FAR = (1e9, -1e9, 1e30, math.inf, math.nan)
 # Checksums of pictures when they were made: no node may write into what it is given.
 SEALS: dict[int, tuple[Tensor, int]] = {}
+
+
+def short_of_memory(state: str) -> None:
+    """On a CPU the host takes neither --lowvram nor --novram, for there is no video memory: it loads here as it does on such a card.
+
+    NO_VRAM: every layer's weights are cast as they are used, and patched then. LOW_VRAM: those beyond the first 128 MiB.
+    """
+    load = mm.load_models_gpu
+
+    def loads(*given: Any, **named: Any) -> Any:
+        known = mm.is_device_cpu, mm.vram_state, mm.get_free_memory
+        mm.is_device_cpu, mm.vram_state = (lambda device: False), mm.VRAMState[state]
+        mm.get_free_memory = lambda device=None, torch_free_too=False: (0, 0) if torch_free_too else 0
+        try:
+            return load(*given, **named)
+        finally:
+            mm.is_device_cpu, mm.vram_state, mm.get_free_memory = known
+
+    mm.load_models_gpu = loads
+
+
+if os.environ.get("FUZZ_VRAM"):
+    short_of_memory(os.environ["FUZZ_VRAM"])
 
 
 class AnyType(str):

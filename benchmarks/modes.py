@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import tempfile
 import time
@@ -25,9 +26,9 @@ from tests.conftest import comfyui_path
 from tests.frontend import server
 from tests.prompts import Prompts
 
-# All on the CPU; what is said of video memory there concerns how the host loads and offloads.
+# All with --cpu, beside which the host takes no --lowvram or --novram: fuzz_nodes.py has it load as it does with those.
 MODES = (
-    *("", "--lowvram", "--novram", "--highvram", "--cpu", "--fp16-vae", "--bf16-vae", "--fp32-vae", "--cpu-vae", "--bf16-unet"),
+    *("", "FUZZ_VRAM=LOW_VRAM", "FUZZ_VRAM=NO_VRAM", "--cpu", "--fp16-vae", "--bf16-vae", "--fp32-vae", "--cpu-vae", "--bf16-unet"),
     *("--fp16-unet", "--fp32-unet", "--fp8_e4m3fn-unet", "--force-fp16", "--force-fp32", "--cache-none", "--cache-lru 4"),
     *("--disable-smart-memory", "--deterministic", "--use-pytorch-cross-attention", "--use-split-cross-attention"),
 )
@@ -107,7 +108,10 @@ def main() -> int:
                 jobs["built-in, TorchCompileModel inductor"] = small_graph("compiled", compiled=True)
             if given.stand_ins:
                 jobs["full size"] = full_graph("full")
-            with server(given.comfyui, base, START, [word for word in mode.split() if word != "--cpu"]) as address:
+            settings = dict(word.split("=") for word in mode.split() if "=" in word)
+            flags = [word for word in mode.split() if "=" not in word and word != "--cpu"]
+            os.environ.update(settings)
+            with server(given.comfyui, base, START, flags) as address:
                 prompts = Prompts(address, base)
                 for what, graph in jobs.items():
                     start = time.monotonic()
@@ -121,6 +125,8 @@ def main() -> int:
                         wrong += not str(error).strip().endswith(".")
                     rows.append(f"| {mode or '(none)'} | {what} | {says} | {time.monotonic() - start:.1f} s |")
                     print(rows[-1], flush=True)
+            for name in settings:
+                del os.environ[name]
     print("\n| started with | model | result beside the plain server's | run |\n|---|---|---|---|")
     print("\n".join(rows))
     return 1 if wrong else 0

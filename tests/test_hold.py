@@ -418,18 +418,24 @@ def test_a_checkpoint_in_fp8_with_our_lora(host: Any) -> None:
 # On a real server
 
 
-@pytest.mark.parametrize("mode", ["--novram", "--fp16-vae", "--bf16-unet"])
-def test_a_server_that_was_started_in_another_way(mode: str, small_server: Any, comfyui: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["FUZZ_VRAM=NO_VRAM", "--fp16-vae", "--bf16-unet"])
+def test_a_server_that_was_started_in_another_way(
+    mode: str, small_server: Any, comfyui: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three of benchmarks/modes.py's; the built-in networks stay in fp32 in each."""
     small_server.run(modes.small_graph("plain"))
     populate(tmp_path, data)
-    with server(comfyui, tmp_path, arguments=[mode]) as address:
+    if "=" in mode:
+        monkeypatch.setenv(*mode.split("="))
+    with server(comfyui, tmp_path, arguments=[] if "=" in mode else [mode]) as address:
         other = Prompts(address, tmp_path)
         other.run(modes.small_graph("other"))
     assert torch.equal(other.kept("other"), small_server.kept("plain"))
     saved = [next((base / "output").glob(f"{name}_*.png")) for base, name in ((tmp_path, "other"), (small_server.base, "plain"))]
     pixels = [Image.open(path).tobytes() for path in saved]
     assert pixels[0] == pixels[1]
+    if "=" in mode:
+        assert "loaded partially" in (tmp_path / "log.txt").read_text()
 
 
 def test_two_prompts_in_the_queue_with_different_models(small_server: Any, host: Any, lora: dict[str, Tensor]) -> None:
