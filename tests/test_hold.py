@@ -411,8 +411,6 @@ def test_a_checkpoint_in_fp8_with_our_lora(host: Any) -> None:
     result = host.nodes["OSDFaceOneStep"].execute(model=model, vae=vae, crops=crops, conditioning=prompts, **lora).args[0]
     assert result.shape == crops.shape
     assert bool(result.isfinite().all())
-    again = host.nodes["OSDFaceOneStep"].execute(model=model, vae=vae, crops=crops, conditioning=prompts, **lora).args[0]
-    assert torch.equal(again, result)
 
 
 # On a real server
