@@ -545,6 +545,9 @@ def judged(given: dict[str, Any], tally: Tally) -> tuple[str, bool]:
         return f"another node's own error: {node}: {kind}", False
     if not kind.endswith("OSDFaceError"):
         place = next((line for line in reversed(given["traceback"]) if "osdface" in line), "")
+        if not place:
+            # An empty list of pictures, say, out of which the host would take each in turn.
+            return f"the host's own error before a node of ours was called: {kind}", False
         return f"{node}: {kind}: {says[:300]} {place.strip()[:300]}", True
     if "\n" in says or len(says) > LONGEST_SENTENCE or not says.endswith("."):
         return f"{node}: not one sentence: {says[:1200]}", True

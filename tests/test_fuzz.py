@@ -65,8 +65,10 @@ def test_a_wrong_picture_is_noticed(kind: str, values: dict[str, Any], wrong: st
 
 
 def test_an_error_of_a_node_of_ours_that_is_no_sentence_of_ours_is_noticed() -> None:
-    given = {"node_type": "OSDFaceVRE", "exception_type": "KeyError", "exception_message": "'x'", "traceback": []}
+    ours = ['File "custom_nodes/osdface/nodes/osdface_vre.py", line 1']
+    given = {"node_type": "OSDFaceVRE", "exception_type": "KeyError", "exception_message": "'x'", "traceback": ours}
     assert fuzz.judged(given, fuzz.Tally())[1]
+    assert not fuzz.judged(given | {"traceback": ['File "execution.py", line 1']}, fuzz.Tally())[1]
     sentence = given | {"exception_type": "a.b.OSDFaceError", "exception_message": "`crops` are wrong: change them."}
     assert not fuzz.judged(sentence, fuzz.Tally())[1]
     assert fuzz.judged(sentence | {"exception_message": "one.\ntwo."}, fuzz.Tally())[1]
