@@ -15,7 +15,7 @@ from ..osdface_core.one_step import Restored, restore
 from ..osdface_core.paste import check
 from ..osdface_core.preview import before_after
 from ..osdface_core.select import Choice
-from ..osdface_core.types import Faces
+from ..osdface_core.types import Faces, check_pictures
 from ..osdface_core.vre import embedder_files
 from ..osdface_core.weights.catalogue import FACES, LORAS, OSDFACE
 from . import host
@@ -110,6 +110,7 @@ class OSDFaceRestore(io.ComfyNode):
         color_match: str,
         keep: Tensor | None = None,
     ) -> io.NodeOutput:
+        check_pictures(image)
         stage = host.stages(**SHARES)
         choice = Choice(select, order, indices, max_faces, min_size)
         looking = (detector, confidence, choice, any_angle, crop_size, smoothing)

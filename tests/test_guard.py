@@ -79,6 +79,14 @@ def test_model_and_vae_that_were_swapped(host: Any, data: Path, load_picture: Ca
         host.nodes["OSDFaceRestore"].execute(image=load_picture(data / "images" / "astronaut.png"), model=vae, vae=model, **widgets)
 
 
+@pytest.mark.parametrize("shape", [(40, 40, 3), (1, 1, 40, 40, 3), (1, 40, 40, 0)])
+def test_a_picture_of_another_shape_in_the_one_node(shape: tuple[int, ...], host: Any) -> None:
+    model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
+    widgets = {name: value for name, value in FOUND.items() if name != "max_size"} | PASTED | {"vre_name": "builtin", "lora_name": "none"}
+    with pytest.raises(host.error, match=r"^`image` .*a batch \(B,H,W,C\) is wanted: connect an IMAGE\.$"):
+        host.nodes["OSDFaceRestore"].execute(image=torch.rand(shape), model=model, vae=vae, **widgets)
+
+
 def test_faces_that_are_none(host: Any) -> None:
     for node, given in (("FaceSelect", {n: FOUND[n] for n in ("select", "order", "indices", "max_faces", "min_size", "max_size")}),
                         ("FacePasteBack", PASTED | {"image": torch.rand(1, 40, 40, 3)})):
