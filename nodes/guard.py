@@ -27,6 +27,11 @@ KINDS: dict[str, tuple[type, str]] = {
 }
 
 
+# What core nodes confine a prompt to; the rest of the crop would come out as nothing the networks have made.
+CONFINED = {"area": "an area", "mask": "a mask", "start_percent": "a part of the steps", "end_percent": "a part of the steps"}
+WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
+
+
 def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """The node, whose `execute` from now on raises OSDFaceError for an input that its schema does not allow."""
     execute: Callable[..., io.NodeOutput] = node.execute.__func__
@@ -55,8 +60,12 @@ def check(item: Any, value: Any) -> None:
     # Their own checks tell a wrong one from a right one, where it is one at all.
     if kind in ("MODEL", "VAE") and type(value).__module__ == "builtins":
         raise OSDFaceError(f"`{item.id}` is {_shown(value)}; a {kind} is wanted: connect one of Stable Diffusion 2.1-base.")
-    if kind == "CONDITIONING" and not all(map(_is_prompt, value)):
-        raise OSDFaceError(f"`{item.id}` is a list of other things than prompts; {KINDS[kind][1]}.")
+    if kind == "CONDITIONING":
+        if not all(map(_is_prompt, value)):
+            raise OSDFaceError(f"`{item.id}` is a list of other things than prompts; {KINDS[kind][1]}.")
+        for name, what in CONFINED.items():
+            if any(options.get(name, WHOLE.get(name)) != WHOLE.get(name) for _, options in value):
+                raise OSDFaceError(f"`{item.id}` is confined to {what}; a visual prompt is of the whole crop: take that node away.")
     if kind == "IMAGE" and not value.is_floating_point():
         raise OSDFaceError(f"`{item.id}` holds {value.dtype}; fractions in [0,1] are wanted: divide whole numbers by 255 before this node.")
     if kind in ("INT", "FLOAT"):

@@ -72,6 +72,33 @@ def test_an_input_of_the_step(name: str, value: Any, says: str, host: Any) -> No
         host.nodes["OSDFaceOneStep"].execute(**given | {name: value})
 
 
+@pytest.mark.parametrize(
+    ("node", "values", "what"),
+    [
+        ("ConditioningSetAreaPercentage", {"width": 1.0, "height": 1.0, "x": 1.0, "y": 0.0, "strength": 1.0}, "an area"),
+        ("ConditioningSetMask", {"mask": torch.ones(1, 9, 9), "set_cond_area": "default", "strength": 1.0}, "a mask"),
+        ("ConditioningSetTimestepRange", {"start": 0.0, "end": 0.1}, "a part of the steps"),
+        ("ConditioningSetTimestepRange", {"start": 0.0, "end": 1.0}, None),
+        ("ConditioningSetAreaStrength", {"strength": 0.5}, None),
+    ],
+)
+def test_prompts_that_are_confined(node: str, values: dict[str, Any], what: str | None, host: Any) -> None:
+    model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
+    crops = torch.rand(1, 16, 24, 3)
+    with torch.inference_mode():
+        plain = host.nodes["OSDFaceVRE"].execute(crops=crops, vre_name="builtin").args[0]
+        kind = host.nodes[node]()
+        prompts = getattr(kind, kind.FUNCTION)(plain, **values)[0]
+        widgets = {"lora_name": "none", "lora_strength": 1.0, "timestep": 399, "faces_per_batch": 0}
+        given = {"model": model, "vae": vae, "crops": crops, **widgets}
+        if what is None:
+            restored = host.nodes["OSDFaceOneStep"].execute(conditioning=prompts, **given).args[0]
+            assert (restored - host.nodes["OSDFaceOneStep"].execute(conditioning=plain, **given).args[0]).abs().max() < 1e-5
+        else:
+            with pytest.raises(host.error, match=f"^`conditioning` is confined to {what}; "):
+                host.nodes["OSDFaceOneStep"].execute(conditioning=prompts, **given)
+
+
 def test_model_and_vae_that_were_swapped(host: Any, data: Path, load_picture: Callable[[Path], torch.Tensor]) -> None:
     model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
     widgets = {name: value for name, value in FOUND.items() if name != "max_size"} | PASTED | {"vre_name": "builtin", "lora_name": "none"}
