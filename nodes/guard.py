@@ -7,6 +7,7 @@ output that fits every input, as the switches of many packs have it, may hand on
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,6 @@ KINDS: dict[str, tuple[type, str]] = {
     "STRING": (str, "a text is wanted"),
     "COMBO": (str, "one of the menu's texts is wanted"),
 }
-
-
 # What core nodes confine a prompt to; the rest of the crop would come out as nothing the networks have made.
 CONFINED = {"area": "an area", "mask": "a mask", "start_percent": "a part of the steps", "end_percent": "a part of the steps"}
 WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
@@ -69,7 +68,8 @@ def check(item: Any, value: Any) -> None:
     if kind == "IMAGE" and not value.is_floating_point():
         raise OSDFaceError(f"`{item.id}` holds {value.dtype}; fractions in [0,1] are wanted: divide whole numbers by 255 before this node.")
     if kind in ("INT", "FLOAT"):
-        number = isinstance(value, (int, float) if kind == "FLOAT" else int)
+        # numpy's too, which many packs hand on.
+        number = isinstance(value, numbers.Real if kind == "FLOAT" else numbers.Integral)
         if not number or not item.min <= value <= item.max:  # NaN too
             wanted = "a whole number" if kind == "INT" else "a number"
             raise OSDFaceError(

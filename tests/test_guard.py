@@ -131,6 +131,12 @@ def test_what_is_optional_or_lazy_may_be_missing(host: Any) -> None:
     assert not mask.any()
 
 
+def test_numbers_as_other_packs_hand_them_on(host: Any) -> None:
+    import numpy as np
+
+    assert find(host, confidence=np.float32(0.5), max_faces=np.int64(2), min_size=True, smoothing=0)[3] == 0
+
+
 def test_a_file_that_no_menu_offers_is_told_of_by_the_node(host: Any) -> None:
     with pytest.raises(host.error, match=r"^`vre_name`: .*other\.safetensors"):
         host.nodes["OSDFaceVRE"].execute(crops=torch.rand(1, 64, 64, 3), vre_name="other.safetensors")
