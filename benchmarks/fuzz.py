@@ -577,6 +577,8 @@ def run(address: str, graphs: Iterator[tuple[int, Made]], tally: Tally, say: Cal
                 say(f"{done} graphs, {len(tally.violations)} violations")
             if gone:
                 return
+    except KeyboardInterrupt:
+        say("Stopped: the table is of the graphs until here.")
     finally:
         link.close()
 

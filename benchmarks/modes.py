@@ -1,6 +1,6 @@
 """The same graph in real ComfyUI servers that were started in other ways: what comes out, beside what the plain one gives.
 
-    python -m benchmarks.modes DATA [--stand-ins DIR] [--only MODE ...] [--comfyui DIR]
+    python -m benchmarks.modes DATA [--stand-ins DIR] [--compiled] [--only MODE ...] [--comfyui DIR]
 
 The graph restores the faces of a picture with the small built-in model, whose networks are in fp32 in every mode: so the saved picture
 must be the same to the bit, or the row says by how much it is not. --stand-ins: the folder of full-size weights; with it a crop of
@@ -91,6 +91,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--stand-ins", type=Path)
+    parser.add_argument("--compiled", action="store_true", help="also with TorchCompileModel's inductor, which takes minutes")
     parser.add_argument("--only", nargs="*", help="modes without their dashes")
     parser.add_argument("--comfyui", type=Path, default=comfyui_path())
     given = parser.parse_args()
@@ -104,7 +105,7 @@ def main() -> int:
         plain: dict[str, Tensor] = {}
         for mode in modes:
             jobs = {"built-in": small_graph("small")}
-            if mode == "":
+            if mode == "" and given.compiled:
                 jobs["built-in, TorchCompileModel inductor"] = small_graph("compiled", compiled=True)
             if given.stand_ins:
                 jobs["full size"] = full_graph("full")

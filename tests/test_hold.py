@@ -391,7 +391,7 @@ def test_core_nodes_that_patch_a_model(module: str, node: str, host: Any, given:
 
 
 def test_a_compiled_model(host: Any, given: SimpleNamespace) -> None:
-    """With torch.compile's graph capture, but not its minutes of C++: benchmarks/modes.py runs that."""
+    """With torch.compile's graph capture, but not its minutes of C++: benchmarks/modes.py --compiled runs that."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     plain = step(host, given)
