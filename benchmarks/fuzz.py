@@ -43,6 +43,8 @@ Link = list[Any]
 OURS = ("FaceDetectAlign", "FaceSelect", "OSDFaceVRE", "OSDFaceOneStep", "FacePasteBack", "OSDFaceBuiltinModel", "OSDFaceRestore")
 # Of a graph, before the server counts as hanging.
 PATIENCE, WAITS = 240, 12
+# Of an answer, which comes at once from a machine that is awake.
+ASLEEP = 1200
 LONGEST_SENTENCE = 900
 # Seconds, on a machine with other work.
 START = 900
@@ -490,7 +492,7 @@ def stem(sentence: str) -> str:
 
 def outcome(address: str, link: websocket.WebSocket, client: str, made: Made, tally: Tally) -> tuple[str, bool]:
     """What became of a graph, and whether that is a violation."""
-    answer = requests.post(f"{address}/prompt", json={"prompt": made.graph, "client_id": client}, timeout=PATIENCE)
+    answer = requests.post(f"{address}/prompt", json={"prompt": made.graph, "client_id": client}, timeout=ASLEEP)
     if answer.status_code == 400:
         body = answer.json()
         errors = [error for node in body["node_errors"].values() for error in node["errors"]] or [body["error"]]
