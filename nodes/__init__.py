@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .face_detect_align import FaceDetectAlign
 from .face_paste_back import FacePasteBack
 from .face_select import FaceSelect
+from .guard import checked
 from .osdface_builtin import OSDFaceBuiltinModel
 from .osdface_one_step import OSDFaceOneStep
 from .osdface_restore import OSDFaceRestore
@@ -27,4 +28,4 @@ NODE_CLASS_MAPPINGS = {
 
 class OSDFaceExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return list(NODE_CLASS_MAPPINGS.values())
+        return [checked(node) for node in NODE_CLASS_MAPPINGS.values()]

@@ -96,7 +96,9 @@ class FacePasteBack(io.ComfyNode):
 
     @classmethod
     def check_lazy_status(cls, faces: Faces, strength: float, restored: Tensor | None = None, **_: object) -> list[str]:
-        return ["restored"] if len(faces) and strength > 0 and restored is None else []
+        # What is of another kind is told of by `execute`, which is then next.
+        wanted = isinstance(faces, Faces) and len(faces) and isinstance(strength, (int, float)) and strength > 0
+        return ["restored"] if wanted and restored is None else []
 
     @classmethod
     def execute(

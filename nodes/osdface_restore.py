@@ -15,7 +15,7 @@ from ..osdface_core.one_step import Restored, restore
 from ..osdface_core.paste import check
 from ..osdface_core.preview import before_after
 from ..osdface_core.select import Choice
-from ..osdface_core.types import Faces
+from ..osdface_core.types import Faces, check_pictures
 from ..osdface_core.vre import embedder_files
 from ..osdface_core.weights.catalogue import FACES, LORAS, OSDFACE
 from . import host
@@ -110,6 +110,7 @@ class OSDFaceRestore(io.ComfyNode):
         color_match: str,
         keep: Tensor | None = None,
     ) -> io.NodeOutput:
+        check_pictures(image)
         stage = host.stages(**SHARES)
         choice = Choice(select, order, indices, max_faces, min_size)
         looking = (detector, confidence, choice, any_angle, crop_size, smoothing)
@@ -131,7 +132,8 @@ class OSDFaceRestore(io.ComfyNode):
                 return restore(faces.crops, prompts, networks, progress=stage("step", len(faces)))
 
             files = host.state_of(vre_name, OSDFACE, embedder_files), host.state_of(lora_name, LORAS)
-            models = weakref.ref(model), model.patches_uuid, weakref.ref(vae)
+            # What is no MODEL is told of where it is used.
+            models = weakref.ref(model), getattr(model, "patches_uuid", None), weakref.ref(vae)
             step = _once(image, "restored", (seen, vre_name, lora_name, files, models), restored)
             raise_if_all_failed(step)
             result, report = step.crops, report + _notes(faces, step)

@@ -16,7 +16,7 @@ from .errors import OSDFaceError
 from .retinaface import RetinaFace
 from .select import CHOSEN, Choice, choose, numbered, report
 from .track import follow, shots, steadied, thumbnails
-from .types import Affine, Face, Faces
+from .types import Affine, Face, Faces, check_pictures
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ def find_faces(
     each picture searched, with 0 in between; what it raises ends the job. Raises OSDFaceError for an input that cannot be understood.
     """
     choice = choice or Choice()
-    if images.ndim != 4:
-        raise OSDFaceError(f"`image` has {images.ndim} dimensions {tuple(images.shape)}; a batch (B,H,W,C) is wanted: connect an IMAGE.")
+    check_pictures(images)
     count, height, width = images.shape[:3]
     choose((), choice, width, height)
     found = detect(

@@ -17,7 +17,7 @@ from .chunks import Progress
 from .color import COLOR_MATCHES, matched
 from .errors import OSDFaceError
 from .parse import feathered
-from .types import Affine, Faces
+from .types import Affine, Faces, check_pictures
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ ELLIPSE_CENTRE = (0.5, 0.52)
 ELLIPSE_RADII = (0.42, 0.47)
 LUMA = (0.299, 0.587, 0.114)
 PARSED_AT_ONCE = 8
+# Side of a crop in the picture, in pixels, and in the picture's longer side: no face is so small or so large, and no memory so either.
+SMALLEST_CROP, LARGEST_CROP = 0.5, 100
 
 Parser = Callable[[Tensor], Tensor]
 
@@ -120,8 +122,8 @@ def check(
     images: Tensor, faces: Faces, restored: Tensor, mask_type: str, color_match: str, keep: Tensor | None, parse: Parser | None
 ) -> None:
     """Raises OSDFaceError if the arguments of `paste` do not fit together."""
-    if images.ndim != 4:
-        raise OSDFaceError(f"`image` has {images.ndim} dimensions {tuple(images.shape)}; a batch (B,H,W,C) is wanted: connect an IMAGE.")
+    check_pictures(images)
+    faces.check()
     frames, height, width = images.shape[:3]
     if frames != faces.frames:
         raise OSDFaceError(
@@ -129,7 +131,7 @@ def check(
             "connect the picture that went into Face Detect & Align."
         )
     # Either side may have been rounded by up to a pixel.
-    if abs(width * faces.height - height * faces.width) > faces.width + faces.height:
+    if abs(width * faces.height - height * faces.width) > faces.width + faces.height or (len(faces) and min(width, height) < 1):
         raise OSDFaceError(
             f"`image` is {width} x {height} px and the faces come from a picture of {faces.width} x {faces.height} px; the same picture "
             "or one enlarged or shrunk with the same aspect ratio is wanted: crop or pad after pasting."
@@ -138,6 +140,8 @@ def check(
         raise OSDFaceError(
             f"`restored` is {tuple(restored.shape)}; a batch of RGB crops (N,S,S,3) is wanted: connect the output of OSDFace One Step."
         )
+    if len(restored) and min(restored.shape[1:3]) < 1:
+        raise OSDFaceError(f"`restored` is {tuple(restored.shape)}, which holds no pixel: connect the output of OSDFace One Step.")
     if len(restored) != len(faces):
         raise OSDFaceError(
             f"`restored` holds {len(restored)} crops and `faces` {len(faces)} faces; one crop for each face, in the same order, is wanted: "
@@ -149,7 +153,7 @@ def check(
         raise OSDFaceError("`mask_type` is parsing and no face parser is given: give `parse`, or choose ellipse or box.")
     if color_match not in COLOR_MATCHES:
         raise OSDFaceError(f"`color_match` is {color_match!r}; one of {', '.join(COLOR_MATCHES)} is wanted.")
-    if keep is not None and (keep.ndim != 3 or len(keep) not in (1, frames)):
+    if keep is not None and (keep.ndim != 3 or len(keep) not in (1, frames) or (frames and not keep.numel())):
         raise OSDFaceError(
             f"`keep` is {tuple(keep.shape)} for {frames} pictures; a mask (1,H,W) for all or ({frames},H,W) is wanted: connect a MASK."
         )
@@ -161,7 +165,8 @@ def _usable(faces: Faces, restored: Tensor, i: int, skip_unchanged: bool) -> boo
         log.warning("Face %d of picture %d came out as NaN or infinite and is left as it was.", face.number, face.frame)
         return False
     scale = reach(face.matrix)
-    if not (math.isfinite(scale) and scale > 0 and all(map(math.isfinite, face.matrix[0] + face.matrix[1]))):
+    placed = math.isfinite(scale) and scale > 0 and all(map(math.isfinite, face.matrix[0] + face.matrix[1]))
+    if not placed or not SMALLEST_CROP < faces.crop_size / scale < LARGEST_CROP * max(faces.width, faces.height):
         log.warning("Face %d of picture %d has no place in it (its matrix is %s) and is left out.", face.number, face.frame, face.matrix)
         return False
     crop = faces.crops[i]
@@ -176,7 +181,8 @@ def _parsed(restored: Tensor, chosen: Sequence[int], parse: Parser, feather: flo
 
 
 def _kept(keep: Tensor, images: Tensor) -> Tensor:
-    keep = keep.to(images.device, torch.float32)
+    # What is not a number says nothing: there the picture stays.
+    keep = keep.to(images.device, torch.float32).nan_to_num(1.0)
     height, width = images.shape[1:3]
     if keep.shape != (height, width):
         keep = F.interpolate(keep[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
@@ -210,6 +216,8 @@ def _patch(
     crop, before = restored.movedim(-1, 0), colour(image[rows, columns]).float()
     if look.color_match != "none" or look.keep_detail > 0:
         own = warp(colour(image).movedim(-1, 0), to_crop, height, width)
+        # A pixel that is not a number has no colour to match.
+        own = torch.where(own.isfinite(), own, crop)
         if look.color_match != "none":
             inside = _weight(to_unit, height, width, look, face_mask, image.device)
             crop = matched(restored, own.movedim(0, -1), inside, look.color_match).movedim(-1, 0)

@@ -16,6 +16,7 @@ from .types import Face, Faces
 ALL, LARGEST, CENTRAL, BY_INDEX = SELECT = ("all", "largest", "most central", "by index")
 ORDER = ("left to right", "top to bottom", "largest first", "smallest first", "most confident first")
 CHOSEN = "chosen"
+LONGEST_SHOWN = 60
 
 Person = Sequence[Face]
 
@@ -36,12 +37,21 @@ def parse_indices(text: str) -> tuple[tuple[int, int], ...]:
     """The text 0,2-4 -> ((0, 0), (2, 4)); an empty text names no face. Raises OSDFaceError for anything else."""
     ranges = []
     for part in filter(None, map(str.strip, text.split(","))):
-        match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+        # Python reads no number of thousands of digits.
+        match = re.fullmatch(r"(\d{1,18})(?:\s*-\s*(\d{1,18}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise OSDFaceError(f'`indices` is "{text}"; numbers and ranges counted from 0 are wanted, such as "0,2-4": correct "{part}".')
+            raise OSDFaceError(
+                f'`indices` is "{_short(text)}"; numbers and ranges counted from 0 are wanted, such as "0,2-4": correct "{_short(part)}".'
+            )
         ranges.append((first, last))
     return tuple(ranges)
+
+
+def _short(text: str) -> str:
+    """On one line, and cut where nobody reads on."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}..."
 
 
 def people(faces: Sequence[Face]) -> dict[tuple[int, int], list[int]]:
@@ -116,7 +126,7 @@ def choose(faces: Sequence[Face], choice: Choice, width: int, height: int) -> li
         elif choice.max_size and size > choice.max_size:
             reject(positions, f"larger than max_size {choice.max_size:g}")
         elif choice.select == BY_INDEX and not any(first <= number <= last for first, last in wanted):
-            reject(positions, f'not in indices "{choice.indices}"')
+            reject(positions, f'not in indices "{_short(choice.indices)}"')
 
     def keep_first(key: Callable[[Person], float], count: int, reason: str) -> None:
         places = _ranked(persons, faces, key)
@@ -139,6 +149,7 @@ def choose(faces: Sequence[Face], choice: Choice, width: int, height: int) -> li
 
 def split(faces: Faces, choice: Choice) -> tuple[Faces, Faces, str]:
     """The chosen faces, the rest, and the report. Numbers stay those of the detection."""
+    faces.check()
     verdicts = choose(faces.faces, choice, faces.width, faces.height)
 
     def part(of: bool) -> Faces:

@@ -7,9 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import OSDFaceError
+
 Box = tuple[float, float, float, float]
 Points = tuple[tuple[float, float], ...]
 Affine = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+def check_pictures(images: Tensor) -> None:
+    """Raises OSDFaceError unless `images` is (B,H,W,C) with a channel at least."""
+    wanted = "a batch (B,H,W,C) is wanted: connect an IMAGE."
+    if images.ndim != 4:
+        raise OSDFaceError(f"`image` has {images.ndim} dimensions {tuple(images.shape)}; {wanted}")
+    if images.shape[3] < 1:
+        raise OSDFaceError(f"`image` is {tuple(images.shape)}, which holds no colour channel; {wanted}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,20 @@ class Faces:
 
     def __len__(self) -> int:
         return len(self.faces)
+
+    def check(self) -> None:
+        """Raises OSDFaceError unless there is one crop for each face, at its size, and each face lies in one of the pictures."""
+        remedy = "take them as Face Detect & Align made them."
+        shape, wanted = tuple(self.crops.shape), (len(self), self.crop_size, self.crop_size, 3)
+        if shape != wanted:
+            raise OSDFaceError(f"`faces` hold {len(self)} faces and crops {shape}; {wanted} are wanted: {remedy}")
+        if len(self) and min(self.height, self.width, self.crop_size) < 1:
+            raise OSDFaceError(
+                f"`faces` come from a picture of {self.width} x {self.height} px in crops of {self.crop_size} px; no face does: {remedy}"
+            )
+        for face in self.faces:
+            if not 0 <= face.frame < self.frames:
+                raise OSDFaceError(f"`faces` name picture {face.frame} of a batch of {self.frames}: {remedy}")
 
     @staticmethod
     def empty(frames: int, height: int, width: int, crop_size: int = 512) -> Faces:

@@ -133,6 +133,19 @@ def host(comfyui: Path, populate: Callable[[Path], None], tmp_path_factory: pyte
 
 
 @pytest.fixture(scope="session")
+def small_server(comfyui: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real ComfyUI server with the pack, its built-in model, the real small detector, and the fuzz's nodes and pictures, as Prompts."""
+    from benchmarks.fuzz import populate
+    from tests.frontend import server
+    from tests.prompts import Prompts
+
+    base = tmp_path_factory.mktemp("small_server")
+    populate(base, data)
+    with server(comfyui, base) as address:
+        yield Prompts(address, base)
+
+
+@pytest.fixture(scope="session")
 def checkpoint(host: Any) -> tuple[Any, Any]:
     """(MODEL, VAE) of the full-size stand-in checkpoint, from ComfyUI's own loader."""
     path = host.folder_paths.get_full_path_or_raise("checkpoints", "v2-1_512-ema-pruned.safetensors")

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,22 @@ READY = "() => !!(window.app?.graph && window.app.canvas && window.LiteGraph?.re
 
 
 @contextmanager
-def server(comfyui: Path, base: Path, seconds: float = 120) -> Iterator[str]:
-    """ComfyUI over a base directory, on the CPU and a free port; its address. Its output goes to log.txt in that directory."""
+def server(comfyui: Path, base: Path, seconds: float = 120, arguments: Sequence[str] = ()) -> Iterator[str]:
+    """ComfyUI over a base directory, on the CPU and a free port; its address. Its output goes to log.txt in that directory, its process
+    id to pid."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         sys.executable, "main.py", "--cpu", "--disable-auto-launch", "--listen", "127.0.0.1", "--port", str(port), "--disable-api-nodes",
         "--base-directory", str(base), "--user-directory", str(base / "user"), "--database-url", f"sqlite:///{base}/user/t.db",
+        *arguments,
     ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     address = f"http://127.0.0.1:{port}"
     with (base / "log.txt").open("w") as log:
         process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        (base / "pid").write_text(str(process.pid))
         try:
             end = time.monotonic() + seconds
             while True:

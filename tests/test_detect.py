@@ -267,6 +267,8 @@ def test_a_face_half_out_of_the_picture_is_cut_out_whole(data: Path, network: Re
 def test_anything_but_a_batch_of_pictures_is_refused(network: RetinaFace) -> None:
     with pytest.raises(OSDFaceError, match="`image` has 3 dimensions"):
         find_faces(torch.zeros(5, 5, 3), network)
+    with pytest.raises(OSDFaceError, match="holds no colour channel"):
+        find_faces(torch.zeros(1, 5, 5, 0), network)
 
 
 def test_a_callers_error_stops_the_search_and_progress_counts_every_picture(network: RetinaFace) -> None:

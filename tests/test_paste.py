@@ -451,12 +451,16 @@ def test_a_picture_8000_px_wide(portrait: Tensor) -> None:
         ({"images": torch.zeros(2, 200, 240, 3)}, r"`image` holds 2 pictures and `faces` come from 1"),
         ({"images": torch.zeros(1, 240, 200, 3)}, r"`image` is 200 x 240 px .* 240 x 200 px"),
         ({"images": torch.zeros(200, 240, 3)}, r"`image` has 3 dimensions"),
+        ({"images": torch.zeros(1, 200, 240, 0)}, r"`image` is \(1, 200, 240, 0\), which holds no colour channel"),
         ({"restored": torch.zeros(2, 64, 64, 3)}, r"`restored` holds 2 crops and `faces` 1 faces"),
         ({"restored": torch.zeros(1, 64, 64, 4)}, r"`restored` is \(1, 64, 64, 4\)"),
         ({"mask_type": "round"}, r"`mask_type` is 'round'"),
         ({"mask_type": "parsing"}, r"no face parser"),
         ({"color_match": "hue"}, r"`color_match` is 'hue'"),
         ({"keep": torch.zeros(3, 200, 240)}, r"`keep` is \(3, 200, 240\) for 1 pictures"),
+        ({"keep": torch.zeros(1, 0, 240)}, r"`keep` is \(1, 0, 240\) for 1 pictures"),
+        ({"restored": torch.zeros(1, 0, 0, 3)}, r"`restored` is \(1, 0, 0, 3\), which holds no pixel"),
+        ({"images": torch.zeros(1, 200, 0, 3)}, r"`image` is 0 x 200 px"),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_sentence(changes: dict[str, object], sentence: str, noise: Tensor) -> None:
@@ -464,6 +468,51 @@ def test_what_does_not_fit_is_said_in_one_sentence(changes: dict[str, object], s
     arguments = {"images": noise, "faces": faces, "restored": white(faces), "mask_type": "box", **changes}
     with pytest.raises(OSDFaceError, match=sentence):
         paste(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        ({"crops": torch.zeros(3, 64, 64, 3)}, r"`faces` hold 1 faces and crops \(3, 64, 64, 3\); \(1, 64, 64, 3\) are wanted"),
+        ({"crop_size": 0, "crops": torch.zeros(1, 0, 0, 3)}, r"in crops of 0 px; no face does"),
+        ({"frames": 0}, r"`faces` name picture 0 of a batch of 0"),
+        ({"width": 0}, r"`faces` come from a picture of 0 x 200 px"),
+    ],
+)
+def test_faces_that_are_not_whole_are_refused(harm: dict[str, object], sentence: str, noise: Tensor) -> None:
+    faces = replace(found(noise, [placed(60, 0, (60, 60))], crop=64), **harm)  # type: ignore[arg-type]
+    with pytest.raises(OSDFaceError, match=sentence):
+        paste(noise, faces, torch.zeros(1, 64, 64, 3), mask_type="box")
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e-4, 1e4, 1e9, 1e30, 1e200])
+@pytest.mark.parametrize("color_match", ["none", "wavelet"])
+def test_a_face_of_no_possible_size_takes_neither_time_nor_memory(scale: float, color_match: str, noise: Tensor) -> None:
+    faces = found(noise, [placed(60, 0, (60, 60))], crop=64)
+    faces = replace(faces, faces=(replace(faces.faces[0], matrix=((scale, 0.0, 30.0), (0.0, scale, 40.0))),))
+    out, mask = paste(noise, faces, white(faces), mask_type="box", color_match=color_match)
+    assert out is noise
+    assert not mask.any()
+
+
+def test_a_mask_to_keep_that_is_not_a_number_keeps(noise: Tensor) -> None:
+    faces = found(noise, [placed(60, 0, (60, 60))], crop=64)
+    keep = torch.zeros(1, 200, 240)
+    keep[:, :60] = torch.nan
+    out, mask = paste(noise, faces, white(faces), mask_type="box", keep=keep)
+    assert torch.equal(out[:, :60], noise[:, :60])
+    assert mask[:, 60:].any()
+    assert bool(mask.isfinite().all())
+
+
+@pytest.mark.parametrize("color_match", ["mean-std", "wavelet"])
+def test_pixels_that_are_not_numbers_spoil_no_others(color_match: str, noise: Tensor) -> None:
+    image = noise.clone()
+    image[0, 50, 50], image[0, 70, 60] = torch.nan, torch.inf
+    faces = found(noise, [placed(60, 0, (60, 60))], crop=64)
+    out, mask = paste(image, faces, white(faces), mask_type="box", color_match=color_match, keep_detail=0.5)
+    assert (out.isfinite() == image.isfinite()).all()
+    assert bool(mask.isfinite().all())
 
 
 def test_progress_counts_every_face_and_can_stop_the_job(noise: Tensor) -> None:

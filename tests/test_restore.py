@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,7 +103,7 @@ def group(data: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
 @pytest.fixture
 def parser(host: Any, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A face parser's file of noise; in place of its minutes on a CPU, what is bright is taken for face."""
-    scope = host.nodes["FacePasteBack"].execute.__func__.__globals__
+    scope = vars(sys.modules[host.nodes["FacePasteBack"].__module__])
     with torch.inference_mode(False):
         torch.save(scope["ParseNet"]().state_dict(), path := host.base / "models" / "facedetection" / PARSER)
 
@@ -312,7 +313,7 @@ def test_a_turned_widget_runs_anew_only_what_depends_on_it(
     host: Any, small: Any, portrait: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = []
-    scope = host.nodes["FaceDetectAlign"].execute.__func__.__globals__
+    scope = vars(sys.modules[host.nodes["FaceDetectAlign"].__module__])
     find_faces = scope["find_faces"]
     monkeypatch.setitem(scope, "find_faces", lambda *given, **named: looks.append(1) or find_faces(*given, **named))
     first = restore(host, small, portrait)
@@ -357,7 +358,7 @@ def test_if_every_face_fails_the_node_says_so_as_one_step_does(host: Any, small:
 
 def test_nothing_is_kept_longer_than_the_picture(host: Any, small: Any, portrait: Tensor) -> None:
     image = portrait.clone()
-    kept = host.nodes["OSDFaceRestore"].execute.__func__.__globals__["_kept"]
+    kept = vars(sys.modules[host.nodes["OSDFaceRestore"].__module__])["_kept"]
     restore(host, small, image)
     crops = weakref.ref(kept[id(image)]["found"][0][1].faces.crops)
     del image

@@ -103,6 +103,19 @@ def test_an_unknown_option_names_those_there_are(choice: Choice) -> None:
         choose(GROUP, choice, WIDTH, HEIGHT)
 
 
+@pytest.mark.parametrize("text", ["9" * 5000, "1\n2-", "-1", "x" * 300])
+def test_a_sentence_about_indices_is_short_and_on_one_line(text: str) -> None:
+    with pytest.raises(OSDFaceError, match="numbers and ranges counted from 0 are wanted") as raised:
+        parse_indices(text)
+    assert len(str(raised.value)) < 250
+    assert "\n" not in str(raised.value)
+
+
+def test_faces_without_their_crops_are_not_split() -> None:
+    with pytest.raises(OSDFaceError, match=r"`faces` hold 3 faces and crops \(2, 8, 8, 3\)"):
+        split(Faces(tuple(GROUP), torch.zeros(2, 8, 8, 3), 1, HEIGHT, WIDTH, 8), Choice())
+
+
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)).map(sorted), max_size=5))
 def test_ranges_mean_the_numbers_between_them(ranges: list[list[int]]) -> None:
     text = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
