@@ -483,7 +483,7 @@ class HostBackbone:
         """Of one crop (1,H,W,3), kept with the VAE: with another strength or timestep the same crops come again."""
         kept = self.vae.__dict__.setdefault("osdface_latents", OrderedDict())
         network = id(self.vae.first_stage_model), self.vae.patcher.patches_uuid
-        seen = hashlib.blake2b(pixels.contiguous().numpy(force=True)).digest(), tuple(pixels.shape), network
+        seen = hashlib.blake2b(pixels.contiguous().numpy(force=True).data).digest(), tuple(pixels.shape), network
         latents = kept.pop(seen, None)
         if latents is None:
             # Newer hosts may hand out half precision.

@@ -216,7 +216,8 @@ class Restorer:
     ) -> tuple[Tensor, Tensor, dict[tuple[int, int], str]]:
         """Restores and pastes `faces`; the pictures, the masks, and by frame and number what went wrong with a face."""
         o = self.options
-        crops, notes = faces.crops, {}
+        crops = faces.crops
+        notes: dict[tuple[int, int], str] = {}
         if len(faces) and o.strength > 0:
             result = self._restored(faces.crops, progress)
             crops = result.crops
