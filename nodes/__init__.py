@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import ComfyExtension, io
 
 from .face_detect_align import FaceDetectAlign
@@ -27,4 +29,5 @@ NODE_CLASS_MAPPINGS = {
 
 class OSDFaceExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return list(NODE_CLASS_MAPPINGS.values())
+        table: dict[str, Any] = NODE_CLASS_MAPPINGS
+        return list(table.values())
