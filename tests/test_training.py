@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ for needed in ("accelerate", "diffusers", "peft", "tensorboard"):
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
 from osdface_core.lora import parse_lora  # noqa: E402
+from osdface_core.training import stage1 as training_stage1  # noqa: E402
 from osdface_core.training.__main__ import main  # noqa: E402
 from osdface_core.training.config import read_config  # noqa: E402
 from osdface_core.training.loop import checkpoints  # noqa: E402
@@ -193,6 +196,36 @@ def test_stage_1_that_was_stopped_goes_on_to_the_same_bits(faces: Path, tmp_path
     checkpoints(stopped)[-1].unlink()
     again = weights(run(config, "stage1", f"run.folder={stopped}", *extra))
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_a_run_of_another_configuration_is_refused_and_its_own_stays_written(
+    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = stage1(faces, tmp_path)
+    folder = run(config, "stage1", "run.steps=1")
+    before = (folder / "config.yaml").read_bytes()
+    PartialState._reset_state()
+    assert main(["stage1", "--config", str(config), "part=associate"]) == 1
+    assert "give another run.folder" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_stage_1_keeps_only_the_faces_that_it_shows(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def measured(given: torch.Tensor, right: torch.Tensor) -> dict[str, float]:
+        nonlocal most
+        gc.collect()
+        held.append(weakref.ref(given))
+        most = max(most, sum(ref() is not None for ref in held))
+        return {"psnr": float(len(held))}
+
+    monkeypatch.setattr(training_stage1, "measures", measured)
+    changes = ("run.steps=1", "run.samples=1", "run.sample_every=1", "data.held_out=[1,2,3,4,5,6]")
+    run(stage1(faces, tmp_path), "stage1", *changes)
+    assert len(held) == 6
+    assert most <= 3, "the one shown, the one measured, and the one before it"
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,12 +96,14 @@ class Gan:
 
 @dataclass(frozen=True)
 class Losses:
-    """mse, charbonnier, differences, energies: of pixels, weights alone; latent: of the latents, squared. The others as `Term`."""
+    """mse, charbonnier, differences, energies: of pixels, weights alone, and energy_lags, the last one's; latent: of the latents, squared.
+    The others as `Term`."""
 
     mse: float = 1.0
     charbonnier: float = 0.0
     differences: float = 0.0
     energies: float = 0.0
+    energy_lags: tuple[int, ...] = (1,)
     latent: float = 0.0
     ea_dists: Term = field(default_factory=lambda: Term(1.0))
     identity: Term = field(default_factory=lambda: Term(0.1))
@@ -367,7 +370,7 @@ class Stage2Task:
         for key, weight, loss in (
             ("charbonnier", terms.charbonnier, charbonnier),
             ("differences", terms.differences, differences),
-            ("energies", terms.energies, energies),
+            ("energies", terms.energies, partial(energies, lags=terms.energy_lags)),
         ):
             if weight:
                 parts[key] = loss(given, right)
