@@ -12,11 +12,12 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from osdface_core.errors import OSDFaceError
 from osdface_core.weights.sanity import drawn_face
@@ -26,6 +27,7 @@ for needed in ("accelerate", "diffusers", "peft", "tensorboard"):
 
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
+from osdface_core.builtin.autoencoder import Autoencoder  # noqa: E402
 from osdface_core.lora import parse_lora  # noqa: E402
 from osdface_core.training import stage1 as training_stage1  # noqa: E402
 from osdface_core.training.__main__ import main  # noqa: E402
@@ -248,6 +250,36 @@ def test_two_processes_give_what_one_gives(stage: str, faces: Path, vre: Path, t
     both = weights(two)
     assert one.keys() == both.keys()
     assert {name for name in one if (one[name] - both[name]).abs().max() > 1e-5} == set()
+
+
+def test_grain_alone_is_trained_where_nothing_else_is(faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    torch.manual_seed(0)
+    start = Autoencoder()
+    start.start(torch.stack([torch.from_numpy(np.array(Image.open(p))).movedim(-1, 0) / 127.5 - 1 for p in sorted(faces.iterdir())]))
+    torch.nn.init.normal_(start.decoder.conv_grain.weight, std=1e-3)
+    save_file(start.state_dict(), tmp_path / "start.safetensors")
+    only = {"mse": 0.0, "energies": 1.0, "energy_lags": [1], **OFF}
+    small = {"kind": "builtin", "weights": str(tmp_path / "start.safetensors"), "train": "grain"}
+    config = stage2(faces, tmp_path, vre, train="none", vae=small, losses=only, optimiser={"learning_rate": 1e-2})
+    folder = run(config, "stage2", "run.steps=30", "run.batch=8", "run.log_every=10")
+    losses = logged(caplog, "energies")
+    assert losses[-1] < losses[0]
+    end = load_file(folder / "autoencoder.safetensors")
+    changed = {name for name, t in start.state_dict().items() if not torch.equal(t, end[name])}
+    assert changed == {"decoder.conv_grain.weight", "decoder.conv_grain.bias"}
+
+
+def test_nothing_to_train_or_grain_of_another_autoencoder_is_refused(
+    faces: Path, vre: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for changes, says in (
+        (("train=none", "vae.train=none"), "name something to train"),
+        (("vae.train=grain",), "which only the built-in autoencoder has"),
+    ):
+        PartialState._reset_state()
+        assert main(["stage2", "--config", str(stage2(faces, tmp_path, vre)), *changes]) == 1
+        assert says in capsys.readouterr().err
 
 
 def test_what_is_written_is_read_by_the_embedder_and_by_peft(faces: Path, vre: Path, tmp_path: Path) -> None:
