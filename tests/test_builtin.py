@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from osdface_core import builtin
+from osdface_core.builtin.autoencoder import Autoencoder
 from osdface_core.one_step import restore
 
 # Of every file of the built-in model together.
@@ -84,6 +85,21 @@ def test_the_autoencoder_gives_a_picture_back(portrait: Image.Image) -> None:
     assert latents.shape == (1, 4, 64, 64)
     assert 0.4 < float(latents.std()) < 2.5
     assert error(network.decode(latents) / 2 + 0.5, pixels) < 10 ** (-2.4)
+
+
+def test_grain_is_the_same_wherever_a_part_of_the_latents_begins_at_its_repeat() -> None:
+    network = Autoencoder()
+    torch.manual_seed(0)
+    network.start(torch.rand(4, 3, 64, 64))
+    assert float(network.decoder.grain.std()) == pytest.approx(1, abs=1e-3)
+    network.decoder.conv_grain.bias.fill_(0.1)
+    latents = torch.randn(1, 4, 24, 24)
+    whole, part = network.decode(latents), network.decode(latents[..., 8:, 8:])
+    network.decoder.conv_grain.bias.zero_()
+    plain = network.decode(latents)
+    assert float((whole - plain).std()) == pytest.approx(0.1, rel=0.05)
+    # away from the part's own edges, where convolutions see zeros
+    assert (whole[..., 96:, 96:] - part[..., 32:, 32:]).abs().max() < 1e-3
 
 
 def test_a_face_comes_out_the_same_alone_and_in_a_batch(portrait: Image.Image, backbone: Any) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from osdface_core.errors import OSDFaceError
 from osdface_core.weights.sanity import drawn_face
@@ -24,7 +27,9 @@ for needed in ("accelerate", "diffusers", "peft", "tensorboard"):
 
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
+from osdface_core.builtin.autoencoder import Autoencoder  # noqa: E402
 from osdface_core.lora import parse_lora  # noqa: E402
+from osdface_core.training import stage1 as training_stage1  # noqa: E402
 from osdface_core.training.__main__ import main  # noqa: E402
 from osdface_core.training.config import read_config  # noqa: E402
 from osdface_core.training.loop import checkpoints  # noqa: E402
@@ -195,6 +200,36 @@ def test_stage_1_that_was_stopped_goes_on_to_the_same_bits(faces: Path, tmp_path
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
 
 
+def test_a_run_of_another_configuration_is_refused_and_its_own_stays_written(
+    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = stage1(faces, tmp_path)
+    folder = run(config, "stage1", "run.steps=1")
+    before = (folder / "config.yaml").read_bytes()
+    PartialState._reset_state()
+    assert main(["stage1", "--config", str(config), "part=associate"]) == 1
+    assert "give another run.folder" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_stage_1_keeps_only_the_faces_that_it_shows(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def measured(given: torch.Tensor, right: torch.Tensor) -> dict[str, float]:
+        nonlocal most
+        gc.collect()
+        held.append(weakref.ref(given))
+        most = max(most, sum(ref() is not None for ref in held))
+        return {"psnr": float(len(held))}
+
+    monkeypatch.setattr(training_stage1, "measures", measured)
+    changes = ("run.steps=1", "run.samples=1", "run.sample_every=1", "data.held_out=[1,2,3,4,5,6]")
+    run(stage1(faces, tmp_path), "stage1", *changes)
+    assert len(held) == 6
+    assert most <= 3, "the one shown, the one measured, and the one before it"
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_two_processes_give_what_one_gives(stage: str, faces: Path, vre: Path, tmp_path: Path) -> None:
     if stage == "stage1":
@@ -215,6 +250,36 @@ def test_two_processes_give_what_one_gives(stage: str, faces: Path, vre: Path, t
     both = weights(two)
     assert one.keys() == both.keys()
     assert {name for name in one if (one[name] - both[name]).abs().max() > 1e-5} == set()
+
+
+def test_grain_alone_is_trained_where_nothing_else_is(faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    torch.manual_seed(0)
+    start = Autoencoder()
+    start.start(torch.stack([torch.from_numpy(np.array(Image.open(p))).movedim(-1, 0) / 127.5 - 1 for p in sorted(faces.iterdir())]))
+    torch.nn.init.normal_(start.decoder.conv_grain.weight, std=1e-3)
+    save_file(start.state_dict(), tmp_path / "start.safetensors")
+    only = {"mse": 0.0, "energies": 1.0, "energy_lags": [1], **OFF}
+    small = {"kind": "builtin", "weights": str(tmp_path / "start.safetensors"), "train": "grain"}
+    config = stage2(faces, tmp_path, vre, train="none", vae=small, losses=only, optimiser={"learning_rate": 1e-2})
+    folder = run(config, "stage2", "run.steps=30", "run.batch=8", "run.log_every=10")
+    losses = logged(caplog, "energies")
+    assert losses[-1] < losses[0]
+    end = load_file(folder / "autoencoder.safetensors")
+    changed = {name for name, t in start.state_dict().items() if not torch.equal(t, end[name])}
+    assert changed == {"decoder.conv_grain.weight", "decoder.conv_grain.bias"}
+
+
+def test_nothing_to_train_or_grain_of_another_autoencoder_is_refused(
+    faces: Path, vre: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for changes, says in (
+        (("train=none", "vae.train=none"), "name something to train"),
+        (("vae.train=grain",), "which only the built-in autoencoder has"),
+    ):
+        PartialState._reset_state()
+        assert main(["stage2", "--config", str(stage2(faces, tmp_path, vre)), *changes]) == 1
+        assert says in capsys.readouterr().err
 
 
 def test_what_is_written_is_read_by_the_embedder_and_by_peft(faces: Path, vre: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from osdface_core.errors import OSDFaceError
 from osdface_core.training import degradation as d
 from osdface_core.training import losses
-from osdface_core.training.data import Pictures, Samples, batches, number_of, split
+from osdface_core.training.data import Pictures, Samples, batches, number_of, read_part, read_square, split
 from osdface_core.training.degradation import Degradation, Stage, generator_for
 from osdface_core.training.stage2 import ADAPTED
 from osdface_core.vre import Shape
@@ -35,6 +35,20 @@ def test_edges_are_sobels() -> None:
     grey = x.mean(1).numpy()
     theirs = [np.sqrt(ndimage.sobel(g, 0, mode="constant") ** 2 + ndimage.sobel(g, 1, mode="constant") ** 2 + 1e-6) for g in grey]
     assert np.abs(losses.edges(x)[:, 0].numpy() - np.stack(theirs)).max() < 1e-5
+
+
+def test_energies_tell_a_checkerboard_from_other_texture_by_its_lags() -> None:
+    flat = torch.full((1, 3, 64, 64), 0.5)
+    board = flat + 0.1 * (1 - 2 * ((torch.arange(64)[:, None] + torch.arange(64)) % 2))
+    stripes = flat + 0.1 * (1 - 2 * (torch.arange(64) // 2 % 2))  # of two pixels
+    # a step of 0.2 across and down, everywhere; of two pixels none
+    assert float(losses.energies(board, flat)) == pytest.approx(math.sqrt(2 * 0.2**2), abs=1e-3)
+    assert float(losses.energies(board, flat, lags=(2,))) == pytest.approx(0, abs=1e-6)
+    # across alone: every second step, and every step of two pixels
+    assert float(losses.energies(stripes, flat)) == pytest.approx(math.sqrt(0.2**2 / 2), abs=3e-3)
+    assert float(losses.energies(stripes, flat, lags=(2,))) == pytest.approx(0.2, abs=1e-3)
+    both = [float(losses.energies(stripes, board, lags=lags)) for lags in ((1,), (2,), (1, 2))]
+    assert both[2] == pytest.approx(sum(both[:2]) / 2)
 
 
 def vgg_file(folder: Path, vgg: torch.nn.Module) -> Path:
@@ -232,6 +246,33 @@ def test_held_out_pictures_are_never_sampled(folder: Path) -> None:
     assert found[0]["hq"].shape == (3, 16, 16) and found[0]["face"].shape == (3, 32, 32)
     orders = [[round(float(samples[t * 8 + n]["hq"].mean()) * 255) for n in range(8)] for t in (0, 1)]
     assert orders[0] != orders[1]
+
+
+def test_a_picture_is_taken_upright(tmp_path: Path) -> None:
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:8] = 255
+    exif = Image.Exif()
+    exif[274] = 6  # to be shown a quarter turn to the right
+    Image.fromarray(pixels).save(tmp_path / "turned_1.png", exif=exif)
+    square = read_square(tmp_path / "turned_1.png", 32)
+    assert bool((square[..., 24:] == 255).all()) and not bool(square[..., :24].any())
+
+
+def test_a_zoomed_part_is_a_part_and_never_enlarged(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[:128, :128]
+    Image.fromarray(np.stack([2 * rows, 2 * columns, 0 * rows], -1).astype(np.uint8)).save(tmp_path / "ramps_1.png")
+    seen = []
+    for n in range(40):
+        part = read_part(tmp_path / "ramps_1.png", 64, (0.25, 0.75), generator_for(0, n)).float()
+        (top, bottom), (left, right) = (part[0, [3, -4]].mean(1).tolist(), part[1][:, [3, -4]].mean(0).tolist())
+        seen.append((bottom - top, top, left))
+        assert abs((bottom - top) - (right - left)) < 3
+    heights, tops, lefts = zip(*seen, strict=True)
+    # 57 steps of the part are 57 pixels of the picture where it is not shrunk, half as many again at three quarters of it.
+    assert 2 * 57 - 4 < min(heights) < 2 * 57 + 4 and 2 * 57 * 1.3 < max(heights) < 2 * 57 * 1.5 + 4
+    assert max(tops) - min(tops) > 60 and max(lefts) - min(lefts) > 60
+    small = read_part(tmp_path / "ramps_1.png", 128, (0.25, 0.75), generator_for(0, 0))
+    assert torch.equal(small, read_square(tmp_path / "ramps_1.png", 128))
 
 
 def test_processes_share_out_the_samples_of_one(folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 Most of the work is done at 1/8 and 1/4 of the size, so that a face of 512 px costs 6 GMAC, where TAESD takes 140. A linear path, set
 to the principal components of 8 x 8 px blocks before training, runs beside the convolutions of both halves.
+
+What is too fine to be told from a poor picture, such as skin and single hairs, the decoder puts in as grain, as video decoders do (AV1's
+film grain synthesis): a fixed tile of noise, as much of it at each pixel as the network says.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from ..backbone import LATENT_CHANNELS, STRIDE
 from ..networks import Operations
 
 BLOCK = 3 * STRIDE**2
+# Pixels after which the grain repeats; any part of a picture that begins at a multiple of it decodes as in the whole.
+GRAIN = 64
 
 
 class Residual(nn.Module):
@@ -59,6 +64,9 @@ class Decoder(nn.Module):
         self.blocks_4 = nn.ModuleList(Residual(half, operations) for _ in range(2))
         self.conv_2 = operations.Conv2d(half, 4 * quarter, 3, padding=1)
         self.conv_out = operations.Conv2d(quarter, 4 * 3, 3, padding=1)
+        self.conv_grain = operations.Conv2d(quarter, 4, 3, padding=1)
+        self.register_buffer("grain", torch.zeros(1, 1, GRAIN, GRAIN))
+        self.grain: Tensor
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)
@@ -67,8 +75,19 @@ class Decoder(nn.Module):
         h = F.pixel_shuffle(self.conv_4(F.relu(h)), 2)
         for block in self.blocks_4:
             h = block(h)
-        h = F.pixel_shuffle(self.conv_2(F.relu(h)), 2)
-        return F.pixel_shuffle(self.linear(z), STRIDE) + F.pixel_shuffle(self.conv_out(F.relu(h)), 2)
+        h = F.relu(F.pixel_shuffle(self.conv_2(F.relu(h)), 2))
+        amount = F.pixel_shuffle(self.conv_grain(h), 2)
+        height, width = amount.shape[-2:]
+        grain = self.grain.to(amount).repeat(1, 1, -(-height // GRAIN), -(-width // GRAIN))[..., :height, :width]
+        return F.pixel_shuffle(self.linear(z), STRIDE) + F.pixel_shuffle(self.conv_out(h), 2) + amount * grain
+
+
+def blue_noise(generator: torch.Generator) -> Tensor:
+    """(1,1,GRAIN,GRAIN) of variance 1 that joins on at its edges: white noise less its blur, the grain that the eye sees least."""
+    white = torch.randn(1, 1, GRAIN, GRAIN, generator=generator)
+    taps = torch.tensor([1.0, 2.0, 1.0])
+    noise = white - F.conv2d(F.pad(white, [1] * 4, mode="circular"), torch.outer(taps, taps)[None, None] / 16)
+    return (noise - noise.mean()) / noise.std()
 
 
 class Autoencoder(nn.Module):
@@ -90,7 +109,8 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def start(self, pixels: Tensor) -> None:
-        """Sets the linear paths to the principal components of these pictures' blocks (B,3,H,W), and what is added to them to 0."""
+        """Sets the linear paths to the principal components of these pictures' blocks (B,3,H,W), and what is added to them to 0, but for a
+        little grain, since a loss of detail has no slope at none."""
         blocks = F.pixel_unshuffle(pixels, STRIDE).movedim(1, -1).reshape(-1, BLOCK).double()
         mean = blocks.mean(0)
         values, vectors = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
@@ -102,6 +122,8 @@ class Autoencoder(nn.Module):
         into.bias.copy_(-down @ mean)
         out.weight.copy_((vectors * scale)[:, :, None, None])
         out.bias.copy_(mean)
-        for layer in (self.encoder.conv_out, self.decoder.conv_out):
+        for layer in (self.encoder.conv_out, self.decoder.conv_out, self.decoder.conv_grain):
             layer.weight.zero_()
             layer.bias.zero_()
+        self.decoder.conv_grain.bias.fill_(0.02)
+        self.decoder.grain.copy_(blue_noise(torch.Generator().manual_seed(0)))

@@ -54,10 +54,7 @@ def _train(stage: str, path: Path, changes: list[str]) -> None:
     accelerator = accelerator_for(config.run)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
-    else:
-        config.run.folder.mkdir(parents=True, exist_ok=True)
-        (config.run.folder / "config.yaml").write_text(written(config), encoding="utf-8")
-    train(make(config, accelerator), config.run)
+    train(make(config, accelerator), config.run, written(config))
 
 
 if __name__ == "__main__":

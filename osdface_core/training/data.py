@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import OSDFaceError
-from .degradation import Degradation, generator_for
+from .degradation import Degradation, drawn, generator_for
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CACHED = 512
@@ -25,7 +25,8 @@ CACHED = 512
 class Pictures:
     """folder: searched through, in the order of the names. size: pixels a side that a picture is worked at; its middle square is
     taken. crop: pixels a side of the random part that is restored, 0 for the whole; a multiple of 8. held_out: pictures whose file
-    name ends in one of these numbers are for measuring alone. limit: the first so many only, 0 for all. flip: mirror at random."""
+    name ends in one of these numbers are for measuring alone. limit: the first so many only, 0 for all. flip: mirror at random.
+    zoom: the side of the square that is taken, as a share of the middle one's, drawn evenly, and its place too; it is never enlarged."""
 
     folder: Path
     size: int = 512
@@ -33,6 +34,7 @@ class Pictures:
     held_out: tuple[int, ...] = ()
     limit: int = 0
     flip: bool = True
+    zoom: tuple[float, float] = (1.0, 1.0)
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -55,18 +57,38 @@ def split(pictures: Pictures) -> tuple[list[Path], list[Path]]:
     return (kept[: pictures.limit] if pictures.limit else kept), out
 
 
-@lru_cache(CACHED)
 def read_square(path: Path, size: int) -> Tensor:
     """The middle square of a picture at `size` pixels a side, (3,size,size) bytes."""
+    return _tensor(_square(path, size, size))
+
+
+def read_part(path: Path, size: int, zoom: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """A square somewhere in a picture's middle one, (3,size,size) bytes. Cut out before it is shrunk, so that it stays sharp."""
+    if zoom == (1.0, 1.0):
+        return read_square(path, size)
+    # More than twice the size is not kept, for the sake of memory.
+    square = _square(path, size, 2 * size)
+    side = max(float(size), square.width * min(1.0, drawn(zoom, generator)))
+    left, top = (drawn((0, square.width - side), generator) for _ in range(2))
+    return _tensor(square.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)))
+
+
+def _tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(picture).copy()).movedim(-1, 0).contiguous()
+
+
+@lru_cache(CACHED)
+def _square(path: Path, least: int, most: int) -> Image.Image:
+    """The middle square of a picture, upright, at a side between `least` and `most` pixels."""
     try:
         with Image.open(path) as image:
-            picture = image.convert("RGB")
+            picture = ImageOps.exif_transpose(image).convert("RGB")
     except OSError as error:
         raise OSDFaceError(f"{path} cannot be read as a picture ({error}): mend it, or take it out of the folder.") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return torch.from_numpy(np.asarray(square).copy()).movedim(-1, 0).contiguous()
+    size = min(max(side, least), most)
+    return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
 class Samples(Dataset[dict[str, Tensor]]):
@@ -88,7 +110,8 @@ class Samples(Dataset[dict[str, Tensor]]):
         generator = generator_for(self.seed, n)
         turn, place = divmod(n, len(self.files))
         index = place if self.still else _order(self.seed, turn, len(self.files))[place]
-        hq = read_square(self.files[index], self.pictures.size).float() / 255
+        zoom = (1.0, 1.0) if self.still else self.pictures.zoom
+        hq = read_part(self.files[index], self.pictures.size, zoom, generator).float() / 255
         if self.pictures.flip and not self.still and bool(torch.rand((), generator=generator) < 0.5):
             hq = hq.flip(-1)
         lq = face = self.degradation(hq, generator)

@@ -149,8 +149,11 @@ class Average:
                 p.data.copy_(own)
 
 
-def train(task: Task, run: Run) -> None:
-    """Trains from the last checkpoint in `run.folder`, or from the start. Raises OSDFaceError where a loss is no number any more."""
+def train(task: Task, run: Run, configuration: str) -> None:
+    """Trains from the last checkpoint in `run.folder`, or from the start. configuration: what config.yaml there will hold.
+
+    Raises OSDFaceError for a checkpoint of another configuration, before anything is written, and where a loss is no number any more.
+    """
     accelerator = task.accelerator
     own = {name: bare(network) for name, network in task.networks.items()}
     flags = {name: [p.requires_grad for p in network.parameters()] for name, network in own.items()}
@@ -170,6 +173,7 @@ def train(task: Task, run: Run) -> None:
     task.step = step = _resume(run, accelerator, own, optimisers, averages)
     if accelerator.is_main_process:
         run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.yaml").write_text(configuration, encoding="utf-8")
     accelerator.init_trackers("log")
     count = sum(p.numel() for network in own.values() for p in network.parameters() if p.requires_grad)
     seen = run.batch * run.accumulate * accelerator.num_processes

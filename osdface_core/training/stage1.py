@@ -181,19 +181,22 @@ class Stage1Task:
         held = Samples(self.measured or self.samples.files, self.config.data, self.config.degradation, self.config.run.seed, still=True)
         rows: dict[str, list[Tensor]] = {}
         codes: dict[str, list[Tensor]] = {}
+        figures: dict[str, list[float]] = {}
         for n in range(len(held) if self.measured else count):
             pictures = self.pictures({key: value[None].to(self.accelerator.device) for key, value in held[n].items()})
             for name, coded in bare(self.networks["autoencoder"])(self._range(pictures)).items():
-                rows.setdefault(name, []).append(pictures[name])
-                rows.setdefault(f"{name}+", []).append((coded.picture.float() + 1) / 2)
+                given = (coded.picture.float() + 1) / 2
+                for key, value in measures(given, pictures[name]).items():
+                    figures.setdefault(f"{name}_{key}", []).append(value)
                 codes.setdefault(name, []).append(coded.codes.flatten().unique())
-        measured: dict[str, float] = {}
+                if n < count:
+                    rows.setdefault(name, []).append(pictures[name])
+                    rows.setdefault(f"{name}+", []).append(given)
+        measured = {key: sum(of) / len(of) for key, of in figures.items()}
         for name, of in codes.items():
-            right, given = torch.cat(rows[name]), torch.cat(rows[f"{name}+"])
-            measured |= {f"{name}_{key}": value for key, value in measures(given, right).items()}
             measured[f"{name}_codes"] = float(len(torch.cat(of).unique()))
             measured[f"{name}_codes_a_face"] = sum(map(len, of)) / len(of)
-        return grid([torch.cat(row[:count]) for row in rows.values()]), measured
+        return grid([torch.cat(row) for row in rows.values()]), measured
 
     def _range(self, pictures: dict[str, Tensor]) -> dict[str, Tensor]:
         scale, shift = (4, 3) if self.config.range == "[-3,1]" else (2, 1)

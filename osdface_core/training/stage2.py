@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,13 +61,14 @@ class Network:
 
 @dataclass(frozen=True)
 class Autoencoding:
-    """kind: kl, diffusers' AutoencoderKL, or builtin, our small one, from `weights`. train: which of it is trained."""
+    """kind: kl, diffusers' AutoencoderKL, or builtin, our small one, from `weights`. train: which of it is trained; grain: the small
+    one's last layer that says how much grain there is."""
 
     kind: Literal["kl", "builtin"] = "kl"
     folder: Path | None = None
     config: dict[str, Any] = field(default_factory=dict)
     weights: Path | None = None
-    train: Literal["none", "decoder", "all"] = "none"
+    train: Literal["none", "decoder", "all", "grain"] = "none"
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,14 @@ class Gan:
 
 @dataclass(frozen=True)
 class Losses:
-    """mse, charbonnier, differences, energies: of pixels, weights alone; latent: of the latents, squared. The others as `Term`."""
+    """mse, charbonnier, differences, energies: of pixels, weights alone, and energy_lags, the last one's; latent: of the latents, squared.
+    The others as `Term`."""
 
     mse: float = 1.0
     charbonnier: float = 0.0
     differences: float = 0.0
     energies: float = 0.0
+    energy_lags: tuple[int, ...] = (1,)
     latent: float = 0.0
     ea_dists: Term = field(default_factory=lambda: Term(1.0))
     identity: Term = field(default_factory=lambda: Term(0.1))
@@ -110,8 +114,8 @@ class Losses:
 @dataclass(frozen=True)
 class Stage2:
     """vre: a file of stage 1, associate_2.ckpt or osdface_vre.safetensors; a projector in it, or beside it, is gone on from.
-    train: the UNet's LoRA, or all of it. frozen_precision: of the networks that are not trained, the embedder excepted.
-    gradient_checkpointing: computes activations twice instead of keeping them."""
+    train: the UNet's LoRA, or all of it, each with the projector; or nothing but what `vae.train` names. frozen_precision: of the
+    networks that are not trained, the embedder excepted. gradient_checkpointing: computes activations twice instead of keeping them."""
 
     run: Run
     data: Pictures
@@ -120,7 +124,7 @@ class Stage2:
     unet: Network
     vae: Autoencoding
     discriminator_optimiser: Optimiser | None = None
-    train: Literal["lora", "full"] = "lora"
+    train: Literal["lora", "full", "none"] = "lora"
     lora: Lora = field(default_factory=Lora)
     projector_hidden: int = 256
     timestep: int = TIMESTEP
@@ -175,8 +179,11 @@ def make_vae(config: Autoencoding, dtype: torch.dtype) -> KL | Builtin:
     made.requires_grad_(False)
     if config.train == "none":
         return made.to(dtype)
-    parts = [made.vae] if config.train == "all" else [getattr(made.vae, n) for n in ("decoder", "post_quant_conv") if hasattr(made.vae, n)]
-    for part in parts:
+    if config.train == "grain" and not isinstance(made, Builtin):
+        raise OSDFaceError("`vae.train` is grain, which only the built-in autoencoder has: set vae.kind=builtin.")
+    names = {"all": ("",), "grain": ("decoder.conv_grain",), "decoder": ("decoder", "post_quant_conv")}[config.train]
+    modules = dict(made.vae.named_modules())
+    for part in (modules[name] for name in names if name in modules):
         part.requires_grad_(True)
     return made
 
@@ -297,6 +304,11 @@ class Stage2Task:
             if config.lora.start:
                 start_lora(unet, config.lora.start)
             log.info("LoRA of rank %d on %d layers", config.lora.rank, len(names))
+        if config.train == "none":
+            if config.vae.train == "none":
+                raise OSDFaceError("`train` and `vae.train` are none: name something to train.")
+            unet.requires_grad_(False)
+            self.embedder.projector.requires_grad_(False)
         vae = make_vae(config.vae, dtype).to(device)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
@@ -367,7 +379,7 @@ class Stage2Task:
         for key, weight, loss in (
             ("charbonnier", terms.charbonnier, charbonnier),
             ("differences", terms.differences, differences),
-            ("energies", terms.energies, energies),
+            ("energies", terms.energies, partial(energies, lags=terms.energy_lags)),
         ):
             if weight:
                 parts[key] = loss(given, right)
