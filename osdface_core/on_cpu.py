@@ -133,7 +133,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tenso
 
     mean_of_group = each(mean(lambda rows: rows.sum(2)))
     centre = mean_of_group.float()[:, None, None]
-    variance = each(mean(lambda rows: torch.linalg.vector_norm(rows - centre, dim=2).double().square()))
+    variance = each(mean(lambda rows: (rows - centre).square_().sum(2)))
     scale = (variance + eps).rsqrt() * (1.0 if weight is None else weight.double())
     shift = (0.0 if bias is None else bias.double()) - mean_of_group * scale
     return torch.addcmul(shift.float()[:, :, None, None], x, scale.float()[:, :, None, None])
