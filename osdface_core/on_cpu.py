@@ -50,8 +50,8 @@ class _Faster(TorchFunctionMode):
     ) -> Any:
         given = kwargs or {}
         if func is F.interpolate:
-            result = func(*args, **given)
-            self.enlarged = (args[0], weakref.ref(result)) if _doubles(args[0], result, given) else None
+            result, x = func(*args, **given), args[0] if args else given["input"]
+            self.enlarged = (x, weakref.ref(result)) if _doubles(x, result, args, given) else None
             return result
         if func is torch.conv2d:
             return self._convolution(*args, **given)
@@ -60,8 +60,16 @@ class _Faster(TorchFunctionMode):
         return func(*args, **given)
 
     def _convolution(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
     ) -> Tensor:
+        x = input
         (small, enlarged), self.enlarged = self.enlarged or (x, None), None
         if x.ndim != 4:
             return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -72,13 +80,13 @@ class _Faster(TorchFunctionMode):
 
 
 def _is(given: Any, value: int) -> bool:
-    return given == value or tuple(given) == (value, value) if not isinstance(given, str) else False
+    return given in (value, (value,), (value, value), [value, value])
 
 
-def _doubles(x: Tensor, result: Tensor, given: dict[str, Any]) -> bool:
-    return (
-        given.get("mode", "nearest") == "nearest" and x.ndim == 4 and result.shape[2:] == (2 * x.shape[2], 2 * x.shape[3])
-    )
+def _doubles(x: Tensor, result: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
+    """Whether F.interpolate, so called, has repeated every pixel of x (B,C,H,W) twice in both directions."""
+    mode = args[3] if len(args) > 3 else given.get("mode", "nearest")
+    return mode == "nearest" and x.ndim == 4 and result.shape[2:] == (2 * x.shape[2], 2 * x.shape[3])
 
 
 def enlarged_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,12 +113,12 @@ def _halved(weight: Tensor, place: int, axis: int) -> Tensor:
     return torch.stack((first + middle, last) if place else (first, middle + last), axis)
 
 
-def _group_norm(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def _group_norm(input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     # torch's own loses four digits in this order (6e-5 instead of 4e-7), which is nothing beside half precision's three.
-    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if not last or x.dtype != torch.float32:
-        return F.group_norm(x, groups, weight, bias, eps)
-    return group_norm(x, groups, weight, bias, eps)
+    last = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    if not last or input.dtype != torch.float32:
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    return group_norm(input, num_groups, weight, bias, eps)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:

@@ -78,6 +78,28 @@ def test_a_network_gives_within_what_it_gives_without() -> None:
         assert (found - wanted).abs().max() < 2e-6 + 2 * (network(x) - wanted).abs().max()
 
 
+def test_torchs_functions_may_be_called_in_each_of_their_ways() -> None:
+    torch.manual_seed(0)
+    x, weight, bias, scale = torch.rand(1, 4, 8, 8), torch.randn(4, 4, 3, 3), torch.randn(4), torch.rand(4)
+
+    def everything() -> list[Tensor]:
+        enlarged = [
+            F.interpolate(x, None, 2.0, "nearest"), F.interpolate(x, None, 2.0, "bilinear"), F.interpolate(input=x, scale_factor=2.0),
+            F.interpolate(x, (16, 16)), F.interpolate(x, 8),
+        ]
+        found = [F.conv2d(big, weight, bias, 1, 1) for big in enlarged]
+        ways: list[tuple[int, Any]] = [(1, 0), (1, 1), (1, "valid"), (2, 0), (2, 1)]
+        found += [F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, stride, padding) for stride, padding in ways]
+        found += [F.conv2d(input=x, weight=weight, stride=2, padding=[1, 1]), F.conv2d(x[0], weight, bias, padding=(1, 2))]
+        return [*found, F.group_norm(input=found[0], num_groups=2, weight=scale), F.group_norm(found[0], 4), F.group_norm(x[0], 2)]
+
+    wanted = everything()
+    with faster(CPU):
+        found = everything()
+    for one, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5)
+
+
 def test_it_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     for name in ("enlarged_convolution", "group_norm"):
