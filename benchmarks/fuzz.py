@@ -30,9 +30,11 @@ from typing import Any
 
 import numpy as np
 import requests
+import torch
 import websocket
 from PIL import Image
 
+from osdface_core.parse import ParseNet
 from tests.conftest import comfyui_path
 from tests.frontend import server
 
@@ -463,10 +465,6 @@ def populate(base: Path, data: Path | None) -> tuple[list[str], list[str]]:
     if data is not None:
         detector = data / "weights" / "detection_mobilenet0.25_Final.pth"
         (base / "models" / "facedetection" / detector.name).symlink_to(detector)
-    import torch
-
-    from osdface_core.parse import ParseNet
-
     torch.manual_seed(0)
     torch.save(ParseNet().state_dict(), base / "models" / "facedetection" / "parsing_parsenet.pth")
     return write_pictures(base / "input", data)
