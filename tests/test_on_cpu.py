@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import Conv2d, GroupNorm
 
 from osdface_core import on_cpu
 from osdface_core.on_cpu import enlarged_convolution, faster, group_norm
@@ -49,11 +50,11 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3, 16, 3, padding=1)
-        self.norm = nn.GroupNorm(4, 16)
-        self.plain, self.stepped = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, stride=2, padding=1)
-        self.wide, self.same = nn.Conv2d(16, 16, 5, padding=2), nn.Conv2d(16, 16, 3, padding="same", groups=4)
-        self.dilated, self.last = nn.Conv2d(16, 16, 3, padding=2, dilation=2), nn.Conv2d(16, 3, 1)
+        self.first = Conv2d(3, 16, 3, padding=1)
+        self.norm = GroupNorm(4, 16)
+        self.plain, self.stepped = Conv2d(16, 16, 3, padding=1), Conv2d(16, 16, 3, stride=2, padding=1)
+        self.wide, self.same = Conv2d(16, 16, 5, padding=2), Conv2d(16, 16, 3, padding="same", groups=4)
+        self.dilated, self.last = Conv2d(16, 16, 3, padding=2, dilation=2), Conv2d(16, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(self.norm(self.first(x)))
@@ -105,7 +106,7 @@ def test_it_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("enlarged_convolution", "group_norm"):
         usual = getattr(on_cpu, name)
         monkeypatch.setattr(on_cpu, name, lambda *inputs, name=name, usual=usual: ran.append(name) or usual(*inputs))
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1))
+    network = nn.Sequential(Conv2d(3, 8, 3, padding=1), GroupNorm(2, 8), nn.Upsample(scale_factor=2), Conv2d(8, 8, 3, padding=1))
     with torch.inference_mode(), faster(CPU, network):
         network(torch.rand(1, 3, 16, 16))
     assert ran == ["group_norm", "enlarged_convolution"]
@@ -127,7 +128,7 @@ def test_a_compiled_network_and_another_device_are_left_alone(monkeypatch: pytes
         with faster(*given) as mode:
             return mode is not None
 
-    network: Any = nn.Sequential(nn.Conv2d(3, 3, 1))
+    network: Any = nn.Sequential(Conv2d(3, 3, 1))
     assert changes(CPU, network)
     assert not changes(torch.device("meta"), network)
     assert not changes(CPU, network, nn.ModuleList([torch.compile(network)]))
