@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -107,6 +109,10 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(comfyui: Path, populate: Callable[[Path], None], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    # A ComfyUI in this process, from tests before these, keeps gigabytes that the server wants.
+    if management := sys.modules.get("comfy.model_management"):
+        management.unload_all_models()
+        gc.collect()
     base = tmp_path_factory.mktemp("server")
     populate(base)
     (base / "custom_nodes" / "keep").mkdir()
