@@ -564,6 +564,26 @@ def test_attention_on_a_cpu_is_torchs_own_unless_another_is_chosen(
     assert chosen({}) is None
 
 
+def test_a_bf16_unet_computes_in_bf16_on_a_processor_that_can(
+    host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI would cast every weight to fp32. Only where the user has asked for bf16, and the MODEL itself is not changed."""
+    model = checkpoint[0].clone()
+
+    def merged(weights: torch.dtype, computes: bool) -> Any:
+        monkeypatch.setattr(host.host, "computes_in_bf16", lambda: computes)
+        monkeypatch.setattr(model.model, "get_dtype", lambda: weights)
+        monkeypatch.setattr(model.model, "manual_cast_dtype", None if weights == torch.float32 else torch.float32)
+        clone = host.host._merged(model, host.host.parse_lora(host.host.read_tensors(host.host.find(LORA, "loras")), LORA), LORA, 1.0)
+        return clone.object_patches.get("manual_cast_dtype")
+
+    assert merged(torch.bfloat16, True) == torch.bfloat16
+    assert merged(torch.bfloat16, False) is None
+    assert merged(torch.float16, True) is None
+    assert merged(torch.float32, True) is None
+    assert not model.object_patches
+
+
 def test_a_network_is_read_once_while_its_file_stays(
     host: Any, monkeypatch: pytest.MonkeyPatch, crop: Callable[[str], torch.Tensor]
 ) -> None:
