@@ -100,6 +100,8 @@ def restore(
     check_prompts(prompts, count)
     if not 0 <= timestep < TIMESTEPS:
         raise OSDFaceError(f"`timestep` is {timestep}; a whole number from 0 to {TIMESTEPS - 1} is wanted: set it to {TIMESTEP}.")
+    if faces_per_batch < 0:
+        raise OSDFaceError(f"`faces_per_batch` is {faces_per_batch}; a number of faces, or 0 for as many as fit, is wanted: set it to 0.")
     height, width = working_size(*crops.shape[1:3])
     out = torch.empty(count, height, width, 3, device=crops.device)
     failed: list[int] = []

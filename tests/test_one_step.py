@@ -224,3 +224,8 @@ def test_prompts_that_do_not_fit_are_refused(given: Tensor, says: str) -> None:
 def test_a_timestep_outside_the_schedule_is_refused(timestep: int) -> None:
     with pytest.raises(OSDFaceError, match=f"`timestep` is {timestep}; a whole number from 0 to 999 is wanted"):
         restore(crops(1, 16, 24), prompts(1), Pixels(), timestep=timestep)
+
+
+def test_a_negative_number_of_faces_at_once_is_refused() -> None:
+    with pytest.raises(OSDFaceError, match="`faces_per_batch` is -1; a number of faces, or 0 for as many as fit, is wanted"):
+        restore(crops(3, 16, 24), prompts(3), Pixels(), faces_per_batch=-1)

@@ -270,6 +270,24 @@ def test_grain_alone_is_trained_where_nothing_else_is(faces: Path, vre: Path, tm
     assert changed == {"decoder.conv_grain.weight", "decoder.conv_grain.bias"}
 
 
+def test_a_trained_decoder_keeps_undegraded_pictures_where_it_is_asked_to(faces: Path, vre: Path, tmp_path: Path) -> None:
+    pictures = torch.stack([torch.from_numpy(np.array(Image.open(p))).movedim(-1, 0) / 127.5 - 1 for p in sorted(faces.iterdir())])
+    file = ROOT / "osdface_core" / "builtin" / "autoencoder.safetensors"
+    small = {"kind": "builtin", "weights": str(file), "train": "all"}
+    # A degradation that leaves nothing: the decoder would learn that every picture is flat.
+    flat = {"stages": [{"kernels": {"none": 1}, "shrink": [SIDE, SIDE], "jpeg_chance": 0.0}]}
+
+    def error(weight: float) -> float:
+        config = stage2(faces, tmp_path, vre, vae=small, degradation=flat, losses={"mse": 1.0, "autoencoding": weight, **OFF})
+        folder = run(config, "stage2", "run.steps=20", "run.batch=8", "run.ema=0.0", f"run.folder={tmp_path / str(weight)}")
+        network = Autoencoder()
+        network.load_state_dict(load_file(folder / "autoencoder.safetensors"))
+        with torch.no_grad():
+            return float((network(pictures) - pictures).square().mean())
+
+    assert error(1.0) < error(0.0) / 2
+
+
 def test_nothing_to_train_or_grain_of_another_autoencoder_is_refused(
     faces: Path, vre: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,7 +98,8 @@ class Gan:
 @dataclass(frozen=True)
 class Losses:
     """mse, charbonnier, differences, energies: of pixels, weights alone, and energy_lags, the last one's; latent: of the latents, squared.
-    The others as `Term`."""
+    autoencoding: how much these four weigh for undegraded pictures through the autoencoder alone, a quarter of each batch, without which
+    a trained decoder forgets them. The others as `Term`."""
 
     mse: float = 1.0
     charbonnier: float = 0.0
@@ -106,6 +107,7 @@ class Losses:
     energies: float = 0.0
     energy_lags: tuple[int, ...] = (1,)
     latent: float = 0.0
+    autoencoding: float = 0.0
     ea_dists: Term = field(default_factory=lambda: Term(1.0))
     identity: Term = field(default_factory=lambda: Term(0.1))
     gan: Gan = field(default_factory=Gan)
@@ -273,14 +275,16 @@ class Generator(nn.Module):
         alpha = float(alphas_cumprod()[timestep])
         self.signal, self.noise = alpha**0.5, (1 - alpha) ** 0.5
 
-    def forward(self, pixels: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (B,3,H,W) in [0,1], codes (B,77,features) -> restored pixels, not clamped, and x0 (B,4,H/8,W/8)."""
+    def forward(self, pixels: Tensor, codes: Tensor, clean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """pixels (B,3,H,W) in [0,1], codes (B,77,features) -> restored pixels, not clamped, and x0 (B,4,H/8,W/8); beside them pictures
+        `clean` as the autoencoder alone gives them back."""
         with autocast(pixels.device.type, enabled=False):
             prompts = self.projector(codes)
         latents = self.vae.encode(pixels)
         predicted = self.unet(latents, self.timestep, encoder_hidden_states=prompts).sample.float()
         x0 = (latents - self.noise * predicted) / self.signal
-        return self.vae.decode(x0).float(), x0
+        again = None if clean is None else self.vae.decode(self.vae.encode(clean)).float()
+        return self.vae.decode(x0).float(), x0, again
 
 
 class Stage2Task:
@@ -360,6 +364,20 @@ class Stage2Task:
         steps, noise = (v.repeat(times, *[1] * (v.ndim - 1)) for v in noise_for(generators, latents[: len(numbers)]))
         return network(latents, self.codes.repeat(times, 1, 1), steps, noise)
 
+    def _of_pixels(self, given: Tensor, right: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = self.config.losses
+        parts: dict[str, Tensor] = {"mse": (given - right).square().mean()}
+        total = terms.mse * parts["mse"]
+        for key, weight, loss in (
+            ("charbonnier", terms.charbonnier, charbonnier),
+            ("differences", terms.differences, differences),
+            ("energies", terms.energies, partial(energies, lags=terms.energy_lags)),
+        ):
+            if weight:
+                parts[key] = loss(given, right)
+                total = total + weight * parts[key]
+        return total, parts
+
     def losses(self, name: str, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         terms, right, numbers = self.config.losses, batch["hq"], batch["number"].tolist()
         on = float(self.step >= terms.gan.start)
@@ -372,18 +390,13 @@ class Stage2Task:
             return total * on, {"discriminator": total}
         with torch.no_grad():
             self.codes = self.embedder.codes(batch["face"])
-        given, x0 = self.networks["generator"](batch["lq"], self.codes)
+        clean = right[: max(1, len(right) // 4)] if terms.autoencoding else None
+        given, x0, again = self.networks["generator"](batch["lq"], self.codes, clean)
         self.fake = given.detach(), x0.detach()
-        parts: dict[str, Tensor] = {"mse": (given - right).square().mean()}
-        total = terms.mse * parts["mse"]
-        for key, weight, loss in (
-            ("charbonnier", terms.charbonnier, charbonnier),
-            ("differences", terms.differences, differences),
-            ("energies", terms.energies, partial(energies, lags=terms.energy_lags)),
-        ):
-            if weight:
-                parts[key] = loss(given, right)
-                total = total + weight * parts[key]
+        total, parts = self._of_pixels(given, right)
+        if clean is not None:
+            parts["autoencoding"], _ = self._of_pixels(again, clean)
+            total = total + terms.autoencoding * parts["autoencoding"]
         if terms.latent:
             parts["latent"] = (x0 - self._latents(right)).square().mean()
             total = total + terms.latent * parts["latent"]
