@@ -1,6 +1,6 @@
 """What the built-in model restores, beside the degraded picture and the best plain filter; and what its detector finds, beside RetinaFace.
 
-    python -m benchmarks.builtin DATA [restoration] [detection] [--grid FILE] [--limit N]
+    python -m benchmarks.builtin DATA [restoration] [ceiling] [detection] [--grid FILE] [--limit N]
 
 DATA is the folder with images/ and weights/. Only portraits that training never saw are used: those whose number is a multiple of 6.
 OpenCV is wanted for the filters.
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from osdface_core import builtin
+from osdface_core.builtin.autoencoder import blue_noise
 from osdface_core.detect import Detection, detect
 from osdface_core.faces import find_faces
 from osdface_core.one_step import restore
@@ -151,6 +152,32 @@ def restoration(data: Path, limit: int, grid: Path | None) -> None:
         Image.fromarray(bytes_of(torch.cat(rows))).save(grid)
 
 
+def energies(picture: Tensor) -> Tensor:
+    """(H,W,3) -> (H,W): what `energy` adds up, each pixel's as the mean of the 17 x 17 about it."""
+    x = picture.movedim(-1, 0)[None]
+    steps = F.pad(x.diff(dim=3).square(), (0, 1)) + F.pad(x.diff(dim=2).square(), (0, 0, 0, 1))
+    return F.avg_pool2d(steps.mean(1, keepdim=True), 17, 1, 8, count_include_pad=False)[0, 0]
+
+
+def ceiling(data: Path, limit: int, share: float = 0.7) -> None:
+    """What sharpness costs one who knows where it is: grain, put in until every place has `share` of the original's gradient energy, on
+    the degraded picture and on one that lost its noise and its JPEG blocks perfectly."""
+    pictures = [load(path, SIDE) for path in held_out_portraits(data, limit)]
+    tile = blue_noise(torch.Generator().manual_seed(0))[0, 0]
+    grain = tile.repeat(SIDE // len(tile), SIDE // len(tile))[..., None]
+    unit = energy(grain.expand(-1, -1, 3))
+    print("| pictures | degraded by | | PSNR dB | SSIM | gradient energy |\n|---|---|---|---|---|---|")
+    for kind, (blur, shrink, noise, quality) in KINDS.items():
+        for what, numbers in (("degraded", (blur, shrink, noise, quality)), ("a perfect denoiser", (blur, shrink, 0.0, 100))):
+            poor = [degraded(picture, numbers, seed)[1] for seed, picture in enumerate(pictures)]
+            table(f"{len(pictures)} portraits", kind, what, poor, pictures)
+            grainy = []
+            for x, right in zip(poor, pictures, strict=True):
+                missing = (share * energies(right) - energies(x)).clamp(min=0)
+                grainy.append((x + grain * (missing / unit).sqrt()[..., None]).clamp(0, 1))
+            table(f"{len(pictures)} portraits", kind, f"{what}, and grain", grainy, pictures)
+
+
 def table(pictures: str, kind: str, what: str, given: list[Tensor], right: list[Tensor]) -> None:
     def mean(measure: Callable[[Tensor, Tensor], float]) -> float:
         return sum(measure(g, r) for g, r in zip(given, right, strict=True)) / len(given)
@@ -202,12 +229,14 @@ def detection(data: Path, limit: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("parts", nargs="*", choices=["restoration", "detection", []])
+    parser.add_argument("parts", nargs="*", choices=["restoration", "ceiling", "detection", []])
     parser.add_argument("--grid", type=Path, help="where to write degraded, restored and original faces side by side")
     parser.add_argument("--limit", type=int, default=0, help="of the portraits, about so many")
     given = parser.parse_args()
     if "restoration" in given.parts or not given.parts:
         restoration(given.data, given.limit, given.grid)
+    if "ceiling" in given.parts or not given.parts:
+        ceiling(given.data, given.limit)
     if "detection" in given.parts or not given.parts:
         detection(given.data, given.limit)
 

@@ -5,7 +5,8 @@
 Each run finds, restores and pastes the faces of a picture with the small built-in model, over another picture, place and strength than
 the one before, so that nothing is answered from the host's cache. Prints the process's private memory (USS) every tenth run, its growth
 in per cent after the tenth run and after the fiftieth, and what is held once the host was asked to free everything (POST /free), before
-these runs and after them. --core runs graphs of the host's own nodes alone, over the same pictures: what the host itself keeps.
+these runs, after them, and after each of a few more. --core runs graphs of the host's own nodes alone, over the same pictures: what the
+host itself keeps.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ PICTURES = ("astronaut.png", "astronaut.webp", "two.png", "face_alpha.png")
 WARM = 10
 # Seconds, on a machine with other work; and after which the host has collected what it has let go.
 START, COLLECTED = 900, 15
+# Runs at the end with everything freed after each.
+AGAIN = 6
 
 
 def graph(run: int, core: bool) -> dict[str, Any]:
@@ -102,7 +105,11 @@ def main() -> int:
                 spread = f"between {min(curve[first:]):.1f} and {max(curve[first:]):.1f} MiB"
                 print(f"growth after run {first}: {growth(curve, first):+.2f} % ({spread})")
             freed.append(after_free(address, process))
-            print(f"after /free: {freed[1]:.1f} MiB; before these runs it was {freed[0]:.1f} ({freed[1] / freed[0] * 100 - 100:+.2f} %)")
+            for run in range(AGAIN):
+                prompts.run(graph(run, given.core))
+                freed.append(after_free(address, process))
+            print("after /free, MiB: " + ", ".join(f"{held:.1f}" for held in freed))
+            print(f"the first after {len(PICTURES)} runs, the second after {given.runs} more, the others after one more each")
     if given.csv:
         given.csv.write_text("run,MiB\n" + "".join(f"{i + 1},{value:.2f}\n" for i, value in enumerate(curve)))
     return 0 if growth(curve, WARM) <= 1 else 1
