@@ -37,6 +37,15 @@ def test_edges_are_sobels() -> None:
     assert np.abs(losses.edges(x)[:, 0].numpy() - np.stack(theirs)).max() < 1e-5
 
 
+def test_the_coarse_error_sees_what_is_larger_than_its_squares_alone() -> None:
+    flat = torch.full((1, 3, 16, 16), 0.5)
+    board = flat + 0.2 * ((torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2 - 1)
+    assert float(losses.coarse(board, flat)) == pytest.approx(0, abs=1e-9)
+    assert float(losses.coarse(flat + 0.1, flat)) == pytest.approx(2 * 0.1**2)
+    squares = flat + 0.1 * ((torch.arange(16)[:, None] // 4 + torch.arange(16) // 4) % 2 * 2 - 1)
+    assert float(losses.coarse(squares, flat)) == pytest.approx(0.1**2), "squares of 4 px are gone in the means of 8"
+
+
 def test_energies_tell_a_checkerboard_from_other_texture_by_its_lags() -> None:
     flat = torch.full((1, 3, 64, 64), 0.5)
     board = flat + 0.1 * (1 - 2 * ((torch.arange(64)[:, None] + torch.arange(64)) % 2))

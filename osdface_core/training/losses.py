@@ -64,6 +64,13 @@ def energies(given: Tensor, right: Tensor, window: int = 16, lags: Sequence[int]
     return sum(((of(given, lag) - of(right, lag)).abs().mean() for lag in lags), given.new_zeros(())) / len(lags)
 
 
+def coarse(given: Tensor, right: Tensor, sizes: Sequence[int] = (4, 8)) -> Tensor:
+    """Mean squared difference of the squares' means, of each of these sizes in pixels, added up. The picture that makes it least is the
+    one that makes the pixels' squared error least, too; but here the detail that nobody can foretell does not drown what can be learned.
+    """
+    return sum((F.avg_pool2d(given - right, size).square().mean() for size in sizes), given.new_zeros(()))
+
+
 def edges(pictures: Tensor) -> Tensor:
     """(B,3,H,W) -> (B,1,H,W): Sobel's gradient magnitude of the channels' mean, sqrt(gx^2 + gy^2 + 1e-6), zeros beyond the border.
 

@@ -29,6 +29,7 @@ from .loop import Optimiser, Run, bare, grid
 from .losses import (
     Term,
     charbonnier,
+    coarse,
     differences,
     edge_aware_dists,
     energies,
@@ -97,11 +98,12 @@ class Gan:
 
 @dataclass(frozen=True)
 class Losses:
-    """mse, charbonnier, differences, energies: of pixels, weights alone, and energy_lags, the last one's; latent: of the latents, squared.
-    autoencoding: how much these four weigh for undegraded pictures through the autoencoder alone, a quarter of each batch, without which
-    a trained decoder forgets them. The others as `Term`."""
+    """mse, coarse, charbonnier, differences, energies: of pixels, weights alone, and energy_lags, the last one's. latent: of the latents,
+    squared. autoencoding: how much those of pixels weigh for undegraded pictures through the autoencoder alone, a quarter of each
+    batch, without which a trained decoder forgets them. The others as `Term`."""
 
     mse: float = 1.0
+    coarse: float = 0.0
     charbonnier: float = 0.0
     differences: float = 0.0
     energies: float = 0.0
@@ -369,6 +371,7 @@ class Stage2Task:
         parts: dict[str, Tensor] = {"mse": (given - right).square().mean()}
         total = terms.mse * parts["mse"]
         for key, weight, loss in (
+            ("coarse", terms.coarse, coarse),
             ("charbonnier", terms.charbonnier, charbonnier),
             ("differences", terms.differences, differences),
             ("energies", terms.energies, partial(energies, lags=terms.energy_lags)),
