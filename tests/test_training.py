@@ -29,10 +29,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState  # no
 
 from osdface_core.builtin.autoencoder import Autoencoder  # noqa: E402
 from osdface_core.lora import parse_lora  # noqa: E402
+from osdface_core.on_cpu import computes_in_bf16  # noqa: E402
 from osdface_core.training import stage1 as training_stage1  # noqa: E402
 from osdface_core.training.__main__ import main  # noqa: E402
 from osdface_core.training.config import read_config  # noqa: E402
-from osdface_core.training.loop import checkpoints  # noqa: E402
+from osdface_core.training.loop import Run, accelerator_for, checkpoints  # noqa: E402
 from osdface_core.training.stage1 import Stage1  # noqa: E402
 from osdface_core.training.stage2 import Stage2  # noqa: E402
 from osdface_core.vre import build_embedder, read_embedder  # noqa: E402
@@ -322,6 +323,19 @@ def test_the_configurations_are_read(name: str, kind: type) -> None:
     assert read_config(kind, CONFIGS / f"{name}.yaml", ["run.steps=7"]).run.steps == 7
 
 
+def test_no_as_yaml_reads_it_is_no_precision() -> None:
+    assert read_config(Stage2, CONFIGS / "stage2.yaml", ["run.precision=no"]).run.precision == "no"
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_on_a_processor_without_it_is_warned_of(
+    has: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("osdface_core.training.loop.computes_in_bf16", lambda: has)
+    accelerator_for(Run(tmp_path, steps=1, precision="bf16", cpu=True))
+    assert ("no instructions for bf16" in caplog.text) is not has
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -360,6 +374,8 @@ def test_a_full_size_step_of_stage_2_fits_in_20_gib(judge: str, stand_ins: Path,
     command += [f"unet.folder={base}", f"vae.folder={base}", f"lora.start={stand_ins / 'osdface' / 'pytorch_lora_weights.safetensors'}"]
     command += [f"run.folder={tmp_path}", "run.steps=1", "run.batch=1", "run.cpu=true", "run.workers=0", "run.samples=0"]
     command += [f"losses.gan.network.folder={base}"] if judge else []
+    # Without instructions for bf16 a processor takes hours over it.
+    command += [] if computes_in_bf16() else ["run.precision=no", "frozen_precision=fp32"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     gibibytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

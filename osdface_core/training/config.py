@@ -74,8 +74,10 @@ def _made(kind: Any, value: Any, where: str) -> Any:
             return tuple(_made(arguments[0], v, f"{where}.{i}") for i, v in enumerate(value))
         if len(value) == len(arguments):
             return tuple(_made(a, v, f"{where}.{i}") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
-    if origin is typing.Literal and value in arguments:
-        return value
+    if origin is typing.Literal:
+        word = "no" if value is False else value  # as YAML reads it
+        if word in arguments:
+            return word
     if origin is dict and isinstance(value, dict):
         return {key: _made(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
     if kind is Any or (kind in (bool, int, str) and type(value) is kind):

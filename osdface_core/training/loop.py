@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import OSDFaceError
+from ..on_cpu import computes_in_bf16
 from .data import Samples, batches
 from .losses import check_finite
 
@@ -109,6 +110,8 @@ def accelerator_for(run: Run) -> Accelerator:
         log_with="tensorboard",
         project_dir=str(run.folder),
     )
+    if run.precision == "bf16" and accelerator.device.type == "cpu" and not computes_in_bf16():
+        log.warning('This processor has no instructions for bf16, which makes it many times slower: set run.precision="no".')
     set_seed(run.seed)
     return accelerator
 
