@@ -46,6 +46,16 @@ def test_the_coarse_error_sees_what_is_larger_than_its_squares_alone() -> None:
     assert float(losses.coarse(squares, flat)) == pytest.approx(0.1**2), "squares of 4 px are gone in the means of 8"
 
 
+def test_the_lattice_error_sees_what_repeats_with_the_blocks_alone() -> None:
+    flat = torch.full((1, 3, 64, 64), 0.5)
+    lines = flat + 0.1 * (torch.arange(64) % 4 // 2 * 2 - 1)
+    assert float(losses.lattice(lines, flat)) == pytest.approx(0.1**2, rel=1e-4)
+    turning = flat + 0.1 * (torch.arange(64) % 4 // 2 * 2 - 1) * (torch.arange(64) // 8 % 2 * 2 - 1)
+    assert float(losses.lattice(turning, flat)) == pytest.approx(0, abs=1e-9)
+    grain = flat + 0.1 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert float(losses.lattice(grain, flat)) < 0.1**2 / 32
+
+
 def test_energies_tell_a_checkerboard_from_other_texture_by_its_lags() -> None:
     flat = torch.full((1, 3, 64, 64), 0.5)
     board = flat + 0.1 * (1 - 2 * ((torch.arange(64)[:, None] + torch.arange(64)) % 2))

@@ -71,6 +71,13 @@ def coarse(given: Tensor, right: Tensor, sizes: Sequence[int] = (4, 8)) -> Tenso
     return sum((F.avg_pool2d(given - right, size).square().mean() for size in sizes), given.new_zeros(()))
 
 
+def lattice(given: Tensor, right: Tensor, block: int = 8, window: int = 64) -> Tensor:
+    """Mean squared difference, averaged over the pixels that have the same place in their block, in squares of `window` px: what a pattern
+    that repeats with the latents' blocks leaves, such as lines of one pixel, but no texture of another kind."""
+    by_place = F.pixel_unshuffle(given - right, block)
+    return F.avg_pool2d(by_place, min(window // block, *by_place.shape[-2:])).square().mean()
+
+
 def edges(pictures: Tensor) -> Tensor:
     """(B,3,H,W) -> (B,1,H,W): Sobel's gradient magnitude of the channels' mean, sqrt(gx^2 + gy^2 + 1e-6), zeros beyond the border.
 

@@ -35,6 +35,7 @@ from .losses import (
     energies,
     gan_losses,
     identity,
+    lattice,
     load_arcface,
     load_dists,
     measures,
@@ -98,12 +99,13 @@ class Gan:
 
 @dataclass(frozen=True)
 class Losses:
-    """mse, coarse, charbonnier, differences, energies: of pixels, weights alone, and energy_lags, the last one's. latent: of the latents,
-    squared. autoencoding: how much those of pixels weigh for undegraded pictures through the autoencoder alone, a quarter of each
-    batch, without which a trained decoder forgets them. The others as `Term`."""
+    """mse, coarse, lattice, charbonnier, differences, energies: of pixels, weights alone, and energy_lags, the last one's. latent: of the
+    latents, squared. autoencoding: how much those of pixels weigh for undegraded pictures through the autoencoder alone, a quarter of
+    each batch, without which a trained decoder forgets them. The others as `Term`."""
 
     mse: float = 1.0
     coarse: float = 0.0
+    lattice: float = 0.0
     charbonnier: float = 0.0
     differences: float = 0.0
     energies: float = 0.0
@@ -372,6 +374,7 @@ class Stage2Task:
         total = terms.mse * parts["mse"]
         for key, weight, loss in (
             ("coarse", terms.coarse, coarse),
+            ("lattice", terms.lattice, lattice),
             ("charbonnier", terms.charbonnier, charbonnier),
             ("differences", terms.differences, differences),
             ("energies", terms.energies, partial(energies, lags=terms.energy_lags)),
