@@ -65,15 +65,15 @@ def energies(given: Tensor, right: Tensor, window: int = 16, lags: Sequence[int]
 
 
 def coarse(given: Tensor, right: Tensor, sizes: Sequence[int] = (4, 8)) -> Tensor:
-    """Mean squared difference of the squares' means, of each of these sizes in pixels, added up. The picture that makes it least is the
-    one that makes the pixels' squared error least, too; but here the detail that nobody can foretell does not drown what can be learned.
+    """Mean squared difference of the squares' means, of each of these sizes in pixels, added up. The mean of all that the picture
+    may have been makes it least, as it does the pixels' squared error; but here detail that nobody can foretell does not count.
     """
     return sum((F.avg_pool2d(given - right, size).square().mean() for size in sizes), given.new_zeros(()))
 
 
 def lattice(given: Tensor, right: Tensor, block: int = 8, window: int = 64) -> Tensor:
     """Mean squared difference, averaged over the pixels that have the same place in their block, in squares of `window` px: what a pattern
-    that repeats with the latents' blocks leaves, such as lines of one pixel, but no texture of another kind."""
+    that repeats with the latents' blocks leaves, such as lines of one pixel, and a constant difference, but no texture of another kind."""
     by_place = F.pixel_unshuffle(given - right, block)
     return F.avg_pool2d(by_place, min(window // block, *by_place.shape[-2:])).square().mean()
 
