@@ -12,7 +12,8 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint() -> ComfyExtension:
     """Called by ComfyUI. Its modules are imported only here, so that the package can also be imported without it."""
-    from .nodes import OSDFaceExtension, host
+    from .nodes import OSDFaceExtension
+    from .nodes.comfy import host
 
     host.register_folders()
     return OSDFaceExtension()

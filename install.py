@@ -17,7 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from osdface_core.errors import OSDFaceError
-from osdface_core.weights.catalogue import BASE, BY_NAME, CATALOGUE, KOHYA_LORA, SEARCHED, WeightFile, sources
+from osdface_core.weights.catalogue import (
+    BASE,
+    BY_NAME,
+    CATALOGUE,
+    KOHYA_LORA,
+    SEARCHED,
+    WeightFile,
+    sources,
+)
 
 ROOT = Path(__file__).resolve().parent
 MANAGER_VARIABLES = ("COMFYUI_FOLDERS_BASE_PATH", "COMFYUI_PATH")

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from osdface_core import builtin
-from osdface_core.builtin.autoencoder import blue_noise
-from osdface_core.detect import Detection, detect
-from osdface_core.faces import find_faces
-from osdface_core.one_step import restore
-from osdface_core.retinaface import build_retinaface
-from osdface_core.select import Choice
+from osdface_core.faces.choose import Choice
+from osdface_core.faces.detect import Detection, detect
+from osdface_core.faces.find import find_faces
+from osdface_core.faces.retinaface import build_retinaface
+from osdface_core.osdface import builtin
+from osdface_core.osdface.builtin.autoencoder import blue_noise
+from osdface_core.osdface.restore import restore
 from osdface_core.training.autoencoder import held_out
 from osdface_core.weights.reading import read_tensors
 

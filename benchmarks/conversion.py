@@ -46,7 +46,7 @@ def write_stand_in(checkpoint: Path, projector: Path, size: float) -> None:
     """A Lightning checkpoint of about `size` bytes, and the projector."""
     import torch
 
-    from osdface_core.vre.embedder import VisualEmbedder
+    from osdface_core.osdface.vre.embedder import VisualEmbedder
 
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in VisualEmbedder().state_dict().items()}

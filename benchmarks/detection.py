@@ -22,11 +22,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from osdface_core.align import TEMPLATE, apply, compose, cut, inverse, reach, sampled, similarity, warp
-from osdface_core.detect import Detection, detect, look
-from osdface_core.faces import find_faces
-from osdface_core.retinaface import RetinaFace, build_retinaface
-from osdface_core.types import Affine
+from osdface_core.faces.detect import Detection, detect, look
+from osdface_core.faces.face import Affine
+from osdface_core.faces.find import find_faces
+from osdface_core.faces.retinaface import RetinaFace, build_retinaface
+from osdface_core.pictures.resampling import (
+    TEMPLATE,
+    apply,
+    compose,
+    cut,
+    inverse,
+    reach,
+    sampled,
+    similarity,
+    warp,
+)
 
 ANGLES = (0, 30, 60, 90, 135, 180)
 # A face counts as found the right way up if its worst landmark is within this share of the face's height of where it must be.

@@ -34,7 +34,7 @@ import torch
 import websocket
 from PIL import Image
 
-from osdface_core.parse import ParseNet
+from osdface_core.faces.face_parser import ParseNet
 from tests.conftest import comfyui_path
 from tests.frontend import server
 

@@ -165,7 +165,7 @@ class FuzzFaces(Node):
 
     def run(self, faces: Any, harm: str, seed: int) -> tuple[Any]:
         rng = random.Random(seed)
-        types = next(module for name, module in sys.modules.items() if name.endswith("osdface.osdface_core.types"))
+        types = next(module for name, module in sys.modules.items() if name.endswith("osdface.osdface_core.faces.face"))
         if not len(faces):
             plain = ((2.0, 0.0, 3.0), (0.0, 2.0, 4.0))
             points = tuple((float(10 * i), float(7 * i)) for i in range(5))

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from facexlib.utils.face_restoration_helper import FaceRestoreHelper
 
-from osdface_core.align import cut_all, similarity
-from osdface_core.parse import face_probability
-from osdface_core.paste import paste
-from osdface_core.types import Face, Faces
+from osdface_core.faces.face import Face, Faces
+from osdface_core.faces.face_parser import face_probability
+from osdface_core.faces.paste import paste
+from osdface_core.pictures.resampling import cut_all, similarity
 
 TEMPLATE = np.array([[192.98138, 239.94708], [318.90277, 240.1936], [256.63416, 314.01935], [201.26117, 371.41043], [313.08905, 371.15118]])
 FRAMES = {"1080p": (1920, 1080), "4K": (3840, 2160)}

@@ -170,7 +170,7 @@ class Ours:
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.portraits, self.without = given.data / "images" / "portraits", False
         pack_name = str(pack).replace(".", "_x_") + ".nodes"
-        host, vre = sys.modules[f"{pack_name}.host"], sys.modules[f"{pack_name}.osdface_vre"]
+        host, vre = sys.modules[f"{pack_name}.comfy.host"], sys.modules[f"{pack_name}.osdface_vre"]
         self._time(host.HostBackbone, "encode", "encode", lambda of, pixels: torch.zeros(len(pixels), 4, 64, 64))
         self._time(host.HostBackbone, "denoise", "step", lambda of, latents, prompts, timestep: latents)
         self._time(host.HostBackbone, "decode", "decode", lambda of, latents: torch.full((len(latents), 3, 512, 512), 0.5))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .comfy.guard import checked
 from .face_detect_align import FaceDetectAlign
 from .face_paste_back import FacePasteBack
 from .face_select import FaceSelect
-from .guard import checked
 from .osdface_builtin import OSDFaceBuiltinModel
 from .osdface_one_step import OSDFaceOneStep
 from .osdface_restore import OSDFaceRestore

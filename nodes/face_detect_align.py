@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..osdface_core import builtin
 from ..osdface_core.chunks import Progress
-from ..osdface_core.detect import memory
-from ..osdface_core.faces import Found, find_faces
-from ..osdface_core.preview import draw
-from ..osdface_core.retinaface import RetinaFace
-from ..osdface_core.select import ORDER, SELECT, Choice
+from ..osdface_core.faces.choose import ORDER, SELECT, Choice
+from ..osdface_core.faces.detect import memory
+from ..osdface_core.faces.detector_check import build_detector
+from ..osdface_core.faces.find import Found, find_faces
+from ..osdface_core.faces.preview import draw
+from ..osdface_core.faces.retinaface import RetinaFace
+from ..osdface_core.osdface import builtin
 from ..osdface_core.weights import catalogue
-from ..osdface_core.weights.sanity import build_detector
-from . import host
+from .comfy import host
 
 DETECTORS = {
     "retinaface_resnet50": catalogue.DETECTOR.name,

@@ -7,12 +7,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..osdface_core.chunks import Progress
-from ..osdface_core.color import COLOR_MATCHES
-from ..osdface_core.parse import FACE_MEMORY, ParseNet, build_parser, face_maps
-from ..osdface_core.paste import MASK_TYPES, paste
-from ..osdface_core.types import Faces
+from ..osdface_core.faces.face import Faces
+from ..osdface_core.faces.face_parser import FACE_MEMORY, ParseNet, build_parser, face_maps
+from ..osdface_core.faces.paste import MASK_TYPES, paste
+from ..osdface_core.pictures.color import COLOR_MATCHES
 from ..osdface_core.weights import catalogue
-from . import host
+from .comfy import host
 from .face_detect_align import FACES
 
 PARSER = "parsing_parsenet.pth"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..osdface_core.select import Choice, split
-from ..osdface_core.types import Faces
-from . import host
+from ..osdface_core.faces.choose import Choice, split
+from ..osdface_core.faces.face import Faces
+from .comfy import host
 from .face_detect_align import FACES, choice_inputs
 
 

@@ -17,10 +17,10 @@ from comfy_api.latest import io
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..osdface_core import builtin
-from ..osdface_core.backbone import LATENT_CHANNELS
 from ..osdface_core.errors import OSDFaceError
-from . import host
+from ..osdface_core.osdface import builtin
+from ..osdface_core.sd21.backbone import LATENT_CHANNELS
+from .comfy import host
 
 # Bytes of activations for a pixel of the picture, in the encoder and in the decoder.
 ENCODER_MEMORY, DECODER_MEMORY = 60, 120

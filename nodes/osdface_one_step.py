@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..osdface_core.backbone import TIMESTEP, TIMESTEPS
 from ..osdface_core.errors import OSDFaceError
-from ..osdface_core.one_step import Restored, restore
+from ..osdface_core.osdface.restore import Restored, restore
+from ..osdface_core.sd21.backbone import TIMESTEP, TIMESTEPS
 from ..osdface_core.weights.catalogue import LORA, LORAS
-from . import host
+from .comfy import host
 
 AGAINST_NAN = "start ComfyUI with --fp32-vae, or with --force-fp32."
 # What became of a crop that came out as NaN.

@@ -11,14 +11,14 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..osdface_core.errors import OSDFaceError
-from ..osdface_core.one_step import Restored, restore
-from ..osdface_core.paste import check
-from ..osdface_core.preview import before_after
-from ..osdface_core.select import Choice
-from ..osdface_core.types import Faces, check_pictures
-from ..osdface_core.vre import embedder_files
+from ..osdface_core.faces.choose import Choice
+from ..osdface_core.faces.face import Faces, check_pictures
+from ..osdface_core.faces.paste import check
+from ..osdface_core.faces.preview import before_after
+from ..osdface_core.osdface.restore import Restored, restore
+from ..osdface_core.osdface.vre import embedder_files
 from ..osdface_core.weights.catalogue import FACES, LORAS, OSDFACE
-from . import host
+from .comfy import host
 from .face_detect_align import DETECTORS, FaceDetectAlign, detected
 from .face_paste_back import PARSER, FacePasteBack, parse, pasted
 from .osdface_one_step import AGAINST_NAN, OSDFaceOneStep, backbone, raise_if_all_failed

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..osdface_core import builtin
 from ..osdface_core.chunks import Progress
-from ..osdface_core.one_step import check_crops
-from ..osdface_core.vre import embed, embedder_files
+from ..osdface_core.osdface import builtin
+from ..osdface_core.osdface.restore import check_crops
+from ..osdface_core.osdface.vre import embed, embedder_files
 from ..osdface_core.weights.catalogue import OSDFACE, VRE, VRE_CHECKPOINT
-from . import host
+from .comfy import host
 
 
 class OSDFaceVRE(io.ComfyNode):

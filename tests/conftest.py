@@ -126,8 +126,8 @@ def host(comfyui: Path, populate: Callable[[Path], None], tmp_path_factory: pyte
     name = str(pack).replace(".", "_x_")
     classes = nodes.NODE_CLASS_MAPPINGS
     yield SimpleNamespace(
-        comfy=comfy, folder_paths=folder_paths, base=base, nodes=classes, host=sys.modules[f"{name}.nodes.host"],
-        error=sys.modules[f"{name}.osdface_core.errors"].OSDFaceError, one_step=sys.modules[f"{name}.osdface_core.one_step"],
+        comfy=comfy, folder_paths=folder_paths, base=base, nodes=classes, host=sys.modules[f"{name}.nodes.comfy.host"],
+        error=sys.modules[f"{name}.osdface_core.errors"].OSDFaceError, one_step=sys.modules[f"{name}.osdface_core.osdface.restore"],
     )
     sys.path[:] = path
 
@@ -173,8 +173,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from safetensors.torch import save_file
 
-    from osdface_core.diffusers_backbone import UNET_CONFIG, VAE_CONFIG
-    from osdface_core.vre import Shape, VisualEmbedder
+    from osdface_core.diffusers.backbone import UNET_CONFIG, VAE_CONFIG
+    from osdface_core.osdface.vre import Shape, VisualEmbedder
 
     folder = tmp_path_factory.mktemp("small_model")
     torch.manual_seed(0)

@@ -13,9 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from osdface_core.align import apply, colour, compose, cut, cut_all, inverse, reach, similarity, warp
 from osdface_core.errors import OSDFaceError
-from osdface_core.types import Affine, Points
+from osdface_core.faces.face import Affine, Points
+from osdface_core.pictures.resampling import (
+    apply,
+    colour,
+    compose,
+    cut,
+    cut_all,
+    inverse,
+    reach,
+    similarity,
+    warp,
+)
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 
@@ -208,7 +218,7 @@ def test_strips_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     picture = torch.rand(3, 90, 90)
     matrices = turn(0.4, 20, (45, 45), (20, 20)), turn(3, 20, (45, 45), (20, 20))
     whole = [warp(picture, matrix, 40, 40) for matrix in matrices]
-    monkeypatch.setattr("osdface_core.align.SAMPLES", 5000)
+    monkeypatch.setattr("osdface_core.pictures.resampling.SAMPLES", 5000)
     for matrix, result in zip(matrices, whole, strict=True):
         torch.testing.assert_close(warp(picture, matrix, 40, 40), result, atol=1e-5, rtol=0)
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from osdface_core import builtin
-from osdface_core.builtin.autoencoder import Autoencoder
-from osdface_core.one_step import restore
+from osdface_core.osdface import builtin
+from osdface_core.osdface.builtin.autoencoder import Autoencoder
+from osdface_core.osdface.restore import restore
 
 # Of every file of the built-in model together.
 MOST_BYTES = 24 * 1024**2
@@ -215,8 +215,8 @@ def test_it_does_not_go_with_a_real_model(host: Any, given: Any, checkpoint: tup
 
 def test_training_starts_where_the_step_changes_little() -> None:
     diffusers = pytest.importorskip("diffusers")
-    from osdface_core.backbone import alphas_cumprod
-    from osdface_core.builtin.start import start
+    from osdface_core.osdface.builtin.start import start
+    from osdface_core.sd21.backbone import alphas_cumprod
 
     unet = diffusers.UNet2DConditionModel(**builtin.UNET_CONFIG)
     unet.load_state_dict(start())

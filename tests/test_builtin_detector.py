@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from osdface_core import builtin
-from osdface_core.detect import Detection, detect
-from osdface_core.retinaface import RetinaFace, build_retinaface
+from osdface_core.faces.detect import Detection, detect
+from osdface_core.faces.detector_check import check_detector
+from osdface_core.faces.retinaface import RetinaFace, build_retinaface
+from osdface_core.osdface import builtin
 from osdface_core.weights.reading import read_tensors
-from osdface_core.weights.sanity import check_detector
 
 CONFIDENCE = 0.7
 

@@ -34,7 +34,7 @@ from osdface_core import cli
 from osdface_core.cli import job, pictures, video
 from osdface_core.cli.options import parser
 from osdface_core.cli.restorer import resolve
-from osdface_core.diffusers_backbone import DiffusersBackbone
+from osdface_core.diffusers.backbone import DiffusersBackbone
 from osdface_core.errors import OSDFaceError
 
 ROOT = Path(__file__).parents[1]
@@ -490,7 +490,7 @@ def test_weights_that_are_missing_or_wrong_stop_the_run_with_a_sentence(
 def test_without_weights_the_built_in_model_is_taken_and_announced(
     face: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from osdface_core import builtin
+    from osdface_core.osdface import builtin
 
     if not all(file.is_file() for file in (builtin.AUTOENCODER, builtin.UNET, builtin.VRE, builtin.DETECTOR)):
         pytest.skip("the built-in model's files are not in the package")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from osdface_core.color import matched, to_lab, to_rgb
+from osdface_core.pictures.color import matched, to_lab, to_rgb
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from osdface_core.align import TEMPLATE, apply, inverse, warp
-from osdface_core.detect import Detection, detect, finite, look
 from osdface_core.errors import OSDFaceError
-from osdface_core.faces import find_faces
-from osdface_core.preview import draw
-from osdface_core.retinaface import RetinaFace, anchors, build_retinaface
-from osdface_core.select import Choice
-from osdface_core.types import Affine
+from osdface_core.faces.choose import Choice
+from osdface_core.faces.detect import Detection, detect, finite, look
+from osdface_core.faces.face import Affine
+from osdface_core.faces.find import find_faces
+from osdface_core.faces.preview import draw
+from osdface_core.faces.retinaface import RetinaFace, anchors, build_retinaface
+from osdface_core.pictures.resampling import TEMPLATE, apply, inverse, warp
 
 MOBILE = "weights/detection_mobilenet0.25_Final.pth"
 Load = Callable[[Path], Tensor]

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import install
 from osdface_core.errors import OSDFaceError
-from osdface_core.vre import build_embedder, read_embedder
+from osdface_core.osdface.vre import build_embedder, read_embedder
 from osdface_core.weights import store
 from osdface_core.weights.catalogue import BY_NAME, CATALOGUE, canonical_names
 from osdface_core.weights.fetching import sha256_of

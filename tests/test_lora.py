@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from osdface_core.errors import OSDFaceError
-from osdface_core.lora import modules, parse_lora
+from osdface_core.sd21.adapters import modules, parse_lora
 
 
 def as_released(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

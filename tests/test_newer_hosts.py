@@ -108,7 +108,7 @@ def waiting(layer: type[nn.Module], plain: type[nn.Module]) -> Any:
 def test_layers_that_wait_for_their_weights_are_filled(host: Any) -> None:
     import comfy.ops
 
-    networks = next(module for name, module in sys.modules.items() if name.endswith("osdface.osdface_core.networks"))
+    networks = next(module for name, module in sys.modules.items() if name.endswith("osdface.osdface_core.layers"))
     late = {
         "Linear": waiting(comfy.ops.manual_cast.Linear, nn.Linear),
         "Embedding": waiting(comfy.ops.manual_cast.Embedding, nn.Embedding),

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osdface_core.backbone import alphas_cumprod
 from osdface_core.errors import OSDFaceError
-from osdface_core.one_step import restore
+from osdface_core.osdface.restore import restore
+from osdface_core.sd21.backbone import alphas_cumprod
 
 
 class OutOfMemory(RuntimeError):

@@ -20,7 +20,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10, where pytest brings it
     import tomli as tomllib
 
-from osdface_core import builtin
+from osdface_core.osdface import builtin
 from osdface_core.weights.catalogue import BY_NAME, HUB
 
 ROOT = Path(__file__).resolve().parents[1]

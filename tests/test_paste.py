@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from osdface_core.align import apply, compose, cut_all, inverse, scaling
 from osdface_core.errors import OSDFaceError
-from osdface_core.paste import paste
-from osdface_core.types import Affine, Face, Faces
+from osdface_core.faces.face import Affine, Face, Faces
+from osdface_core.faces.paste import paste
+from osdface_core.pictures.resampling import apply, compose, cut_all, inverse, scaling
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 

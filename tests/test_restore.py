@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osdface_core.preview import before_after, draw
+from osdface_core.faces.preview import before_after, draw
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
 

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from osdface_core.align import apply, compose, inverse, warp
-from osdface_core.detect import Detection
-from osdface_core.faces import find_faces
-from osdface_core.retinaface import RetinaFace, build_retinaface
-from osdface_core.select import Choice
-from osdface_core.track import follow, shots, steadied, thumbnails, whittaker
-from osdface_core.types import Affine, Face
+from osdface_core.faces.choose import Choice
+from osdface_core.faces.detect import Detection
+from osdface_core.faces.face import Affine, Face
+from osdface_core.faces.find import find_faces
+from osdface_core.faces.retinaface import RetinaFace, build_retinaface
+from osdface_core.faces.track import follow, shots, steadied, thumbnails, whittaker
+from osdface_core.pictures.resampling import apply, compose, inverse, warp
 
 Load = Callable[[Path], Tensor]
 CORNERS = ((0.0, 0.0), (512.0, 0.0), (0.0, 512.0), (512.0, 512.0))
@@ -206,7 +206,7 @@ def test_a_cut_is_never_crossed_and_a_blank_frame_has_no_face(data: Path, networ
 
 
 def test_a_steadied_faces_landmarks_give_its_matrix(data: Path, network: RetinaFace, load_picture: Load) -> None:
-    from osdface_core.align import similarity
+    from osdface_core.pictures.resampling import similarity
 
     for face in find_faces(film(load_picture(portrait(data, 60)), 6), network, smoothing=0.7).everyone:
         np.testing.assert_allclose(corners(similarity(face.landmarks, 512)), corners(face.matrix), atol=0.01)

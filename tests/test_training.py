@@ -20,23 +20,23 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from osdface_core.errors import OSDFaceError
-from osdface_core.weights.sanity import drawn_face
+from osdface_core.faces.detector_check import drawn_face
 
 for needed in ("accelerate", "diffusers", "peft", "tensorboard"):
     pytest.importorskip(needed, reason=f"training needs {needed}: pip install -r requirements-dev.txt")
 
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
-from osdface_core.builtin.autoencoder import Autoencoder  # noqa: E402
-from osdface_core.lora import parse_lora  # noqa: E402
-from osdface_core.on_cpu import computes_in_bf16  # noqa: E402
+from osdface_core.cpu import computes_in_bf16  # noqa: E402
+from osdface_core.osdface.builtin.autoencoder import Autoencoder  # noqa: E402
+from osdface_core.osdface.vre import build_embedder, read_embedder  # noqa: E402
+from osdface_core.sd21.adapters import parse_lora  # noqa: E402
 from osdface_core.training import stage1 as training_stage1  # noqa: E402
 from osdface_core.training.__main__ import main  # noqa: E402
 from osdface_core.training.config import read_config  # noqa: E402
 from osdface_core.training.loop import Run, accelerator_for, checkpoints  # noqa: E402
 from osdface_core.training.stage1 import Stage1  # noqa: E402
 from osdface_core.training.stage2 import Stage2  # noqa: E402
-from osdface_core.vre import build_embedder, read_embedder  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "osdface_core" / "training" / "configs"
@@ -273,7 +273,7 @@ def test_grain_alone_is_trained_where_nothing_else_is(faces: Path, vre: Path, tm
 
 def test_a_trained_decoder_keeps_undegraded_pictures_where_it_is_asked_to(faces: Path, vre: Path, tmp_path: Path) -> None:
     pictures = torch.stack([torch.from_numpy(np.array(Image.open(p))).movedim(-1, 0) / 127.5 - 1 for p in sorted(faces.iterdir())])
-    file = ROOT / "osdface_core" / "builtin" / "autoencoder.safetensors"
+    file = ROOT / "osdface_core" / "osdface" / "builtin" / "autoencoder.safetensors"
     small = {"kind": "builtin", "weights": str(file), "train": "all"}
     # A degradation that leaves nothing: the decoder would learn that every picture is flat.
     flat = {"stages": [{"kernels": {"none": 1}, "shrink": [SIDE, SIDE], "jpeg_chance": 0.0}]}

@@ -13,12 +13,20 @@ import torch.nn.functional as F
 from PIL import Image
 
 from osdface_core.errors import OSDFaceError
+from osdface_core.osdface.vre import Shape
 from osdface_core.training import degradation as d
 from osdface_core.training import losses
-from osdface_core.training.data import Pictures, Samples, batches, number_of, read_part, read_square, split
+from osdface_core.training.data import (
+    Pictures,
+    Samples,
+    batches,
+    number_of,
+    read_part,
+    read_square,
+    split,
+)
 from osdface_core.training.degradation import Degradation, Stage, generator_for
 from osdface_core.training.stage2 import ADAPTED
-from osdface_core.vre import Shape
 
 
 def pictures(seed: int, size: int = 48) -> torch.Tensor:
@@ -308,7 +316,7 @@ def test_processes_share_out_the_samples_of_one(folder: Path) -> None:
 
 def test_the_adapted_layers_are_the_278_of_the_released_file() -> None:
     diffusers = pytest.importorskip("diffusers")
-    from osdface_core.lora import modules
+    from osdface_core.sd21.adapters import modules
     from osdface_core.training.stage2 import adapted_layers
 
     with torch.device("meta"):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from osdface_core.errors import OSDFaceError
-from osdface_core.vre import VisualEmbedder, build_embedder, choose_codes, read_embedder
+from osdface_core.osdface.vre import VisualEmbedder, build_embedder, choose_codes, read_embedder
 
 INPUTS = ("astronaut_lq", "portrait_severe_lq", "portrait_128", "portrait_512x640", "many_codes")
 

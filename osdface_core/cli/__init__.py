@@ -42,7 +42,7 @@ def restore(options: argparse.Namespace) -> int:
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from ..select import CHOSEN
+    from ..faces.choose import CHOSEN
     from . import job
 
     started = time.perf_counter()

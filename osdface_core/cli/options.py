@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ..backbone import TIMESTEP, TIMESTEPS
-from ..color import COLOR_MATCHES
-from ..paste import MASK_TYPES
-from ..select import ORDER, SELECT
+from ..faces.choose import ORDER, SELECT
+from ..faces.paste import MASK_TYPES
+from ..pictures.color import COLOR_MATCHES
+from ..sd21.backbone import TIMESTEP, TIMESTEPS
 from ..weights.catalogue import DETECTOR, SMALL_DETECTOR
 
 BUILTIN, NONE = "builtin", "none"

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import builtin
-from ..align import cut_all
 from ..chunks import Progress
-from ..detect import detect
-from ..diffusers_backbone import DiffusersBackbone, best_device, best_dtype, out_of_memory
+from ..diffusers.backbone import DiffusersBackbone, best_device, best_dtype, out_of_memory
 from ..errors import OSDFaceError
-from ..faces import Found, chosen_faces, find_faces
-from ..one_step import Restored, restore
-from ..parse import build_parser, face_maps
-from ..paste import paste
-from ..select import CHOSEN, Choice, parse_indices
-from ..types import Face, Faces
-from ..vre import build_embedder, embed, read_embedder
+from ..faces.choose import CHOSEN, Choice, parse_indices
+from ..faces.detect import detect
+from ..faces.detector_check import build_detector
+from ..faces.face import Face, Faces
+from ..faces.face_parser import build_parser, face_maps
+from ..faces.find import Found, chosen_faces, find_faces
+from ..faces.paste import paste
+from ..osdface import builtin
+from ..osdface.restore import Restored, restore
+from ..osdface.vre import build_embedder, embed, read_embedder
+from ..pictures.resampling import cut_all
 from ..weights import catalogue, store
 from ..weights.reading import read_tensors
-from ..weights.sanity import build_detector
 from .options import BUILTIN, DETECTORS, NONE
 from .pictures import read_mask
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OSDFaceError
-from ..select import CHOSEN
-from ..track import thumbnails
+from ..faces.choose import CHOSEN
+from ..faces.track import thumbnails
 from .restorer import Restorer, described
 
 log = logging.getLogger(__name__)

@@ -24,11 +24,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, autocast, nn
 
-from ..backbone import STRIDE
-from ..builtin.autoencoder import Autoencoder
-from ..faces import find_faces
-from ..retinaface import build_retinaface
-from ..select import Choice
+from ..faces.choose import Choice
+from ..faces.find import find_faces
+from ..faces.retinaface import build_retinaface
+from ..osdface.builtin.autoencoder import Autoencoder
+from ..sd21.backbone import STRIDE
 from ..weights.reading import read_tensors
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, autocast
 
-from ..detect import BEST_SIZE, WINDOW
-from ..retinaface import MEAN_BGR, RetinaFace, build_retinaface
+from ..faces.detect import BEST_SIZE, WINDOW
+from ..faces.retinaface import MEAN_BGR, RetinaFace, build_retinaface
 from ..weights.reading import read_tensors
 from .autoencoder import SIDE, squares, training_pictures
 

@@ -24,8 +24,8 @@ from accelerate.utils import gather_object, set_seed
 from PIL import Image
 from torch import Tensor, nn
 
+from ..cpu import computes_in_bf16
 from ..errors import OSDFaceError
-from ..on_cpu import computes_in_bf16
 from .data import Samples, batches
 from .losses import check_finite
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Conv2d, Linear
 
 from ..errors import OSDFaceError
-from ..networks import filled
+from ..layers import filled
 from ..weights.reading import read_tensors
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageOps
 
 from ..errors import OSDFaceError
-from ..faces import find_faces
+from ..faces.detector_check import build_detector
+from ..faces.find import find_faces
 from ..weights.reading import read_tensors
-from ..weights.sanity import build_detector
 from .data import picture_files
 
 log = logging.getLogger(__name__)

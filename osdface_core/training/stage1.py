@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import OSDFaceError
-from ..vre import Shape
+from ..osdface.vre import Shape
 from ..weights.reading import read_tensors
 from .data import Pictures, Samples, split
 from .degradation import Degradation, generator_for

@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, autocast, nn
 
-from ..backbone import LATENT_CHANNELS, TIMESTEP, alphas_cumprod
 from ..errors import OSDFaceError
-from ..lora import parse_lora
-from ..vre import WIDTH, Shape, VisualEmbedder, build_embedder
-from ..vre.embedder import Projector
-from ..vre.loading import BARE_PREFIXES, LQ_PREFIX, embedder_files
+from ..osdface.vre import WIDTH, Shape, VisualEmbedder, build_embedder
+from ..osdface.vre.embedder import Projector
+from ..osdface.vre.loading import BARE_PREFIXES, LQ_PREFIX, embedder_files
+from ..sd21.adapters import parse_lora
+from ..sd21.backbone import LATENT_CHANNELS, TIMESTEP, alphas_cumprod
 from ..weights.reading import read_tensors
 from .data import Pictures, Samples, split
 from .degradation import Degradation, generator_for
@@ -160,7 +160,7 @@ class Builtin(nn.Module):
 
     def __init__(self, weights: Path | None) -> None:
         super().__init__()
-        from ..builtin.autoencoder import Autoencoder
+        from ..osdface.builtin.autoencoder import Autoencoder
 
         self.vae = Autoencoder()
         if weights:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, autocast, nn
 from torch.nn import Conv2d, Embedding, GroupNorm
 
-from ..vre import Shape
-from ..vre.encoder import NORM_GROUPS, Attention, Encoder, Middle, ResnetBlock
+from ..osdface.vre import Shape
+from ..osdface.vre.encoder import NORM_GROUPS, Attention, Encoder, Middle, ResnetBlock
 
 
 class Upsample(nn.Module):

@@ -10,7 +10,17 @@ from enum import Enum
 from pathlib import Path
 
 from ..errors import OSDFaceError
-from .catalogue import BY_NAME, CATALOGUE, DETECTOR, KOHYA_LORA, SEARCHED, SMALL_DETECTOR, VRE, WeightFile, sources
+from .catalogue import (
+    BY_NAME,
+    CATALOGUE,
+    DETECTOR,
+    KOHYA_LORA,
+    SEARCHED,
+    SMALL_DETECTOR,
+    VRE,
+    WeightFile,
+    sources,
+)
 from .fetching import RECORD, Progress, UnreachableError, fetch, place, recorded_sha256, sha256_of
 
 # Paths of each of the host's model folders, by the folder's name; the first is where files are put.
@@ -122,8 +132,8 @@ def judge(entry: WeightFile, path: Path) -> Finding:
         if entry.sha256 is None and known is not None:
             return Finding(entry, State.WRONG, f"its SHA-256 is no longer the one recorded beside it in {path.name}{RECORD}", path)
         if entry in (DETECTOR, SMALL_DETECTOR):
+            from ..faces.detector_check import build_detector
             from .reading import read_tensors
-            from .sanity import build_detector
 
             build_detector(read_tensors(path))
             why = "not the official file (another SHA-256), but it has the same layout and finds one face where one face is drawn"
@@ -165,7 +175,7 @@ def obtain(
     for source in map(BY_NAME.__getitem__, entry.made_from):
         path = given.get(source.name) or find(source, folders)
         parts.append(path or obtain(source, folders, progress=progress, offline=offline, unreachable=unreachable))
-    from . import convert
+    from ..osdface import convert
 
     if entry is VRE:
         convert.convert_vre(parts[0], parts[1], into)

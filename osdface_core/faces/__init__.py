@@ -1,0 +1,1 @@
+"""Faces of pictures: found, followed, chosen, cut out upright, and pasted back."""

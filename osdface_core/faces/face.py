@@ -1,0 +1,87 @@
+"""What detection hands to pasting. Coordinates are (x, y) in pixels of the picture, pixel centres at .5."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import OSDFaceError
+
+Box = tuple[float, float, float, float]
+Points = tuple[tuple[float, float], ...]
+Affine = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+def check_pictures(images: Tensor) -> None:
+    """Raises OSDFaceError unless `images` is (B,H,W,C) with a channel at least."""
+    wanted = "a batch (B,H,W,C) is wanted: connect an IMAGE."
+    if images.ndim != 4:
+        raise OSDFaceError(f"`image` has {images.ndim} dimensions {tuple(images.shape)}; {wanted}")
+    if images.shape[3] < 1:
+        raise OSDFaceError(f"`image` is {tuple(images.shape)}, which holds no colour channel; {wanted}")
+
+
+@dataclass(frozen=True)
+class Face:
+    """One face of one picture.
+
+    frame: index of the picture in its batch. box: x1, y1, x2, y2. landmarks: left eye, right eye, nose, left and right mouth
+    corner, as seen by the viewer. score: the detector's confidence, 0..1. number: the face's number in its picture (over a video:
+    its person's number), as drawn in the preview and as `indices` names it. matrix: the similarity that takes a point of the
+    picture to its place in the crop. angle: with `any_angle`, how far the face is turned clockwise: 0, 90, 180 or 270.
+    shot: the run of frames between two cuts that the face belongs to; a number names a person within a shot.
+    """
+
+    frame: int
+    box: Box
+    landmarks: Points
+    score: float
+    number: int
+    matrix: Affine
+    angle: int = 0
+    shot: int = 0
+
+    @property
+    def size(self) -> float:
+        """Shorter side of the box in pixels."""
+        return min(self.box[2] - self.box[0], self.box[3] - self.box[1])
+
+
+@dataclass(frozen=True)
+class Faces:
+    """The chosen faces of a batch of pictures, and where they came from.
+
+    crops: (N,S,S,3), one for each of `faces`, in the same order, in the value range of the picture.
+    frames, height, width: shape of the batch of pictures. crop_size: S.
+    """
+
+    faces: tuple[Face, ...]
+    crops: Tensor
+    frames: int
+    height: int
+    width: int
+    crop_size: int = 512
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    def check(self) -> None:
+        """Raises OSDFaceError unless there is one crop for each face, at its size, and each face lies in one of the pictures."""
+        remedy = "take them as Face Detect & Align made them."
+        shape, wanted = tuple(self.crops.shape), (len(self), self.crop_size, self.crop_size, 3)
+        if shape != wanted:
+            raise OSDFaceError(f"`faces` hold {len(self)} faces and crops {shape}; {wanted} are wanted: {remedy}")
+        if len(self) and min(self.height, self.width, self.crop_size) < 1:
+            raise OSDFaceError(
+                f"`faces` come from a picture of {self.width} x {self.height} px in crops of {self.crop_size} px; no face does: {remedy}"
+            )
+        for face in self.faces:
+            if not 0 <= face.frame < self.frames:
+                raise OSDFaceError(f"`faces` name picture {face.frame} of a batch of {self.frames}: {remedy}")
+
+    @staticmethod
+    def empty(frames: int, height: int, width: int, crop_size: int = 512) -> Faces:
+        """No face: a batch of zero crops."""
+        return Faces((), torch.zeros(0, crop_size, crop_size, 3), frames, height, width, crop_size)

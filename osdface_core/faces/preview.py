@@ -1,0 +1,96 @@
+"""Draws what was found on the pictures: boxes, landmarks and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..chunks import Progress
+from ..pictures.resampling import colour
+from .choose import CHOSEN
+from .detect import finite
+from .face import Face
+
+# A preview is to be looked at; for the frames of a video at full size it would take as much memory as the video.
+LONGEST_SIDE = 1024
+CHOSEN_COLOUR = (80, 255, 120)
+OTHER_COLOUR = (255, 90, 70)
+
+
+def draw(images: Tensor, faces: Sequence[Face], verdicts: Sequence[str], progress: Progress | None = None) -> Tensor:
+    """The pictures (B,H,W,C) in [0,1] -> (B,h,w,3), at most 1024 px a side: chosen faces in green, the rest in red.
+
+    progress: called with 0 for each picture; what it raises ends the job.
+    """
+    count, height, width = images.shape[:3]
+    scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
+    size = _reduced(height, width)
+    frames: dict[int, list[tuple[Face, str]]] = {}
+    for face, verdict in zip(faces, verdicts, strict=True):
+        frames.setdefault(face.frame, []).append((face, verdict))
+    out = torch.zeros(count, *size, 3)
+    if not height or not width:
+        return out
+    for i, image in enumerate(images):
+        if progress:
+            progress(0)
+        pixels = _resized(image, size)
+        if i in frames:
+            canvas = Image.frombytes("RGB", size[::-1], bytes((pixels * 255).round().byte().cpu().contiguous().flatten().numpy()))
+            for face, verdict in frames[i]:
+                _mark(ImageDraw.Draw(canvas), face, scale, CHOSEN_COLOUR if verdict == CHOSEN else OTHER_COLOUR)
+            pixels = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(*size, 3) / 255
+        out[i] = pixels
+    return out
+
+
+def before_after(before: Tensor, after: Tensor, progress: Progress | None = None) -> Tensor:
+    """The pictures (B,H,W,C) in [0,1] and what became of them -> (B,h,w,3) with both, parted by a white line.
+
+    Left and right, or above and below where a picture is wider than high. A single picture keeps its size, so that every pixel can be
+    looked at; the frames of a video are at most 1024 px a side. progress: as for `draw`.
+    """
+    count, height, width = before.shape[:3]
+    size = _reduced(height, width) if count > 1 else (height, width)
+    line = max(2, max(size) // 200)
+    above = width > height
+    out = torch.ones(count, *((2 * size[0] + line, size[1]) if above else (size[0], 2 * size[1] + line)), 3)
+    for i in range(count if height and width else 0):
+        if progress:
+            progress(0)
+        out[i, : size[0], : size[1]] = _resized(before[i], size)
+        out[i, -size[0] :, -size[1] :] = _resized(after[i], size)
+    return out
+
+
+def _reduced(height: int, width: int) -> tuple[int, int]:
+    scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H,W,C) -> (h,w,3) in [0,1]; what is not a number becomes one."""
+    pixels = finite(colour(picture))
+    if pixels.shape[:2] == size:
+        return pixels
+    return F.interpolate(pixels.movedim(-1, 0)[None], size, mode="bilinear", antialias=True)[0].movedim(0, -1)
+
+
+def _mark(draw: ImageDraw.ImageDraw, face: Face, scale: float, ink: tuple[int, int, int]) -> None:
+    box = [c * scale for c in face.box]
+    side = max(box[2] - box[0], box[3] - box[1])
+    stroke = max(1, round(side / 100))
+    draw.rectangle(box, outline=ink, width=stroke)
+    dot = max(1.0, side / 60)
+    for x, y in face.landmarks:
+        draw.ellipse([x * scale - dot, y * scale - dot, x * scale + dot, y * scale + dot], fill=ink)
+    font = ImageFont.load_default(size=min(48, max(12, round(side / 6))))
+    label = str(face.number)
+    left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
+    x, y = max(0.0, box[0]), max(0.0, box[1] - (bottom - top) - 4)
+    draw.rectangle([x, y, x + right - left + 4, y + bottom - top + 4], fill=ink)
+    draw.text((x + 2 - left, y + 2 - top), label, fill=(0, 0, 0), font=font)

@@ -1,0 +1,297 @@
+"""Follows faces over the frames of a video, and steadies the crops. Knows places, never identities."""
+
+from __future__ import annotations
+
+import cmath
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.linalg import solveh_banded
+from torch import Tensor
+
+from ..pictures.resampling import TEMPLATE, TEMPLATE_SIZE, colour
+from .detect import Detection, finite
+from .face import Affine, Box
+
+# Two frames are compared as pictures of so many pixels a side.
+THUMBNAIL = 24
+# How far structure (1 - correlation) and colours (share of pixels in another bin) of two thumbnails may differ within a shot.
+CUT_STRUCTURE, CUT_COLOURS = 0.15, 0.12
+# Of unlike frames, one or two between like ones are a flash, not a cut.
+LONGEST_FLASH = 2
+# A face missed for so many frames is put where it must have been; after this many it is a new face.
+BRIDGED, FORGOTTEN = 2, 24
+# Overlap of a face with itself one frame on, and how much its size may change.
+OVERLAP, GROWTH = 0.3, 1.6
+
+
+# Shots
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """(B,H,W,C) in [0,1] -> (B,3,24,24), frame by frame."""
+    small = torch.zeros(len(images), 3, THUMBNAIL, THUMBNAIL)
+    if images.numel():
+        for i, image in enumerate(images):
+            small[i] = F.adaptive_avg_pool2d(finite(colour(image).movedim(-1, 0)), THUMBNAIL)
+    return small
+
+
+def unlike(one: Tensor, other: Tensor) -> bool:
+    """Whether a cut lies between two thumbnails: neither their structure nor their colours agree.
+
+    Motion changes where things are but not the colours; light changes the colours but not where things are.
+    """
+    a, b = (x - x.mean() for x in (one.mean(0), other.mean(0)))
+    power = float(a.norm() * b.norm())
+    flat = min(float(a.norm()), float(b.norm())) < 0.02 * THUMBNAIL
+    structure = 0.0 if flat else 1 - float((a * b).sum()) / power
+    colours = float((_histogram(one) - _histogram(other)).abs().sum()) / 2
+    if flat:
+        return colours > 0.5
+    return structure > CUT_STRUCTURE and colours > CUT_COLOURS
+
+
+def _histogram(thumbnail: Tensor) -> Tensor:
+    """Shares of 4 x 4 x 4 colours, each pixel spread over its neighbours so that a slight change of light moves little."""
+    position = thumbnail.flatten(1) * 3
+    low = position.floor().clamp(max=2)
+    high_share = position - low
+    shares = torch.zeros(64)
+    for corner in range(8):
+        bits = torch.tensor([corner >> k & 1 for k in range(3)])[:, None]
+        weight = torch.where(bits == 1, high_share, 1 - high_share).prod(0)
+        index = ((low + bits) * torch.tensor([16, 4, 1])[:, None]).sum(0).long()
+        shares.index_add_(0, index, weight)
+    return shares / shares.sum()
+
+
+def shots(small: Tensor) -> list[int]:
+    """The shot of each frame of a video, from its thumbnails. A flash or a blank frame is a shot of its own within another."""
+    numbers: list[int] = []
+    current, last, following = 0, 0, 0
+    for frame in range(len(small)):
+        if frame and frame > last + 1 and not unlike(small[last], small[frame]):
+            numbers.append(current)
+            last = frame
+        elif frame and unlike(small[last], small[frame]):
+            following += 1
+            ahead = range(frame + 1, min(frame + LONGEST_FLASH, len(small) - 1) + 1)
+            if frame - last > LONGEST_FLASH or all(unlike(small[last], small[f]) for f in ahead):
+                current, last = following, frame
+            numbers.append(following)
+        else:
+            numbers.append(current)
+            last = frame
+    return numbers
+
+
+# Tracks
+
+
+@dataclass
+class Track:
+    """One face over the frames of a shot: its detections by frame, in order of frames; `bridged` are those put in."""
+
+    shot: int
+    detections: dict[int, Detection] = field(default_factory=dict)
+    bridged: set[int] = field(default_factory=set)
+
+
+def overlap(a: Box, b: Box) -> float:
+    """Intersection over union."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+def follow(found: Sequence[Sequence[Detection]], shot_numbers: Sequence[int]) -> list[Track]:
+    """Joins the faces of each shot by their overlap from frame to frame, and bridges short misses."""
+    tracks: list[Track] = []
+    for frame, (detections, shot) in enumerate(zip(found, shot_numbers, strict=True)):
+        alive = [t for t in tracks if t.shot == shot and frame - next(reversed(t.detections)) <= FORGOTTEN]
+        pairs = sorted(
+            (
+                (overlap(expected, detection.box), -i, -j)
+                for i, track in enumerate(alive)
+                for expected in [_expected(track, frame)]
+                for j, detection in enumerate(detections)
+                if _like_size(expected, detection.box)
+            ),
+            reverse=True,
+        )
+        taken_tracks: set[int] = set()
+        taken: set[int] = set()
+        for shared, i, j in pairs:
+            if shared > OVERLAP and i not in taken_tracks and j not in taken:
+                taken_tracks.add(i)
+                taken.add(j)
+                alive[-i].detections[frame] = detections[-j]
+        for j, detection in enumerate(detections):
+            if -j not in taken:
+                tracks.append(Track(shot, {frame: detection}))
+    for track in tracks:
+        _bridge(track, shot_numbers)
+    return tracks
+
+
+def _expected(track: Track, frame: int) -> Box:
+    """Where a face will be if it goes on as it went between the last two frames."""
+    (before, last) = ([None, *track.detections])[-2:]
+    assert last is not None
+    box = track.detections[last].box
+    if before is None or last - before > BRIDGED + 1 or frame - last > BRIDGED + 1:
+        return box
+    steps = (frame - last) / (last - before)
+    old = track.detections[before].box
+    x, y = ((box[k] + box[k + 2] - old[k] - old[k + 2]) / 2 * steps for k in (0, 1))
+    return box[0] + x, box[1] + y, box[2] + x, box[3] + y
+
+
+def _like_size(a: Box, b: Box) -> bool:
+    ratio = math.sqrt(max((a[2] - a[0]) * (a[3] - a[1]), 1e-6) / max((b[2] - b[0]) * (b[3] - b[1]), 1e-6))
+    return 1 / GROWTH < ratio < GROWTH
+
+
+def _bridge(track: Track, shot_numbers: Sequence[int]) -> None:
+    frames = list(track.detections)
+    for before, after in itertools.pairwise(frames):
+        if after - before - 1 > BRIDGED:
+            continue
+        first, last = track.detections[before], track.detections[after]
+        for frame in range(before + 1, after):
+            if shot_numbers[frame] == track.shot:
+                track.detections[frame] = _between(first, last, (frame - before) / (after - before))
+                track.bridged.add(frame)
+    track.detections = dict(sorted(track.detections.items()))
+
+
+def _between(first: Detection, last: Detection, share: float) -> Detection:
+    def mix(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...]:
+        return tuple(x + (y - x) * share for x, y in zip(a, b, strict=True))
+
+    x1, y1, x2, y2 = mix(first.box, last.box)
+    landmarks = tuple((x, y) for x, y in (mix(a, b) for a, b in zip(first.landmarks, last.landmarks, strict=True)))
+    return Detection((x1, y1, x2, y2), landmarks, min(first.score, last.score), first.angle)
+
+
+# Steadiness
+
+
+def steadied(matrices: dict[int, Affine], bridged: set[int], size: int, smoothing: float) -> dict[int, Affine]:
+    """The alignment of one face over its frames, with less jitter and no lag.
+
+    matrices: picture -> crop, by frame. bridged: frames whose matrix is a guess. size: the crop's side. smoothing: 0..1.
+    Centre, logarithm of the size and angle are each smoothed on their own (Whittaker 1923, Eilers 2003: least squares with a penalty
+    on second differences), which looks ahead as far as back and so never trails; a jump of a single frame counts little (Huber).
+    Frames further apart than can be bridged are smoothed apart.
+    """
+    if smoothing <= 0:
+        return matrices
+    frames = sorted(matrices)
+    breaks = [i for i in range(1, len(frames)) if frames[i] - frames[i - 1] > BRIDGED + 1]
+    out: dict[int, Affine] = {}
+    for start, stop in zip([0, *breaks], [*breaks, len(frames)], strict=True):
+        run = frames[start:stop]
+        # Frames of a flash are in the run as places without a measurement.
+        everything = range(run[0], run[-1] + 1)
+        if len(everything) < 3:
+            out |= {frame: matrices[frame] for frame in run}
+            continue
+        weights = np.array([1.0 if frame in matrices and frame not in bridged else 0.0 for frame in everything])
+        poses = np.zeros((len(everything), 4))
+        for i, frame in enumerate(everything):
+            if frame in matrices:
+                poses[i] = _pose(matrices[frame], size)
+        poses[:, 3] = np.unwrap(_held(poses[:, 3], weights))
+        strength = 10 ** (STRONGEST * smoothing - 0.4)
+        for k, factor in enumerate((1, 1, SIZE_FACTOR, ANGLE_FACTOR)):
+            poses[:, k] = whittaker(poses[:, k], weights, strength * factor)
+        out |= {frame: _matrix(poses[frame - run[0]], size) for frame in run}
+    return out
+
+
+# Decades that the penalty on the centre's second differences grows by from no smoothing to full. A change of size or
+# tilt is seen as shimmer long before one of place is, and heads are quicker to move than to grow or tilt.
+STRONGEST = 2.5
+SIZE_FACTOR, ANGLE_FACTOR = 10.0, 10.0
+# Rounds of reweighting; values that a drift is the mean of; and how far it must stand out of the noise before it is believed, since a
+# detector's noise is not white.
+ROUNDS, RUN, DRIFT = 6, 5, 5.0
+
+
+def _held(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Values without a measurement replaced by the last one, so that angles unwrap across them."""
+    index = np.maximum.accumulate(np.where(weights > 0, np.arange(len(values)), 0))
+    return values[index]
+
+
+def _middle(size: int) -> complex:
+    return sum(complex(*point) for point in TEMPLATE) / len(TEMPLATE) * size / TEMPLATE_SIZE
+
+
+def _pose(matrix: Affine, size: int) -> tuple[float, float, float, float]:
+    """Where the landmarks' mean is in the picture, the logarithm of the scale, and the angle. About that point the errors of the
+    four are independent."""
+    (a, _, x), (b, _, y) = matrix
+    turn = complex(a, b)
+    centre = (_middle(size) - complex(x, y)) / turn
+    return centre.real, centre.imag, math.log(abs(turn)), cmath.phase(turn)
+
+
+def _matrix(pose: np.ndarray, size: int) -> Affine:
+    turn = cmath.rect(math.exp(pose[2]), pose[3])
+    step = _middle(size) - turn * complex(pose[0], pose[1])
+    return (turn.real, -turn.imag, step.real), (turn.imag, turn.real, step.imag)
+
+
+def whittaker(values: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
+    """Minimises sum w (y - z)^2 + strength * sum v (second difference of z)^2.
+
+    values, weights: (n,), n of 3 or more; a weight of 0 marks a gap, which is filled. In a few rounds w falls where a single value
+    is far off, and v where several in a row are off to one side: there the face really moves.
+    """
+    measured = weights > 0
+    data, bend = np.ones(len(values)), np.ones(len(values) - 2)
+    smooth = values
+    # Third differences leave of a smooth motion next to nothing; of noise they make 20 times the variance.
+    rough = np.abs(np.diff(values[measured], 3))
+    noise = 1.4826 * float(np.median(rough)) / math.sqrt(20) if len(rough) else math.inf
+    for _ in range(ROUNDS):
+        # The least weight keeps gaps at an end from being free to go anywhere.
+        smooth = solveh_banded(_bands(strength * bend, weights * data + 1e-9), weights * data * values)
+        residual = np.where(measured, values - smooth, 0.0)
+        spread = 1.4826 * np.median(np.abs(residual[measured])) if measured.any() else 0.0
+        if spread <= 0:
+            break
+        data = np.minimum(1.0, 2.5 * spread / np.maximum(np.abs(residual), 1e-12))
+        drift = _around(data * residual) / np.maximum(_around(data * measured), 1.0)
+        excess = np.maximum(0.0, np.abs(drift) / max(noise / math.sqrt(RUN), 1e-12) - DRIFT)
+        bend = 1 / (1 + excess[1:-1]) ** 3
+    return smooth
+
+
+def _around(values: np.ndarray) -> np.ndarray:
+    """Sums over RUN values around each."""
+    return np.convolve(values, np.ones(RUN))[RUN // 2 :][: len(values)]
+
+
+def _bands(bend: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
+    """The upper bands of D' diag(bend) D + diag(diagonal), D the second difference."""
+    bands = np.zeros((3, len(diagonal)))
+    bands[2] = diagonal
+    bands[2, :-2] += bend
+    bands[2, 1:-1] += 4 * bend
+    bands[2, 2:] += bend
+    bands[1, 1:-1] -= 2 * bend
+    bands[1, 2:] -= 2 * bend
+    bands[0, 2:] += bend
+    return bands

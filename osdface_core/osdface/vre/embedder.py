@@ -1,0 +1,124 @@
+"""The Visual Representation Embedder: face crops -> 77 x 1024 visual prompts (OSDFace, section 3.2).
+
+A VQ encoder describes the degraded face by the entries of a learned code book; the 77 best matched distinct entries, widened to
+the text width of Stable Diffusion 2.1, take the place of the text prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...chunks import Progress, in_chunks
+from ...cpu import faster
+from ...layers import Operations
+from .encoder import FULL, Encoder, Shape
+
+SIDE = 512
+TOKENS = 77
+WIDTH = 1024
+
+
+class Projector(nn.Module):
+    """(B,77,features) -> (B,77,1024): two 1x1 convolutions, each followed by SiLU (the last one too, as released)."""
+
+    def __init__(self, operations: Operations = nn, shape: Shape = FULL) -> None:
+        super().__init__()
+        self.conv1 = operations.Conv1d(shape.features, shape.hidden, 1)
+        self.conv2 = operations.Conv1d(shape.hidden, WIDTH, 1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        h = F.silu(self.conv1(codes.transpose(1, 2)))
+        return F.silu(self.conv2(h)).transpose(1, 2)
+
+
+class CodeBook(nn.Module):
+    def __init__(self, operations: Operations = nn, shape: Shape = FULL) -> None:
+        super().__init__()
+        self.codes = shape.codes
+        self.embedding = operations.Embedding(shape.codes, shape.features)
+
+    def entries(self, device: torch.device) -> Tensor:
+        """All code vectors, (codes,features) fp32; through the layer, so that a host may cast or page it."""
+        return self.embedding(torch.arange(self.codes, device=device)).float()
+
+
+class VisualEmbedder(nn.Module):
+    """Face crops to visual prompts. Names of parameters: `encoder.*`, `quant_conv.*`, `quantize.embedding.weight`, `projector.*`."""
+
+    def __init__(self, operations: Operations = nn, shape: Shape = FULL) -> None:
+        super().__init__()
+        self.side = shape.side
+        self.encoder = Encoder(operations, shape)
+        self.quant_conv = operations.Conv2d(shape.features, shape.features, 1)
+        self.quantize = CodeBook(operations, shape)
+        self.projector = Projector(operations, shape)
+
+    def codes(self, crops: Tensor) -> Tensor:
+        """The code book rows chosen for each crop. crops (B,3,H,W) in [0,1], any size; (B,77,features) fp32."""
+        features = self.quant_conv(self.encoder(encoder_input(crops, self.side)))
+        return choose_codes(features.float(), self.quantize.entries(crops.device))
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """crops (B,3,H,W) in [0,1], any size; the prompts (B,77,1024), fp32."""
+        return self.projector(self.codes(crops))
+
+
+def embed(
+    crops: Tensor,
+    network: Callable[[int], tuple[VisualEmbedder, torch.device]],
+    *,
+    at_once: int = 1,
+    out_of_memory: Callable[[BaseException], bool] = lambda error: False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The visual prompts (N,77,1024) of crops (N,H,W,3) in [0,1], fp32, on the device of `crops`.
+
+    network: called before each chunk with its number of faces; gives the embedder, ready, and the device that it computes on.
+    at_once: faces in a chunk. progress: called with 1 and the crop (3,H,W) for each face; what it raises ends the job.
+    """
+    prompts = torch.empty(len(crops), TOKENS, WIDTH, device=crops.device)
+    pixels = crops.movedim(-1, 1)
+
+    def work(part: slice) -> None:
+        embedder, device = network(part.stop - part.start)
+        with faster(device):
+            prompts[part] = embedder(pixels[part].to(device)).to(prompts)
+        for crop in pixels[part]:
+            (progress or (lambda done, picture: None))(1, crop)
+
+    in_chunks(len(crops), at_once, work, out_of_memory)
+    return prompts
+
+
+def encoder_input(crops: Tensor, side: int = SIDE) -> Tensor:
+    """(B,3,H,W) in [0,1] -> (B,3,side,side) in [-3,1], fp32, as the released code feeds its encoder, whose side is 512.
+
+    A square goes to 512 with corners aligned, anything else is squashed without; [-1,1] is then normalised once more, as if it were
+    [0,1]. The released weights were trained on prompts made that way, so the range must stay.
+    """
+    x = crops.float().contiguous() * 2 - 1  # a picture arrives channels-last, where torch's group norm on the CPU is less exact
+    if x.shape[-2:] != (SIDE, SIDE):
+        x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=x.shape[-2] == x.shape[-1])
+    if side != SIDE:
+        x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+    return x * 2 - 1
+
+
+def choose_codes(features: Tensor, book: Tensor, tokens: int = TOKENS) -> Tensor:
+    """For each picture the `tokens` distinct code vectors with the smallest quantisation error, best first.
+
+    features (B,C,H,W), book (K,C), both fp32; (B,tokens,C). Pictures that use fewer codes keep rows of zeros, as the released
+    code leaves them. Each position proposes its nearest code; a code counts with its best position.
+    """
+    z = features.flatten(2).transpose(1, 2)
+    distance = z.square().sum(2, keepdim=True) + book.square().sum(1) - 2 * z @ book.T
+    error, code = distance.min(2)
+    best = torch.full((z.shape[0], book.shape[0]), torch.inf, device=z.device)
+    best.scatter_reduce_(1, code, error, "amin")
+    best, order = best.sort(dim=1, stable=True)
+    rows = book[order[:, :tokens]] * best[:, :tokens, None].isfinite()
+    return F.pad(rows, (0, 0, 0, tokens - rows.shape[1]))
