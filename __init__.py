@@ -1,4 +1,6 @@
-"""OSDFace for ComfyUI: faces found, aligned, restored in one diffusion step, and put back without a trace."""
+"""OSDFace for ComfyUI: faces found, aligned, restored in one diffusion step, and put back without a
+trace.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint() -> ComfyExtension:
-    """Called by ComfyUI. Its modules are imported only here, so that the package can also be imported without it."""
+    """Called by ComfyUI. Its modules are imported only here, so that the package can also be
+    imported without it.
+    """
     from .nodes import OSDFaceExtension
     from .nodes.comfy import host
 

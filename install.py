@@ -1,11 +1,14 @@
-"""Brings OSDFace's weights: `python install.py`, run by hand with the Python of ComfyUI (or of the WebUI).
+"""Brings OSDFace's weights: `python install.py`, run by hand with the Python of ComfyUI (or of the
+WebUI).
 
-The same file is what a host's own installer runs, ComfyUI-Manager once and a WebUI at every launch. Such a run downloads nothing,
-prints one line, takes a moment and never fails. It is told from a run by hand so: it has no arguments, and
-- ComfyUI-Manager sets COMFYUI_PATH and COMFYUI_FOLDERS_BASE_PATH (a user may well set the first alone), or
+The same file is what a host's own installer runs, ComfyUI-Manager once and a WebUI at every launch.
+Such a run downloads nothing, prints one line, takes a moment and never fails. It is told from a run
+by hand so: it has no arguments, and
+- ComfyUI-Manager sets COMFYUI_PATH and COMFYUI_FOLDERS_BASE_PATH (a user may well set the first
+  alone), or
 - a WebUI puts its own root, where launch.py lies, on PYTHONPATH, or
-- one of the two variables is set and no terminal is attached.
-Any option makes it a run by hand. Exit codes: 0 all is there, 1 something is missing or wrong, 2 nothing could be fetched.
+- one of the two variables is set and no terminal is attached. Any option makes it a run by hand.
+  Exit codes: 0 all is there, 1 something is missing or wrong, 2 nothing could be fetched.
 """
 
 from __future__ import annotations
@@ -38,13 +41,22 @@ def run_by_host(arguments: list[str]) -> bool:
     if arguments:
         return False
     variables = sum(variable in os.environ for variable in MANAGER_VARIABLES)
-    webui = any(folder and (Path(folder) / "launch.py").is_file() for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    return variables == len(MANAGER_VARIABLES) or webui or (variables > 0 and not sys.stdin.isatty())
+    webui = any(
+        folder and (Path(folder) / "launch.py").is_file()
+        for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    )
+    return (
+        variables == len(MANAGER_VARIABLES) or webui or (variables > 0 and not sys.stdin.isatty())
+    )
 
 
 def hosts() -> Iterator[Path]:
-    """Folders that may hold a host's `models`, nearest first: what the variables name, then those that this file lies under."""
-    yield from (Path(os.environ[variable]) for variable in MANAGER_VARIABLES if os.environ.get(variable))
+    """Folders that may hold a host's `models`, nearest first: what the variables name, then those
+    that this file lies under.
+    """
+    yield from (
+        Path(os.environ[variable]) for variable in MANAGER_VARIABLES if os.environ.get(variable)
+    )
     # Not resolved: a pack linked into custom_nodes belongs to the host that the link lies in.
     for start in (Path(__file__).absolute().parent, ROOT):
         if start.parent.name in ("custom_nodes", "extensions"):
@@ -52,19 +64,26 @@ def hosts() -> Iterator[Path]:
 
 
 def model_folders(models: Path | None) -> dict[str, list[Path]]:
-    """The model folders by name, those of extra_model_paths.yaml included. Raises OSDFaceError if no host is found."""
+    """The model folders by name, those of extra_model_paths.yaml included. Raises OSDFaceError if
+    no host is found.
+    """
     root = None
     if models is None:
         root = next((host for host in hosts() if (host / "models").is_dir()), None)
         if root is None:
             raise OSDFaceError(
-                f"No models folder is found from {ROOT}: name ComfyUI's with --models-dir, set COMFYUI_PATH, or move this folder into "
+                f"No models folder is found from {ROOT}: name ComfyUI's with --models-dir, set "
+                f"COMFYUI_PATH, or move this folder into "
                 "ComfyUI's custom_nodes."
             )
         models = root / "models"
     names = {name for searched in SEARCHED.values() for name in searched}
     folders = {name: [models / name] for name in names}
-    extra = [host / "extra_model_paths.yaml" for host in dict.fromkeys((root, models.parent, *hosts())) if host is not None]
+    extra = [
+        host / "extra_model_paths.yaml"
+        for host in dict.fromkeys((root, models.parent, *hosts()))
+        if host is not None
+    ]
     for path in dict.fromkeys(path.resolve() for path in extra if path.is_file()):
         for name, folder, first in extra_folders(path):
             if name in folders and folder not in folders[name]:
@@ -73,18 +92,24 @@ def model_folders(models: Path | None) -> dict[str, list[Path]]:
 
 
 def extra_folders(path: Path) -> Iterator[tuple[str, Path, bool]]:
-    """(model folder's name, path, whether new files go there) of each entry of an extra_model_paths.yaml, read as ComfyUI reads it."""
+    """(model folder's name, path, whether new files go there) of each entry of an
+    extra_model_paths.yaml, read as ComfyUI reads it.
+    """
     import yaml
 
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
-        raise OSDFaceError(f"{path} cannot be read ({why}): mend it, or name the folder with --models-dir.") from error
+        raise OSDFaceError(
+            f"{path} cannot be read ({why}): mend it, or name the folder with --models-dir."
+        ) from error
     for section in sections.values() if isinstance(sections, dict) else ():
         if not isinstance(section, dict):
             continue
-        base = path.parent / os.path.expandvars(os.path.expanduser(str(section.pop("base_path", ""))))
+        base = path.parent / os.path.expandvars(
+            os.path.expanduser(str(section.pop("base_path", "")))
+        )
         first = bool(section.pop("is_default", False))
         for name, lines in section.items():
             for line in filter(None, str(lines).split("\n")):
@@ -96,9 +121,16 @@ def greet_host() -> None:
     from osdface_core.weights import store
 
     folders = model_folders(None)
-    missing = [entry.name for entry in CATALOGUE if entry.needed and entry is not KOHYA_LORA and store.find(entry, folders) is None]
+    missing = [
+        entry.name
+        for entry in CATALOGUE
+        if entry.needed and entry is not KOHYA_LORA and store.find(entry, folders) is None
+    ]
     if missing:
-        print(f"OSDFace: {len(missing)} weight files are missing ({', '.join(missing)}); to fetch them run: {store.command('--fetch')}")
+        print(
+            f"OSDFace: {len(missing)} weight files are missing ({', '.join(missing)}); to fetch "
+            f"them run: {store.command('--fetch')}"
+        )
     else:
         print("OSDFace: all weights are there.")
 
@@ -108,16 +140,50 @@ def megabytes(size: int) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Fetches, checks and converts OSDFace's weights. Running it again does nothing.")
-    parser.add_argument("--fetch", action="store_true", help="fetch what is missing, whoever runs this (a run in a terminal does anyway)")
-    parser.add_argument("--check", action="store_true", help="report only; exit code 1 if something is missing or wrong")
-    parser.add_argument("--from", dest="given", metavar="DIR", type=Path, help="take files downloaded by hand from DIR, under any names")
+    parser = argparse.ArgumentParser(
+        description="Fetches, checks and converts OSDFace's weights. Running it again does nothing."
+    )
+    parser.add_argument(
+        "--fetch",
+        action="store_true",
+        help="fetch what is missing, whoever runs this (a run in a terminal does anyway)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="report only; exit code 1 if something is missing or wrong",
+    )
+    parser.add_argument(
+        "--from",
+        dest="given",
+        metavar="DIR",
+        type=Path,
+        help="take files downloaded by hand from DIR, under any names",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
-    parser.add_argument("--only", metavar="NAME", action="append", choices=sorted(BY_NAME), help="only this file; may be repeated")
-    parser.add_argument("--checkpoint", action="store_true", help=f"also Stable Diffusion 2.1-base ({megabytes(BASE.expected_size)})")
-    parser.add_argument("--offline", action="store_true", help="no network: only --from and conversions")
-    parser.add_argument("--keep-original", action="store_true", help="keep the 1.8 GB checkpoint after its conversion")
-    parser.add_argument("--models-dir", metavar="DIR", type=Path, help="the models folder of ComfyUI")
+    parser.add_argument(
+        "--only",
+        metavar="NAME",
+        action="append",
+        choices=sorted(BY_NAME),
+        help="only this file; may be repeated",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        action="store_true",
+        help=f"also Stable Diffusion 2.1-base ({megabytes(BASE.expected_size)})",
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="no network: only --from and conversions"
+    )
+    parser.add_argument(
+        "--keep-original",
+        action="store_true",
+        help="keep the 1.8 GB checkpoint after its conversion",
+    )
+    parser.add_argument(
+        "--models-dir", metavar="DIR", type=Path, help="the models folder of ComfyUI"
+    )
     return parser.parse_args(arguments)
 
 
@@ -143,9 +209,15 @@ def run_by_hand(options: argparse.Namespace) -> int:
     from osdface_core.weights import store
 
     if options.given is not None and not options.given.is_dir():
-        raise OSDFaceError(f"--from wants a folder that holds the downloaded files, and {options.given} is none.")
+        raise OSDFaceError(
+            f"--from wants a folder that holds the downloaded files, and {options.given} is none."
+        )
     folders = model_folders(options.models_dir)
-    wanted = [BY_NAME[name] for name in dict.fromkeys(options.only)] if options.only else [entry for entry in CATALOGUE if entry.needed]
+    wanted = (
+        [BY_NAME[name] for name in dict.fromkeys(options.only)]
+        if options.only
+        else [entry for entry in CATALOGUE if entry.needed]
+    )
     if options.checkpoint and BASE not in wanted:
         wanted.append(BASE)
     given = store.recognise_all(options.given) if options.given else {}
@@ -167,7 +239,10 @@ def run_by_hand(options: argparse.Namespace) -> int:
             describe(entry, finding, folders, given)
         elif finding.path is not None and finding.path != store.target(entry, folders):
             left.append(entry)
-            print(f"          remove {finding.path}, then run this again: it would hide {store.target(entry, folders)}")
+            print(
+                f"          remove {finding.path}, then run this again: it would hide "
+                f"{store.target(entry, folders)}"
+            )
         else:
             try:
                 path = store.obtain(
@@ -186,7 +261,9 @@ def run_by_hand(options: argparse.Namespace) -> int:
     return conclude(left, failures, folders)
 
 
-def describe(entry: WeightFile, finding: object, folders: dict[str, list[Path]], given: dict[str, Path]) -> None:
+def describe(
+    entry: WeightFile, finding: object, folders: dict[str, list[Path]], given: dict[str, Path]
+) -> None:
     """What would be done for a file that is not there, or wrong."""
     from osdface_core.weights import store
 
@@ -197,11 +274,15 @@ def describe(entry: WeightFile, finding: object, folders: dict[str, list[Path]],
         if source.name in given or store.find(source, folders):
             print(f"          would use {given.get(source.name) or store.find(source, folders)}")
         else:
-            print(f"          would fetch {source.addresses[0]} ({megabytes(source.expected_size)})")
+            print(
+                f"          would fetch {source.addresses[0]} ({megabytes(source.expected_size)})"
+            )
     print(f"          would write {store.target(entry, folders)}")
 
 
-def conclude(left: list[WeightFile], failures: list[OSDFaceError], folders: dict[str, list[Path]]) -> int:
+def conclude(
+    left: list[WeightFile], failures: list[OSDFaceError], folders: dict[str, list[Path]]
+) -> int:
     from osdface_core.weights import store
     from osdface_core.weights.fetching import UnreachableError
 
@@ -213,11 +294,20 @@ def conclude(left: list[WeightFile], failures: list[OSDFaceError], folders: dict
     unreached = [failure for failure in failures if isinstance(failure, UnreachableError)]
     if not unreached:
         return INCOMPLETE
-    parts = {source.name: source for entry in left for source in sources(entry) if store.find(source, folders) is None}
-    lines = "; ".join(f"{source.name} from {source.by_hand} into {store.target(source, folders).parent}" for source in parts.values())
+    parts = {
+        source.name: source
+        for entry in left
+        for source in sources(entry)
+        if store.find(source, folders) is None
+    }
+    lines = "; ".join(
+        f"{source.name} from {source.by_hand} into {store.target(source, folders).parent}"
+        for source in parts.values()
+    )
     reasons = "; ".join(why for failure in unreached for why in failure.why)
     print(
-        f"\nNot everything could be fetched ({reasons}). Download by hand: {lines}. Then run this again; or keep the files in any folder "
+        f"\nNot everything could be fetched ({reasons}). Download by hand: {lines}. Then run this "
+        f"again; or keep the files in any folder "
         "and run this with --from FOLDER.",
         file=sys.stderr,
     )

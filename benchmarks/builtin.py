@@ -1,9 +1,10 @@
-"""What the built-in model restores, beside the degraded picture and the best plain filter; and what its detector finds, beside RetinaFace.
+"""What the built-in model restores, beside the degraded picture and the best plain filter; and what
+its detector finds, beside RetinaFace.
 
     python -m benchmarks.builtin DATA [restoration] [ceiling] [detection] [--grid FILE] [--limit N]
 
-DATA is the folder with images/ and weights/. Only portraits that training never saw are used: those whose number is a multiple of 6.
-OpenCV is wanted for the filters.
+DATA is the folder with images/ and weights/. Only portraits that training never saw are used: those
+whose number is a multiple of 6. OpenCV is wanted for the filters.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ from osdface_core.weights.reading import read_tensors
 HOLD_OUT = 6
 SIDE = 512
 # name: blur in pixels, shrinking, noise of 255, JPEG quality
-KINDS = {"8x: blur 3, noise 15, JPEG 50": (3.0, 8, 15.0, 50), "4x: blur 2, noise 8, JPEG 70": (2.0, 4, 8.0, 70)}
+KINDS = {
+    "8x: blur 3, noise 15, JPEG 50": (3.0, 8, 15.0, 50),
+    "4x: blur 2, noise 8, JPEG 70": (2.0, 4, 8.0, 70),
+}
 
 
 def bytes_of(picture: Tensor) -> np.ndarray:
@@ -48,15 +52,23 @@ def floats(pixels: np.ndarray) -> Tensor:
 
 def load(path: Path, side: int = 0) -> Tensor:
     image = Image.open(path).convert("RGB")
-    return floats(np.asarray(image.resize((side, side), Image.Resampling.LANCZOS) if side else image))
+    return floats(
+        np.asarray(image.resize((side, side), Image.Resampling.LANCZOS) if side else image)
+    )
 
 
-def degraded(picture: Tensor, kind: tuple[float, int, float, int], seed: int) -> tuple[Tensor, Tensor]:
-    """The picture after blur, shrinking, noise and JPEG: as small as that left it, and at its size again (bicubic)."""
+def degraded(
+    picture: Tensor, kind: tuple[float, int, float, int], seed: int
+) -> tuple[Tensor, Tensor]:
+    """The picture after blur, shrinking, noise and JPEG: as small as that left it, and at its size
+    again (bicubic).
+    """
     blur, shrink, noise, quality = kind
     pixels = cv2.GaussianBlur(bytes_of(picture), (0, 0), blur)
     height, width = pixels.shape[:2]
-    small = cv2.resize(pixels, (width // shrink, height // shrink), interpolation=cv2.INTER_AREA).astype(np.float32)
+    small = cv2.resize(
+        pixels, (width // shrink, height // shrink), interpolation=cv2.INTER_AREA
+    ).astype(np.float32)
     small += np.random.default_rng(seed).normal(0, noise, small.shape).astype(np.float32)
     file = io.BytesIO()
     Image.fromarray(small.round().clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=quality)
@@ -71,15 +83,23 @@ def filtered(small: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
     def enlarged(x: np.ndarray, how: int = cv2.INTER_CUBIC) -> np.ndarray:
         return cv2.resize(x, size[::-1], interpolation=how)
 
-    found = {"bicubic": enlarged(pixels), "bilinear": enlarged(pixels, cv2.INTER_LINEAR), "lanczos": enlarged(pixels, cv2.INTER_LANCZOS4)}
+    found = {
+        "bicubic": enlarged(pixels),
+        "bilinear": enlarged(pixels, cv2.INTER_LINEAR),
+        "lanczos": enlarged(pixels, cv2.INTER_LANCZOS4),
+    }
     for strength in (20, 40, 60):
-        found[f"bilateral {strength}, then enlarged"] = enlarged(cv2.bilateralFilter(pixels, 5, strength, 2))
+        found[f"bilateral {strength}, then enlarged"] = enlarged(
+            cv2.bilateralFilter(pixels, 5, strength, 2)
+        )
     for strength in (3, 6, 10):
         denoised = cv2.fastNlMeansDenoisingColored(pixels, None, strength, strength, 5, 15)
         found[f"non-local means {strength}, then enlarged"] = enlarged(denoised)
     # These are slow at this size: the middle strength alone.
     found["bilateral 40"] = cv2.bilateralFilter(enlarged(pixels), 9, 40, 5)
-    found["non-local means 6"] = cv2.fastNlMeansDenoisingColored(enlarged(pixels), None, 6, 6, 7, 21)
+    found["non-local means 6"] = cv2.fastNlMeansDenoisingColored(
+        enlarged(pixels), None, 6, 6, 7, 21
+    )
     return {name: floats(x) for name, x in found.items()}
 
 
@@ -88,7 +108,9 @@ def psnr(given: Tensor, right: Tensor) -> float:
 
 
 def ssim(given: Tensor, right: Tensor) -> float:
-    """Structural similarity (Wang et al. 2004) of luma, Gaussian window of 11 px and 1.5 px, nothing padded."""
+    """Structural similarity (Wang et al. 2004) of luma, Gaussian window of 11 px and 1.5 px,
+    nothing padded.
+    """
     weights = torch.tensor([0.299, 0.587, 0.114])
     x, y = ((p.clamp(0, 1) @ weights)[None, None] for p in (given, right))
     taps = torch.exp(-((torch.arange(11.0) - 5) ** 2) / (2 * 1.5**2))
@@ -100,7 +122,9 @@ def ssim(given: Tensor, right: Tensor) -> float:
     mx, my = mean(x), mean(y)
     xx, yy, xy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
     c1, c2 = 0.01**2, 0.03**2
-    return float(((2 * mx * my + c1) * (2 * xy + c2) / ((mx**2 + my**2 + c1) * (xx + yy + c2))).mean())
+    return float(
+        ((2 * mx * my + c1) * (2 * xy + c2) / ((mx**2 + my**2 + c1) * (xx + yy + c2))).mean()
+    )
 
 
 def energy(picture: Tensor) -> float:
@@ -108,30 +132,51 @@ def energy(picture: Tensor) -> float:
 
 
 def held_out_portraits(data: Path, limit: int) -> list[Path]:
-    paths = [path for path in sorted((data / "images" / "portraits").glob("*.jpg")) if held_out(path, HOLD_OUT)]
+    paths = [
+        path
+        for path in sorted((data / "images" / "portraits").glob("*.jpg"))
+        if held_out(path, HOLD_OUT)
+    ]
     return paths[:: max(1, math.ceil(len(paths) / limit))] if limit else paths
 
 
 def restoration(data: Path, limit: int, grid: Path | None) -> None:
     teacher = build_retinaface(read_tensors(data / "weights" / "detection_mobilenet0.25_Final.pth"))
-    backbone, embedder, autoencoder = builtin.backbone(torch.device("cpu"), torch.float32), builtin.embedder(), builtin.autoencoder()
+    backbone, embedder, autoencoder = (
+        builtin.backbone(torch.device("cpu"), torch.float32),
+        builtin.embedder(),
+        builtin.autoencoder(),
+    )
     paths = held_out_portraits(data, limit)
     astronaut = load(data / "images" / "astronaut.png")
 
     def face(picture: Tensor) -> Tensor:
-        return find_faces(picture[None], teacher, confidence=0.5, choice=Choice("largest")).faces.crops[0].clamp(0, 1)
+        return (
+            find_faces(picture[None], teacher, confidence=0.5, choice=Choice("largest"))
+            .faces.crops[0]
+            .clamp(0, 1)
+        )
 
     sets = {
         f"{len(paths)} portraits, 512 px": [load(path, SIDE) for path in paths],
-        f"{len(paths)} aligned faces, 512 px": [floats(bytes_of(face(load(path)))) for path in paths],
+        f"{len(paths)} aligned faces, 512 px": [
+            floats(bytes_of(face(load(path)))) for path in paths
+        ],
         "astronaut.png": [astronaut],
         "astronaut.png, aligned face": [floats(bytes_of(face(astronaut)))],
     }
     rows = []
-    print("| pictures | degraded by | | PSNR dB | SSIM | gradient energy |\n|---|---|---|---|---|---|")
+    print(
+        "| pictures | degraded by | | PSNR dB | SSIM | gradient energy |\n|---|---|---|---|---|---|"
+    )
     for name, pictures in sets.items():
         with torch.inference_mode():
-            again = [(autoencoder(p.movedim(-1, 0)[None] * 2 - 1)[0] / 2 + 0.5).clamp(0, 1).movedim(0, -1) for p in pictures]
+            again = [
+                (autoencoder(p.movedim(-1, 0)[None] * 2 - 1)[0] / 2 + 0.5)
+                .clamp(0, 1)
+                .movedim(0, -1)
+                for p in pictures
+            ]
         table(name, "nothing", "autoencoder alone", again, pictures)
         for kind, numbers in KINDS.items():
             pairs = [degraded(picture, numbers, seed) for seed, picture in enumerate(pictures)]
@@ -141,13 +186,19 @@ def restoration(data: Path, limit: int, grid: Path | None) -> None:
                 prompts = torch.cat([embedder(crop[None].movedim(-1, 1)) for crop in crops])
                 better = list(restore(crops, prompts, backbone).crops)
             plain = [filtered(small, (SIDE, SIDE)) for small, _ in pairs]
-            scores = {f: sum(psnr(p[f], r) for p, r in zip(plain, pictures, strict=True)) for f in plain[0]}
+            scores = {
+                f: sum(psnr(p[f], r) for p, r in zip(plain, pictures, strict=True))
+                for f in plain[0]
+            }
             best = max(scores, key=lambda f: scores[f])
             table(name, kind, "degraded", poor, pictures)
             table(name, kind, f"best filter ({best})", [p[best] for p in plain], pictures)
             table(name, kind, "**built-in model**", better, pictures)
             if "aligned" in name:
-                rows += [torch.cat([a, b, c], 1) for a, b, c in zip(poor[:3], better[:3], pictures[:3], strict=True)]
+                rows += [
+                    torch.cat([a, b, c], 1)
+                    for a, b, c in zip(poor[:3], better[:3], pictures[:3], strict=True)
+                ]
     if grid:
         Image.fromarray(bytes_of(torch.cat(rows))).save(grid)
 
@@ -160,15 +211,22 @@ def energies(picture: Tensor) -> Tensor:
 
 
 def ceiling(data: Path, limit: int, share: float = 0.7) -> None:
-    """What sharpness costs one who knows where it is: grain, put in until every place has `share` of the original's gradient energy, on
-    the degraded picture and on one that lost its noise and its JPEG blocks perfectly."""
+    """What sharpness costs one who knows where it is: grain, put in until every place has `share`
+    of the original's gradient energy, on the degraded picture and on one that lost its noise and
+    its JPEG blocks perfectly.
+    """
     pictures = [load(path, SIDE) for path in held_out_portraits(data, limit)]
     tile = blue_noise(torch.Generator().manual_seed(0))[0, 0]
     grain = tile.repeat(SIDE // len(tile), SIDE // len(tile))[..., None]
     unit = energy(grain.expand(-1, -1, 3))
-    print("| pictures | degraded by | | PSNR dB | SSIM | gradient energy |\n|---|---|---|---|---|---|")
+    print(
+        "| pictures | degraded by | | PSNR dB | SSIM | gradient energy |\n|---|---|---|---|---|---|"
+    )
     for kind, (blur, shrink, noise, quality) in KINDS.items():
-        for what, numbers in (("degraded", (blur, shrink, noise, quality)), ("a perfect denoiser", (blur, shrink, 0.0, 100))):
+        for what, numbers in (
+            ("degraded", (blur, shrink, noise, quality)),
+            ("a perfect denoiser", (blur, shrink, 0.0, 100)),
+        ):
             poor = [degraded(picture, numbers, seed)[1] for seed, picture in enumerate(pictures)]
             table(f"{len(pictures)} portraits", kind, what, poor, pictures)
             grainy = []
@@ -183,12 +241,18 @@ def table(pictures: str, kind: str, what: str, given: list[Tensor], right: list[
         return sum(measure(g, r) for g, r in zip(given, right, strict=True)) / len(given)
 
     shares = mean(lambda g, r: energy(g.clamp(0, 1)) / energy(r))
-    print(f"| {pictures} | {kind} | {what} | {mean(psnr):.2f} | {mean(ssim):.3f} | {shares:.2f} |", flush=True)
+    print(
+        f"| {pictures} | {kind} | {what} | {mean(psnr):.2f} | {mean(ssim):.3f} | {shares:.2f} |",
+        flush=True,
+    )
 
 
 def apart(known: Detection, found: Detection) -> list[float]:
     """Of each landmark, as a share of the known face's height."""
-    return [math.dist(a, b) / (known.box[3] - known.box[1]) for a, b in zip(known.landmarks, found.landmarks, strict=True)]
+    return [
+        math.dist(a, b) / (known.box[3] - known.box[1])
+        for a, b in zip(known.landmarks, found.landmarks, strict=True)
+    ]
 
 
 def detection(data: Path, limit: int) -> None:
@@ -204,7 +268,10 @@ def detection(data: Path, limit: int) -> None:
         "astronaut": [load(images / "astronaut.png")],
         "camera, a profile": [load(images / "camera.png")],
     }
-    print("| pictures | confidence | RetinaFace's faces found | others | mean landmark error, of the face's height | largest |")
+    print(
+        "| pictures | confidence | RetinaFace's faces found | others | mean landmark error, of "
+        "the face's height | largest |"
+    )
     print("|---|---|---|---|---|---|")
     for name, pictures in sets.items():
         for confidence in (0.9, 0.5):
@@ -223,14 +290,23 @@ def detection(data: Path, limit: int) -> None:
                 others += len(found) - len({id(f) for f in near.values()})
             flat = [e for of in errors for e in of]
             mean = f"{sum(flat) / len(flat):.3f} | {max(flat):.3f}" if flat else "- | -"
-            print(f"| {name} | {confidence} | {hits} of {known_faces} | {others} | {mean} |", flush=True)
+            print(
+                f"| {name} | {confidence} | {hits} of {known_faces} | {others} | {mean} |",
+                flush=True,
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("parts", nargs="*", choices=["restoration", "ceiling", "detection", []])
-    parser.add_argument("--grid", type=Path, help="where to write degraded, restored and original faces side by side")
+    parser.add_argument(
+        "--grid",
+        type=Path,
+        help="where to write degraded, restored and original faces side by side",
+    )
     parser.add_argument("--limit", type=int, default=0, help="of the portraits, about so many")
     given = parser.parse_args()
     if "restoration" in given.parts or not given.parts:

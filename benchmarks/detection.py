@@ -1,9 +1,11 @@
-"""Detection beside facexlib's: faces found at every angle, agreement, time, and the steadiness of crops in a video.
+"""Detection beside facexlib's: faces found at every angle, agreement, time, and the steadiness of
+crops in a video.
 
     python -m benchmarks.detection DATA [counts] [agreement] [time] [video]
 
-DATA is the folder with images/ and weights/. Prints a table for each part that is named, or for all. facexlib and OpenCV are wanted for
-all but the counts. Times are of this machine; the ratios are the point.
+DATA is the folder with images/ and weights/. Prints a table for each part that is named, or for
+all. facexlib and OpenCV are wanted for all but the counts. Times are of this machine; the ratios
+are the point.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ from osdface_core.pictures.resampling import (
 )
 
 ANGLES = (0, 30, 60, 90, 135, 180)
-# A face counts as found the right way up if its worst landmark is within this share of the face's height of where it must be.
+# A face counts as found the right way up if its worst landmark is within this share of the face's
+# height of where it must be.
 RIGHT = 0.15
 CONFIDENCE = 0.9
 
@@ -69,10 +72,16 @@ def error(known: Detection, found: Detection, matrix: Affine) -> float:
 def counts(data: Path, network: RetinaFace) -> None:
     portraits = sorted((data / "images" / "portraits").glob("*.jpg"))
     singles = [len(detect(load(path), network, confidence=CONFIDENCE)[0]) for path in portraits]
-    print(f"{len(portraits)} portraits of 1024 px: {singles.count(1)} with one face, {sum(n > 1 for n in singles)} with more, ", end="")
+    print(
+        f"{len(portraits)} portraits of 1024 px: {singles.count(1)} with one face, "
+        f"{sum(n > 1 for n in singles)} with more, ",
+        end="",
+    )
     print(f"{singles.count(0)} with none", flush=True)
     sets = {
-        "portraits, 512 px": [F.avg_pool2d(load(path).movedim(-1, 1), 2).movedim(1, -1) for path in portraits],
+        "portraits, 512 px": [
+            F.avg_pool2d(load(path).movedim(-1, 1), 2).movedim(1, -1) for path in portraits
+        ],
         "mosaic, six faces": [load(data / "images" / "cc0_mosaic_6faces_1080p.png")],
         "astronaut": [load(data / "images" / "astronaut.png")],
         "camera, a profile": [load(data / "images" / "camera.png")],
@@ -107,18 +116,27 @@ def bgr(image: Tensor) -> np.ndarray:
 
 
 def weights(data: Path) -> dict[str, Tensor]:
-    return torch.load(data / "weights" / "detection_mobilenet0.25_Final.pth", map_location="cpu", weights_only=True)
+    return torch.load(
+        data / "weights" / "detection_mobilenet0.25_Final.pth",
+        map_location="cpu",
+        weights_only=True,
+    )
 
 
 def iou(a: Any, b: Any) -> float:
-    shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(
+        0.0, min(a[3], b[3]) - max(a[1], b[1])
+    )
     return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
 def agreement(data: Path, network: RetinaFace) -> None:
     theirs = facexlib_detector(data)
     paths = sorted((data / "images" / "portraits").glob("*.jpg"))
-    paths += [data / "images" / name for name in ("astronaut.png", "camera.png", "cc0_mosaic_6faces_1080p.png")]
+    paths += [
+        data / "images" / name
+        for name in ("astronaut.png", "camera.png", "cc0_mosaic_6faces_1080p.png")
+    ]
     apart: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     crops: list[tuple[float, float, float]] = []
     once: list[tuple[float, float]] = []
@@ -131,7 +149,9 @@ def agreement(data: Path, network: RetinaFace) -> None:
         assert len(seen) == len(rows), path.name
         for row in rows:
             k = max(range(len(seen)), key=lambda k, row=row: iou(seen.box[k].tolist(), row[:4]))
-            off = np.linalg.norm(seen.landmarks[k].numpy() - 0.5 - row[5:].reshape(5, 2), axis=1).max()
+            off = np.linalg.norm(
+                seen.landmarks[k].numpy() - 0.5 - row[5:].reshape(5, 2), axis=1
+            ).max()
             once.append((iou(seen.box[k].tolist(), row[:4]), float(off)))
         ours = detect(image, network, confidence=CONFIDENCE)[0]
         only_ours += sum(all(iou(d.box, row[:4]) < 0.5 for row in rows) for d in ours)
@@ -142,32 +162,63 @@ def agreement(data: Path, network: RetinaFace) -> None:
                 continue
             points = row[5:].reshape(5, 2) + 0.5
             distance = np.linalg.norm(np.array(best.landmarks) - points, axis=1).max()
-            apart[max(row[2] - row[0], row[3] - row[1]) > 512].append((iou(best.box, row[:4]), float(distance)))
+            apart[max(row[2] - row[0], row[3] - row[1]) > 512].append(
+                (iou(best.box, row[:4]), float(distance))
+            )
             crops.append(crop_agreement(image, points))
             if iou(best.box, row[:4]) <= 0.95 or distance >= 1:
                 truth, height = consensus(image, network, best), best.box[3] - best.box[1]
-                off = [100 * np.linalg.norm(np.array(p) - truth, axis=1).max() / height for p in (best.landmarks, points)]
-                print(f"{path.name}: farthest landmark from what smaller copies agree on: ours {off[0]:.1f} %, theirs {off[1]:.1f} %")
-    print(f"looked at once: {len(once)} boxes, least IoU {min(p[0] for p in once):.4f}, farthest landmark {max(p[1] for p in once):.4f} px")
+                off = [
+                    100 * np.linalg.norm(np.array(p) - truth, axis=1).max() / height
+                    for p in (best.landmarks, points)
+                ]
+                print(
+                    f"{path.name}: farthest landmark from what smaller copies agree on: ours "
+                    f"{off[0]:.1f} %, theirs {off[1]:.1f} %"
+                )
+    print(
+        f"looked at once: {len(once)} boxes, least IoU {min(p[0] for p in once):.4f}, farthest "
+        f"landmark {max(p[1] for p in once):.4f} px"
+    )
     for large, pairs in apart.items():
         near = sum(overlap > 0.95 and distance < 1 for overlap, distance in pairs)
-        print(f"faces {'over' if large else 'up to'} 512 px: {near} of {len(pairs)} agree (IoU over 0.95, landmarks within 1 px), ", end="")
-        print(f"least IoU {min(p[0] for p in pairs):.4f}, farthest landmark {max(p[1] for p in pairs):.3f} px")
+        print(
+            f"faces {'over' if large else 'up to'} 512 px: {near} of {len(pairs)} agree (IoU over "
+            f"0.95, landmarks within 1 px), ",
+            end="",
+        )
+        print(
+            f"least IoU {min(p[0] for p in pairs):.4f}, farthest landmark "
+            f"{max(p[1] for p in pairs):.3f} px"
+        )
     print(f"only facexlib finds {only_theirs}, only we find {only_ours}")
     near_size = [crop for crop in crops if 512 / 1.12 < crop[0] < 512 * 1.12]
     for name, chosen in (("all", crops), ("within 12 % of the crop's size", near_size)):
         alike, own = ([crop[k] for crop in chosen] for k in (1, 2))
-        print(f"crops, {len(chosen)} faces {name}, beside facexlib's: sampled as it does, {min(alike):.1f} dB at least, ", end="")
-        print(f"median {statistics.median(alike):.1f}; as we do, {min(own):.1f} at least, median {statistics.median(own):.1f}")
+        print(
+            f"crops, {len(chosen)} faces {name}, beside facexlib's: sampled as it does, "
+            f"{min(alike):.1f} dB at least, ",
+            end="",
+        )
+        print(
+            f"median {statistics.median(alike):.1f}; as we do, {min(own):.1f} at least, median "
+            f"{statistics.median(own):.1f}"
+        )
 
 
 def consensus(image: Tensor, network: RetinaFace, face: Detection) -> np.ndarray:
-    """The median of the face's landmarks (5,2) over copies of the picture that show it at sizes where the detector is at its best."""
+    """The median of the face's landmarks (5,2) over copies of the picture that show it at sizes
+    where the detector is at its best.
+    """
     found = []
     for side in range(300, 640, 20):
         zoom = max(image.shape[1:3]) / side
         size = [round(n / zoom) for n in image.shape[1:3]]
-        copy = F.interpolate(image.movedim(-1, 1), size, mode="bicubic", antialias=True).clamp(0, 1).movedim(1, -1)
+        copy = (
+            F.interpolate(image.movedim(-1, 1), size, mode="bicubic", antialias=True)
+            .clamp(0, 1)
+            .movedim(1, -1)
+        )
         if faces := detect(copy, network, confidence=CONFIDENCE)[0]:
             nearest = max(faces, key=lambda d: iou([c * zoom for c in d.box], face.box))
             found.append(np.array(nearest.landmarks) * zoom)
@@ -175,8 +226,10 @@ def consensus(image: Tensor, network: RetinaFace, face: Detection) -> np.ndarray
 
 
 def crop_agreement(image: Tensor, points: np.ndarray) -> tuple[float, float, float]:
-    """Side of the face's square in the picture, and PSNR of our crop with facexlib's at the same landmarks (5,2): sampled linearly
-    between four pixels as facexlib does, and as we do. Beyond the picture its edge is repeated for both, where facexlib has grey."""
+    """Side of the face's square in the picture, and PSNR of our crop with facexlib's at the same
+    landmarks (5,2): sampled linearly between four pixels as facexlib does, and as we do. Beyond the
+    picture its edge is repeated for both, where facexlib has grey.
+    """
     import cv2
 
     template = (np.array(TEMPLATE) - 0.5).astype(np.float32)
@@ -205,15 +258,35 @@ def speed(data: Path, network: RetinaFace) -> None:
     mosaic = load(data / "images" / "cc0_mosaic_6faces_1080p.png")
     large = F.interpolate(mosaic.movedim(-1, 1), (2160, 3840), mode="bilinear").movedim(1, -1)
     small = F.interpolate(mosaic.movedim(-1, 1), (540, 960), mode="area").movedim(1, -1)
-    for name, images in (("960x540, 8 frames", small.expand(8, -1, -1, -1)), ("1920x1080", mosaic), ("3840x2160", large)):
+    for name, images in (
+        ("960x540, 8 frames", small.expand(8, -1, -1, -1)),
+        ("1920x1080", mosaic),
+        ("3840x2160", large),
+    ):
         pictures = [bgr(image[None]) for image in images]
         with torch.inference_mode():
-            a = clock(lambda pictures=pictures: [theirs.detect_faces(p, CONFIDENCE) for p in pictures])
+            a = clock(
+                lambda pictures=pictures: [theirs.detect_faces(p, CONFIDENCE) for p in pictures]
+            )
             b = clock(lambda images=images: detect(images, network, confidence=CONFIDENCE))
-            c = clock(lambda images=images: detect(images, network, confidence=CONFIDENCE, smallest=48))
-            d = clock(lambda images=images: detect(images, network, confidence=CONFIDENCE, any_angle=True), 1)
-        print(f"{name}: facexlib {a * 1e3:.0f} ms, ours {b * 1e3:.0f} ms ({a / b:.1f} times faster), ", end="")
-        print(f"min_size 48 {c * 1e3:.0f} ms ({a / c:.1f}), any_angle {d * 1e3:.0f} ms ({a / d:.1f})", flush=True)
+            c = clock(
+                lambda images=images: detect(images, network, confidence=CONFIDENCE, smallest=48)
+            )
+            d = clock(
+                lambda images=images: detect(
+                    images, network, confidence=CONFIDENCE, any_angle=True
+                ),
+                1,
+            )
+        print(
+            f"{name}: facexlib {a * 1e3:.0f} ms, ours {b * 1e3:.0f} ms ({a / b:.1f} times "
+            f"faster), ",
+            end="",
+        )
+        print(
+            f"min_size 48 {c * 1e3:.0f} ms ({a / c:.1f}), any_angle {d * 1e3:.0f} ms ({a / d:.1f})",
+            flush=True,
+        )
 
 
 FRAMES, SIDE = 60, 480
@@ -234,14 +307,20 @@ def corners(matrix: Affine) -> np.ndarray:
 
 
 def steadiness(matrices: dict[int, Affine]) -> tuple[float, float, float]:
-    """Of a crop's corners in pixels: change of the error from frame to frame, the error, and the frames by which they trail."""
+    """Of a crop's corners in pixels: change of the error from frame to frame, the error, and the
+    frames by which they trail.
+    """
     frames = sorted(matrices)
     own = np.mean([corners(compose(matrices[t], motion(t % FRAMES))) for t in frames], axis=0)
     true = np.array([[apply(motion(t % FRAMES), x, y) for x, y in own] for t in frames])
     off = np.array([corners(matrices[t]) for t in frames]) - true
     velocity = (true[2:] - true[:-2]) / 2
     lag = -(off[1:-1] * velocity).sum() / (velocity**2).sum()
-    return float(np.linalg.norm(np.diff(off, axis=0), axis=-1).mean()), float(np.linalg.norm(off, axis=-1).mean()), float(lag)
+    return (
+        float(np.linalg.norm(np.diff(off, axis=0), axis=-1).mean()),
+        float(np.linalg.norm(off, axis=-1).mean()),
+        float(lag),
+    )
 
 
 def video(data: Path, network: RetinaFace) -> None:
@@ -255,7 +334,9 @@ def video(data: Path, network: RetinaFace) -> None:
     parts = []
     for path in shots:
         source = load(path)[0].movedim(-1, 0)
-        part = torch.stack([warp(source, motion(t), SIDE, SIDE).movedim(0, -1) for t in range(FRAMES)])
+        part = torch.stack(
+            [warp(source, motion(t), SIDE, SIDE).movedim(0, -1) for t in range(FRAMES)]
+        )
         part = part + torch.randn(part.shape, generator=generator) * 0.03
         parts.append((part.clamp(0, 1) * 255).round() / 255)
     images = torch.cat(parts)
@@ -265,7 +346,9 @@ def video(data: Path, network: RetinaFace) -> None:
 
     def note(name: str, matrices: dict[int, Affine]) -> None:
         for n in range(len(shots)):
-            rows.setdefault(name, []).append(steadiness({t: m for t, m in matrices.items() if t // FRAMES == n}))
+            rows.setdefault(name, []).append(
+                steadiness({t: m for t, m in matrices.items() if t // FRAMES == n})
+            )
 
     by_facexlib = {}
     for t, image in enumerate(images):
@@ -273,7 +356,9 @@ def video(data: Path, network: RetinaFace) -> None:
             found = theirs.detect_faces(bgr(image[None]), CONFIDENCE)
         if len(found):
             largest = max(found, key=lambda row: row[2] - row[0])
-            (a, _, x), (b, _, y) = cv2.estimateAffinePartial2D(largest[5:].reshape(5, 2), template, method=cv2.LMEDS)[0]
+            (a, _, x), (b, _, y) = cv2.estimateAffinePartial2D(
+                largest[5:].reshape(5, 2), template, method=cv2.LMEDS
+            )[0]
             # From pixel centres at whole numbers to pixel centres at .5.
             by_facexlib[t] = (a, -b, x + 0.5 - 0.5 * (a - b)), (b, a, y + 0.5 - 0.5 * (a + b))
     note("facexlib, frame by frame", by_facexlib)
@@ -287,12 +372,18 @@ def video(data: Path, network: RetinaFace) -> None:
         if smoothing == 0:
             cuts = [t for t in range(1, len(images)) if largest_of.get(t) and largest_of.get(t - 1)]
             cuts = [t for t in cuts if largest_of[t].shot != largest_of[t - 1].shot]
-            print(f"cuts at {cuts}, faces in {len(largest_of)} of {len(images)} frames, one in the blank frame: {blank in largest_of}")
+            print(
+                f"cuts at {cuts}, faces in {len(largest_of)} of {len(images)} frames, one in the "
+                f"blank frame: {blank in largest_of}"
+            )
     raw = statistics.fmean(row[0] for row in rows["facexlib, frame by frame"])
     for name, values in rows.items():
         jitter, off, lag = (statistics.fmean(row[k] for row in values) for k in range(3))
         worst = max(abs(row[2]) for row in values)
-        print(f"{name}: jitter {jitter:.2f} px a frame (1/{raw / jitter:.1f}), error {off:.2f} px, ", end="")
+        print(
+            f"{name}: jitter {jitter:.2f} px a frame (1/{raw / jitter:.1f}), error {off:.2f} px, ",
+            end="",
+        )
         print(f"lag {lag:.2f} frames (worst {worst:.2f})")
 
 

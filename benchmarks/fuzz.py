@@ -1,12 +1,16 @@
-"""Random graphs of our nodes through a real ComfyUI server: each must end in a right result or in one sentence.
+"""Random graphs of our nodes through a real ComfyUI server: each must end in a right result or in
+one sentence.
 
-    python -m benchmarks.fuzz [--count 2000] [--seed 0] [--comfyui DIR] [--data DIR] [--only N ...] [--replay FILE]
+    python -m benchmarks.fuzz [--count 2000] [--seed 0] [--comfyui DIR] [--data DIR] [--only N ...]
+                              [--replay FILE]
 
-The networks are the small built-in ones and, from DATA/weights, RetinaFace mobilenet0.25. A graph is refused by the host's validation,
-ends in one of our sentences, or is judged by nodes in the server (benchmarks/fuzz_nodes.py): shapes, finite values, pixels outside of
-the mask bit for bit, the very picture where there is no face, inputs not written into. Anything else is a violation: a raw Python error
-of a node of ours, a server that is gone or hangs. Prints a table of what became of them and each violation's graph as JSON, for
---replay; exits with 1 if there was one. --only runs the graphs of these numbers.
+The networks are the small built-in ones and, from DATA/weights, RetinaFace mobilenet0.25. A graph
+is refused by the host's validation, ends in one of our sentences, or is judged by nodes in the
+server (benchmarks/fuzz_nodes.py): shapes, finite values, pixels outside of the mask bit for bit,
+the very picture where there is no face, inputs not written into. Anything else is a violation: a
+raw Python error of a node of ours, a server that is gone or hangs. Prints a table of what became of
+them and each violation's graph as JSON, for --replay; exits with 1 if there was one. --only runs
+the graphs of these numbers.
 """
 
 from __future__ import annotations
@@ -42,7 +46,15 @@ ROOT = Path(__file__).resolve().parents[1]
 Graph = dict[str, dict[str, Any]]
 Link = list[Any]
 
-OURS = ("FaceDetectAlign", "FaceSelect", "OSDFaceVRE", "OSDFaceOneStep", "FacePasteBack", "OSDFaceBuiltinModel", "OSDFaceRestore")
+OURS = (
+    "FaceDetectAlign",
+    "FaceSelect",
+    "OSDFaceVRE",
+    "OSDFaceOneStep",
+    "FacePasteBack",
+    "OSDFaceBuiltinModel",
+    "OSDFaceRestore",
+)
 # Of a graph, before the server counts as hanging.
 PATIENCE, WAITS = 240, 12
 # Of an answer, which comes at once from a machine that is awake.
@@ -53,34 +65,170 @@ START = 900
 
 SIDES = (1, 2, 3, 7, 8, 9, 15, 16, 33, 64, 100, 200, 257, 400)
 LONG_SIDES = (1500, 2500, 4000)
-VALUES = ("noise",) * 6 + ("flat", "flat", "nan spots", "inf spots", "all nan", "wide range", "huge")
-HARMS = (
-    *("nan spots", "inf spots", "all nan", "wide range", "huge", "fp16", "bf16", "fp64", "uint8", "strided", "expanded", "no frame"),
-    *("no height", "no width", "three dimensions", "five dimensions", "0 channels", "1 channels", "2 channels", "4 channels", "5 channels"),
+VALUES = ("noise",) * 6 + (
+    "flat",
+    "flat",
+    "nan spots",
+    "inf spots",
+    "all nan",
+    "wide range",
+    "huge",
 )
-MASKS = ("noise", "noise", "zero", "one", "nan", "wide", "fp16", "bool", "two dimensions", "four dimensions")
+HARMS = (
+    *(
+        "nan spots",
+        "inf spots",
+        "all nan",
+        "wide range",
+        "huge",
+        "fp16",
+        "bf16",
+        "fp64",
+        "uint8",
+        "strided",
+        "expanded",
+        "no frame",
+    ),
+    *(
+        "no height",
+        "no width",
+        "three dimensions",
+        "five dimensions",
+        "0 channels",
+        "1 channels",
+        "2 channels",
+        "4 channels",
+        "5 channels",
+    ),
+)
+MASKS = (
+    "noise",
+    "noise",
+    "zero",
+    "one",
+    "nan",
+    "wide",
+    "fp16",
+    "bool",
+    "two dimensions",
+    "four dimensions",
+)
 FACE_HARMS = (
-    *("matrix", "tiny matrix", "large matrix", "mirrored", "landmarks", "box", "one spot", "frame", "score", "twice", "fewer crops"),
+    *(
+        "matrix",
+        "tiny matrix",
+        "large matrix",
+        "mirrored",
+        "landmarks",
+        "box",
+        "one spot",
+        "frame",
+        "score",
+        "twice",
+        "fewer crops",
+    ),
     *("more crops", "nan crops", "size", "frames", "crop size", "none"),
 )
 CONDITIONINGS = (
-    *("text", "narrow text", "nothing", "nan", "inf", "no prompt", "fewer", "more", "unmarked", "fp16", "two", "two dimensions"),
+    *(
+        "text",
+        "narrow text",
+        "nothing",
+        "nan",
+        "inf",
+        "no prompt",
+        "fewer",
+        "more",
+        "unmarked",
+        "fp16",
+        "two",
+        "two dimensions",
+    ),
     *("no options", "no tensor", "area", "mask"),
 )
-MODELS = ("sd15", "sdxl", "sd20", "inpainting", "lotus", "taesd", "16 channels", "empty vae", "swapped")
+MODELS = (
+    "sd15",
+    "sdxl",
+    "sd20",
+    "inpainting",
+    "lotus",
+    "taesd",
+    "16 channels",
+    "empty vae",
+    "swapped",
+)
 INDICES = (
-    *("0", "", "0-3", "3-0", "a", "0,1,2", "-1", "9" * 5000, "0,,1", " 0 - 2 ", "1e3", "0\n1", "\uff11", "0-999999999999", "None", "0;1"),
+    *(
+        "0",
+        "",
+        "0-3",
+        "3-0",
+        "a",
+        "0,1,2",
+        "-1",
+        "9" * 5000,
+        "0,,1",
+        " 0 - 2 ",
+        "1e3",
+        "0\n1",
+        "\uff11",
+        "0-999999999999",
+        "None",
+        "0;1",
+    ),
 )
 # Core nodes that give a MODEL another behaviour, and a CONDITIONING other options.
 MODEL_PATCHES = (
-    *("FreeU", "FreeU_V2", "HyperTile", "TomePatchModel", "ModelSamplingDiscrete", "ModelSamplingContinuousEDM", "ModelSamplingSD3"),
-    *("RescaleCFG", "ModelComputeDtype", "PatchModelAddDownscale", "SelfAttentionGuidance", "PerturbedAttentionGuidance", "Mahiro"),
-    *("UNetSelfAttentionMultiply", "UNetCrossAttentionMultiply", "Epsilon Scaling", "RenormCFG", "CFGZeroStar", "FreSca", "APG", "TCFG"),
-    *("ContextWindowsManual", "EasyCache", "LazyCache", "DifferentialDiffusion", "SkipLayerGuidanceDiT", "ModelSamplingContinuousV"),
+    *(
+        "FreeU",
+        "FreeU_V2",
+        "HyperTile",
+        "TomePatchModel",
+        "ModelSamplingDiscrete",
+        "ModelSamplingContinuousEDM",
+        "ModelSamplingSD3",
+    ),
+    *(
+        "RescaleCFG",
+        "ModelComputeDtype",
+        "PatchModelAddDownscale",
+        "SelfAttentionGuidance",
+        "PerturbedAttentionGuidance",
+        "Mahiro",
+    ),
+    *(
+        "UNetSelfAttentionMultiply",
+        "UNetCrossAttentionMultiply",
+        "Epsilon Scaling",
+        "RenormCFG",
+        "CFGZeroStar",
+        "FreSca",
+        "APG",
+        "TCFG",
+    ),
+    *(
+        "ContextWindowsManual",
+        "EasyCache",
+        "LazyCache",
+        "DifferentialDiffusion",
+        "SkipLayerGuidanceDiT",
+        "ModelSamplingContinuousV",
+    ),
 )
 CONDITIONING_PATCHES = (
-    *("ConditioningSetArea", "ConditioningSetAreaPercentage", "ConditioningSetAreaStrength", "ConditioningSetMask"),
-    *("ConditioningZeroOut", "ConditioningSetTimestepRange", "FluxGuidance", "ConditioningCombine", "ConditioningConcat"),
+    *(
+        "ConditioningSetArea",
+        "ConditioningSetAreaPercentage",
+        "ConditioningSetAreaStrength",
+        "ConditioningSetMask",
+    ),
+    *(
+        "ConditioningZeroOut",
+        "ConditioningSetTimestepRange",
+        "FluxGuidance",
+        "ConditioningCombine",
+        "ConditioningConcat",
+    ),
     *("ConditioningAverage",),
 )
 
@@ -96,7 +244,9 @@ class Made:
 class Maker:
     """One random graph."""
 
-    def __init__(self, seed: str, info: dict[str, Any], pictures: list[str], faces: list[str]) -> None:
+    def __init__(
+        self, seed: str, info: dict[str, Any], pictures: list[str], faces: list[str]
+    ) -> None:
         self.rng = random.Random(seed)
         self.info, self.pictures, self.faces = info, pictures, faces
         self.graph: Graph = {}
@@ -134,7 +284,10 @@ class Maker:
             return self.chance(0.5)
         if kind in ("INT", "FLOAT"):
             low, high = limits.get("min", 0), limits.get("max", 1)
-            value = self.pick((limits.get("default", low),) * 6 + (low, high, self.rng.uniform(low, high), self.rng.uniform(low, high)))
+            value = self.pick(
+                (limits.get("default", low),) * 6
+                + (low, high, self.rng.uniform(low, high), self.rng.uniform(low, high))
+            )
             step = limits.get("step", 1)
             return low + (round(value) - low) // step * step if kind == "INT" else value
         return limits.get("default", "")
@@ -149,7 +302,9 @@ class Maker:
             "any_angle": lambda: self.chance(0.08),
             "crop_size": lambda: self.pick((512,) * 14 + (576, 1024)),
             "mask_type": lambda: self.pick(("ellipse",) * 8 + ("box",) * 8 + ("parsing",)),
-            "detector": lambda: self.pick(("builtin",) * 9 + ("retinaface_mobile0.25",) * 9 + ("retinaface_resnet50",)),
+            "detector": lambda: self.pick(
+                ("builtin",) * 9 + ("retinaface_mobile0.25",) * 9 + ("retinaface_resnet50",)
+            ),
             "vre_name": lambda: self.pick(("builtin",) * 19 + ("associate_2.ckpt",)),
             "lora_name": lambda: self.pick(("none",) * 19 + ("pytorch_lora_weights.safetensors",)),
             "indices": lambda: self.pick(("0",) * 12 + INDICES),
@@ -158,14 +313,18 @@ class Maker:
             "max_faces": lambda: self.pick((0,) * 6 + (1, 1, 2, 1000)),
             "select": lambda: self.pick(("all",) * 6 + ("largest", "most central", "by index")),
             "strength": lambda: self.pick((1.0,) * 6 + (0.0, 0.01, 0.5)),
-            "confidence": lambda: self.pick((0.9,) * 8 + (0.5, 0.7, 0.999, 0.3)) if not self.chance(0.02) else 0.05,
+            "confidence": lambda: (
+                self.pick((0.9,) * 8 + (0.5, 0.7, 0.999, 0.3)) if not self.chance(0.02) else 0.05
+            ),
         }
         if kind in OURS:
             values |= {name: make() for name, make in dear.items() if name in values}
         return values | fixed
 
     def hostile(self, kind: str, values: dict[str, Any], share: float) -> dict[str, Any]:
-        """Now and then one widget out of range, of another type, or fed by a link, whose value the host does not look at."""
+        """Now and then one widget out of range, of another type, or fed by a link, whose value the
+        host does not look at.
+        """
         names = [name for name in values if not isinstance(values[name], list)]
         if not names or not self.chance(share):
             return values
@@ -183,7 +342,20 @@ class Maker:
             self.refusable = True  # the source has limits of its own
             return values | {name: [feed, 0]}
         self.refusable = True
-        odd = ("", "x", None, [], {}, True, 10**40, "nan", -0.0, "9" * 400, {"__value__": [1, 2]}, *numbers)
+        odd = (
+            "",
+            "x",
+            None,
+            [],
+            {},
+            True,
+            10**40,
+            "nan",
+            -0.0,
+            "9" * 400,
+            {"__value__": [1, 2]},
+            *numbers,
+        )
         return values | {name: self.pick(odd)}
 
     # Pictures
@@ -196,10 +368,23 @@ class Maker:
             link = [self.node("LoadImage", image=self.pick(self.pictures)), 0]
         elif kind < 0.88:
             width, height = self.sides()
-            link = [self.node("EmptyImage", width=width, height=height, batch_size=self.pick((1, 1, 2, 5)), color=self.seed() % 2**24), 0]
+            link = [
+                self.node(
+                    "EmptyImage",
+                    width=width,
+                    height=height,
+                    batch_size=self.pick((1, 1, 2, 5)),
+                    color=self.seed() % 2**24,
+                ),
+                0,
+            ]
         else:
             width, height = self.sides()
-            made = {"frames": self.pick((0, 1, 1, 1, 2, 4)), "channels": self.pick((1, 2, 3, 3, 3, 4, 4, 5)), "values": self.pick(VALUES)}
+            made = {
+                "frames": self.pick((0, 1, 1, 1, 2, 4)),
+                "channels": self.pick((1, 2, 3, 3, 3, 4, 4, 5)),
+                "values": self.pick(VALUES),
+            }
             link = [self.node("FuzzImage", width=width, height=height, seed=self.seed(), **made), 0]
         for _ in range(self.pick((0, 0, 0, 0, 1, 1, 2, 3))):
             link = self.changed(link)
@@ -216,31 +401,119 @@ class Maker:
 
     def changed(self, link: Link) -> Link:
         """By a core node."""
-        width, height = self.sides() if self.chance(0.5) else (self.pick((200, 257, 300)), self.pick((200, 257, 300)))
+        width, height = (
+            self.sides()
+            if self.chance(0.5)
+            else (self.pick((200, 257, 300)), self.pick((200, 257, 300)))
+        )
         ways: dict[str, Callable[[], Link]] = {
-            "ImageScale": lambda: [self.node("ImageScale", **self.widgets("ImageScale", width=width, height=height), image=link), 0],
-            "ImageScaleBy": lambda: [self.node("ImageScaleBy", image=link, upscale_method="area", scale_by=self.pick((0.01, 0.5, 1.7))), 0],
+            "ImageScale": lambda: [
+                self.node(
+                    "ImageScale",
+                    **self.widgets("ImageScale", width=width, height=height),
+                    image=link,
+                ),
+                0,
+            ],
+            "ImageScaleBy": lambda: [
+                self.node(
+                    "ImageScaleBy",
+                    image=link,
+                    upscale_method="area",
+                    scale_by=self.pick((0.01, 0.5, 1.7)),
+                ),
+                0,
+            ],
             "ImageInvert": lambda: [self.node("ImageInvert", image=link), 0],
             "ImageBatch": lambda: [self.node("ImageBatch", image1=link, image2=self.plain()), 0],
             "itself": lambda: [self.node("ImageBatch", image1=link, image2=link), 0],
-            "RepeatImageBatch": lambda: [self.node("RepeatImageBatch", image=link, amount=self.pick((1, 2, 3))), 0],
-            "part": lambda: [self.node("ImageFromBatch", image=link, batch_index=self.pick((0, 1, 9)), length=self.pick((1, 2))), 0],
-            "ImageCrop": lambda: [self.node("ImageCrop", image=link, width=width, height=height, x=self.pick((0, 30, 999)), y=0), 0],
-            "ImageFlip": lambda: [self.node("ImageFlip", **self.widgets("ImageFlip"), image=link), 0],
-            "ImageRotate": lambda: [self.node("ImageRotate", **self.widgets("ImageRotate"), image=link), 0],
-            "noise": lambda: [self.node("ImageAddNoise", image=link, seed=self.seed(), strength=self.pick((0.01, 0.1, 1.0))), 0],
-            "ImageQuantize": lambda: [self.node("ImageQuantize", image=link, colors=self.pick((1, 2, 256)), dither="none"), 0],
-            "ImageBlur": lambda: [self.node("ImageBlur", image=link, blur_radius=self.pick((1, 4)), sigma=2.0), 0],
+            "RepeatImageBatch": lambda: [
+                self.node("RepeatImageBatch", image=link, amount=self.pick((1, 2, 3))),
+                0,
+            ],
+            "part": lambda: [
+                self.node(
+                    "ImageFromBatch",
+                    image=link,
+                    batch_index=self.pick((0, 1, 9)),
+                    length=self.pick((1, 2)),
+                ),
+                0,
+            ],
+            "ImageCrop": lambda: [
+                self.node(
+                    "ImageCrop",
+                    image=link,
+                    width=width,
+                    height=height,
+                    x=self.pick((0, 30, 999)),
+                    y=0,
+                ),
+                0,
+            ],
+            "ImageFlip": lambda: [
+                self.node("ImageFlip", **self.widgets("ImageFlip"), image=link),
+                0,
+            ],
+            "ImageRotate": lambda: [
+                self.node("ImageRotate", **self.widgets("ImageRotate"), image=link),
+                0,
+            ],
+            "noise": lambda: [
+                self.node(
+                    "ImageAddNoise",
+                    image=link,
+                    seed=self.seed(),
+                    strength=self.pick((0.01, 0.1, 1.0)),
+                ),
+                0,
+            ],
+            "ImageQuantize": lambda: [
+                self.node(
+                    "ImageQuantize", image=link, colors=self.pick((1, 2, 256)), dither="none"
+                ),
+                0,
+            ],
+            "ImageBlur": lambda: [
+                self.node("ImageBlur", image=link, blur_radius=self.pick((1, 4)), sigma=2.0),
+                0,
+            ],
             "pad": lambda: [
-                self.node("ImagePadForOutpaint", image=link, left=8, top=0, right=self.pick((0, 160)), bottom=40, feathering=0), 0
+                self.node(
+                    "ImagePadForOutpaint",
+                    image=link,
+                    left=8,
+                    top=0,
+                    right=self.pick((0, 160)),
+                    bottom=40,
+                    feathering=0,
+                ),
+                0,
             ],
-            "alpha": lambda: [self.node("JoinImageWithAlpha", image=link, alpha=self.mask(link)), 0],
+            "alpha": lambda: [
+                self.node("JoinImageWithAlpha", image=link, alpha=self.mask(link)),
+                0,
+            ],
             "no alpha": lambda: [self.node("SplitImageWithAlpha", image=link), 0],
-            "grey": lambda: [self.node("MaskToImage", mask=[self.node("ImageToMask", image=link, channel="red"), 0]), 0],
-            "stitch": lambda: [
-                self.node("ImageStitch", **self.widgets("ImageStitch", spacing_width=0), image1=link, image2=self.plain()), 0
+            "grey": lambda: [
+                self.node(
+                    "MaskToImage", mask=[self.node("ImageToMask", image=link, channel="red"), 0]
+                ),
+                0,
             ],
-            "RebatchImages": lambda: [self.node("RebatchImages", images=link, batch_size=self.pick((1, 2))), 0],
+            "stitch": lambda: [
+                self.node(
+                    "ImageStitch",
+                    **self.widgets("ImageStitch", spacing_width=0),
+                    image1=link,
+                    image2=self.plain(),
+                ),
+                0,
+            ],
+            "RebatchImages": lambda: [
+                self.node("RebatchImages", images=link, batch_size=self.pick((1, 2))),
+                0,
+            ],
         }
         return self.pick(ways.values())()
 
@@ -250,10 +523,20 @@ class Maker:
     def mask(self, image: Link) -> Link:
         kind = self.rng.random()
         if kind < 0.35:
-            return [self.node("ImageToMask", image=image, channel=self.pick(("red", "green", "blue", "alpha"))), 0]
+            return [
+                self.node(
+                    "ImageToMask", image=image, channel=self.pick(("red", "green", "blue", "alpha"))
+                ),
+                0,
+            ]
         width, height = self.sides()
         if kind < 0.6:
-            return [self.node("SolidMask", value=self.pick((0.0, 0.5, 1.0)), width=width, height=height), 0]
+            return [
+                self.node(
+                    "SolidMask", value=self.pick((0.0, 0.5, 1.0)), width=width, height=height
+                ),
+                0,
+            ]
         if kind < 0.7:
             return [self.node("LoadImage", image=self.pick(self.pictures)), 1]
         made = {"frames": self.pick((0, 1, 1, 2, 3)), "values": self.pick(MASKS)}
@@ -278,11 +561,26 @@ class Maker:
     def conditioning(self, link: Link) -> Link:
         if self.chance(0.12):
             kind = self.pick(CONDITIONINGS)
-            return [self.node("FuzzConditioning", kind=kind, count=self.pick((0, 1, 2)), seed=self.seed(), conditioning=link), 0]
+            return [
+                self.node(
+                    "FuzzConditioning",
+                    kind=kind,
+                    count=self.pick((0, 1, 2)),
+                    seed=self.seed(),
+                    conditioning=link,
+                ),
+                0,
+            ]
         if self.chance(0.1):
             kind = self.pick(CONDITIONING_PATCHES)
-            links = {name: link for name, (of, _) in self.inputs(kind).items() if of == "CONDITIONING"}
-            masks = {name: self.mask(self.plain()) for name, (of, _) in self.inputs(kind).items() if of == "MASK"}
+            links = {
+                name: link for name, (of, _) in self.inputs(kind).items() if of == "CONDITIONING"
+            }
+            masks = {
+                name: self.mask(self.plain())
+                for name, (of, _) in self.inputs(kind).items()
+                if of == "MASK"
+            }
             return [self.node(kind, **self.widgets(kind), **links, **masks), 0]
         return link
 
@@ -296,7 +594,10 @@ class Maker:
         found = self.ours("FaceDetectAlign", image=image)
         faces, crops = [found, 0], [found, 1]
         if self.chance(0.15):
-            faces = [self.node("FuzzFaces", faces=faces, harm=self.pick(FACE_HARMS), seed=self.seed()), 0]
+            faces = [
+                self.node("FuzzFaces", faces=faces, harm=self.pick(FACE_HARMS), seed=self.seed()),
+                0,
+            ]
         if self.chance(0.2):
             chosen = self.ours("FaceSelect", faces=faces)
             other = self.pick((0, 0, 2))
@@ -306,7 +607,10 @@ class Maker:
     def step(self, crops: Link) -> Link:
         model, vae = self.model()
         prompts = self.conditioning([self.ours("OSDFaceVRE", crops=crops), 0])
-        return [self.ours("OSDFaceOneStep", model=model, vae=vae, crops=crops, conditioning=prompts), 0]
+        return [
+            self.ours("OSDFaceOneStep", model=model, vae=vae, crops=crops, conditioning=prompts),
+            0,
+        ]
 
     def whole(self) -> None:
         image = self.picture()
@@ -318,7 +622,15 @@ class Maker:
 
     def pasted(self, image: Link, faces: Link, restored: Link) -> None:
         if self.chance(0.12):
-            image = [self.node("ImageScaleBy", image=image, upscale_method="area", scale_by=self.pick((0.5, 2.0, 1.37, 0.03))), 0]
+            image = [
+                self.node(
+                    "ImageScaleBy",
+                    image=image,
+                    upscale_method="area",
+                    scale_by=self.pick((0.5, 2.0, 1.37, 0.03)),
+                ),
+                0,
+            ]
         keep = {"keep": self.mask(image)} if self.chance(0.25) else {}
         self.ours("FacePasteBack", image=image, faces=faces, restored=restored, **keep)
 
@@ -330,13 +642,33 @@ class Maker:
 
     def only_step(self) -> None:
         image = self.picture()
-        width, height = self.pick((1, 7, 8, 9, 40, 64, 100, 200)), self.pick((1, 7, 8, 12, 64, 100, 130))
-        self.step([self.node("ImageScale", image=image, upscale_method="bilinear", width=width, height=height, crop="disabled"), 0])
+        width, height = (
+            self.pick((1, 7, 8, 9, 40, 64, 100, 200)),
+            self.pick((1, 7, 8, 12, 64, 100, 130)),
+        )
+        self.step(
+            [
+                self.node(
+                    "ImageScale",
+                    image=image,
+                    upscale_method="bilinear",
+                    width=width,
+                    height=height,
+                    crop="disabled",
+                ),
+                0,
+            ]
+        )
 
     def only_paste(self) -> None:
         image = self.picture()
         faces, crops = self.detected(image)
-        ways = (lambda: crops, self.picture, lambda: [self.node("ImageInvert", image=crops), 0], lambda: self.changed(crops))
+        ways = (
+            lambda: crops,
+            self.picture,
+            lambda: [self.node("ImageInvert", image=crops), 0],
+            lambda: self.changed(crops),
+        )
         self.pasted(image, faces, self.pick(ways)())
 
     def only_find(self) -> None:
@@ -344,7 +676,13 @@ class Maker:
         self.ours("FaceSelect", faces=faces)
 
     def make(self) -> Made:
-        self.pick((self.whole,) * 5 + (self.one_node,) * 5 + (self.only_step,) * 3 + (self.only_paste,) * 3 + (self.only_find,) * 2)()
+        self.pick(
+            (self.whole,) * 5
+            + (self.one_node,) * 5
+            + (self.only_step,) * 3
+            + (self.only_paste,) * 3
+            + (self.only_find,) * 2
+        )()
         if self.chance(0.06):
             self.rewire()
         if self.chance(0.03):
@@ -358,7 +696,9 @@ class Maker:
     def rewire(self) -> None:
         """A link of one of our nodes to some other output, of the right type or not."""
         name = self.pick(self.members())
-        links = [key for key, value in self.graph[name]["inputs"].items() if isinstance(value, list)]
+        links = [
+            key for key, value in self.graph[name]["inputs"].items() if isinstance(value, list)
+        ]
         if not links:
             return
         if self.chance(0.4):
@@ -366,7 +706,14 @@ class Maker:
             source = [self.node("FuzzAnything", kind=kind), 0]
         else:
             # Only earlier ones, lest it turns in a circle.
-            other = self.pick([n for n in self.graph if int(n) < int(name) and self.info[self.graph[n]["class_type"]]["output"]] or [name])
+            other = self.pick(
+                [
+                    n
+                    for n in self.graph
+                    if int(n) < int(name) and self.info[self.graph[n]["class_type"]]["output"]
+                ]
+                or [name]
+            )
             outputs = self.info[self.graph[other]["class_type"]]["output"]
             source = [other, self.rng.randrange(len(outputs)) if outputs else 0]
         self.graph[name]["inputs"][self.pick(links)] = source
@@ -382,16 +729,30 @@ class Maker:
         """A judge for each of our nodes, on what the node really got."""
         for name in self.members():
             kind, inputs = self.graph[name]["class_type"], self.graph[name]["inputs"]
-            links = {key: value for key, value in inputs.items() if isinstance(value, list) and len(value) == 2}
+            links = {
+                key: value
+                for key, value in inputs.items()
+                if isinstance(value, list) and len(value) == 2
+            }
             keep = {"keep": links["keep"]} if "keep" in links else {}
             if kind == "FaceDetectAlign" and "image" in links:
                 self.node(
-                    "JudgeFaces", faces=[name, 0], crops=[name, 1], preview=[name, 2], count=[name, 3], report=[name, 4],
+                    "JudgeFaces",
+                    faces=[name, 0],
+                    crops=[name, 1],
+                    preview=[name, 2],
+                    count=[name, 3],
+                    report=[name, 4],
                     image=links["image"],
                 )
             elif kind == "FaceSelect" and "faces" in links:
                 self.node(
-                    "JudgeFaces", faces=[name, 0], crops=[name, 1], rest=[name, 2], rest_crops=[name, 3], report=[name, 4],
+                    "JudgeFaces",
+                    faces=[name, 0],
+                    crops=[name, 1],
+                    rest=[name, 2],
+                    rest_crops=[name, 3],
+                    report=[name, 4],
                     given=links["faces"],
                 )
             elif kind == "OSDFaceVRE" and "crops" in links and not self.lazy(name):
@@ -399,15 +760,32 @@ class Maker:
             elif kind == "OSDFaceOneStep" and "crops" in links and not self.lazy(name):
                 self.node("JudgeStep", crops=links["crops"], restored=[name, 0])
             elif kind == "FacePasteBack" and {"image", "faces"} <= set(links):
-                self.node("JudgePaste", image=links["image"], after=[name, 0], mask=[name, 1], faces=links["faces"], **keep)
+                self.node(
+                    "JudgePaste",
+                    image=links["image"],
+                    after=[name, 0],
+                    mask=[name, 1],
+                    faces=links["faces"],
+                    **keep,
+                )
             elif kind == "OSDFaceRestore" and "image" in links:
-                self.node("JudgePaste", image=links["image"], after=[name, 0], mask=[name, 1], both=[name, 2], report=[name, 3], **keep)
+                self.node(
+                    "JudgePaste",
+                    image=links["image"],
+                    after=[name, 0],
+                    mask=[name, 1],
+                    both=[name, 2],
+                    report=[name, 3],
+                    **keep,
+                )
             else:
                 self.node("PreviewAny", source=[name, 0])
 
     def lazy(self, name: str) -> bool:
         """In half of the graphs the networks only run where pasting asks for them."""
-        return int(name) % 2 == 0 and any(node["class_type"] == "FacePasteBack" for node in self.graph.values())
+        return int(name) % 2 == 0 and any(
+            node["class_type"] == "FacePasteBack" for node in self.graph.values()
+        )
 
 
 # Pictures
@@ -439,17 +817,22 @@ def write_pictures(folder: Path, data: Path | None) -> tuple[list[str], list[str
     portraits = sorted((data / "images" / "portraits").glob("*.jpg"))[:4]
     group = Image.open(data / "images" / "cc0_mosaic_6faces_1080p.png").convert("RGB")
     made = {
-        "astronaut.png": astronaut.resize((256, 256)), "astronaut.webp": astronaut.resize((384, 384)),
+        "astronaut.png": astronaut.resize((256, 256)),
+        "astronaut.webp": astronaut.resize((384, 384)),
         "two.png": group.crop((0, 0, 1280, 540)).resize((512, 216)),
-        "wide.png": group.crop((0, 0, 1920, 540)).resize((600, 170)), "close.png": astronaut.crop((150, 20, 310, 220)),
-        "lying.png": astronaut.resize((256, 256)).rotate(90), "grey_face.png": astronaut.resize((256, 256)).convert("L"),
+        "wide.png": group.crop((0, 0, 1920, 540)).resize((600, 170)),
+        "close.png": astronaut.crop((150, 20, 310, 220)),
+        "lying.png": astronaut.resize((256, 256)).rotate(90),
+        "grey_face.png": astronaut.resize((256, 256)).convert("L"),
         "face_alpha.png": astronaut.resize((200, 220)).convert("RGBA"),
     }
     for path in portraits:
         made[path.name] = Image.open(path).convert("RGB").resize((300, 300))
     for name, picture in made.items():
         picture.save(folder / name)
-    shifted = [Image.fromarray(np.roll(np.asarray(made["astronaut.png"]), step, 1)) for step in (0, 4, 8)]
+    shifted = [
+        Image.fromarray(np.roll(np.asarray(made["astronaut.png"]), step, 1)) for step in (0, 4, 8)
+    ]
     shifted[0].save(folder / "video.webp", save_all=True, append_images=shifted[1:], lossless=True)
     turned[0x0112] = 8
     made["astronaut.png"].rotate(270).save(folder / "face_turned.jpg", exif=turned)
@@ -457,11 +840,23 @@ def write_pictures(folder: Path, data: Path | None) -> tuple[list[str], list[str
 
 
 def populate(base: Path, data: Path | None) -> tuple[list[str], list[str]]:
-    """Makes a folder a ComfyUI base directory with the pack, the fuzz's nodes and pictures, and a face parser of noise."""
-    for name in ("models/osdface", "models/facedetection", "models/loras", "custom_nodes/fuzz", "input", "output", "user"):
+    """Makes a folder a ComfyUI base directory with the pack, the fuzz's nodes and pictures, and a
+    face parser of noise.
+    """
+    for name in (
+        "models/osdface",
+        "models/facedetection",
+        "models/loras",
+        "custom_nodes/fuzz",
+        "input",
+        "output",
+        "user",
+    ):
         (base / name).mkdir(parents=True, exist_ok=True)
     (base / "custom_nodes" / "osdface").symlink_to(ROOT)
-    shutil.copy(Path(__file__).with_name("fuzz_nodes.py"), base / "custom_nodes" / "fuzz" / "__init__.py")
+    shutil.copy(
+        Path(__file__).with_name("fuzz_nodes.py"), base / "custom_nodes" / "fuzz" / "__init__.py"
+    )
     if data is not None:
         detector = data / "weights" / "detection_mobilenet0.25_Final.pth"
         (base / "models" / "facedetection" / detector.name).symlink_to(detector)
@@ -475,7 +870,9 @@ def populate(base: Path, data: Path | None) -> tuple[list[str], list[str]]:
 
 @dataclass
 class Tally:
-    """What became of the graphs, and the violations: what was wrong, the graph's number, and the graph."""
+    """What became of the graphs, and the violations: what was wrong, the graph's number, and the
+    graph.
+    """
 
     kinds: Counter[str] = field(default_factory=Counter)
     sentences: Counter[str] = field(default_factory=Counter)
@@ -488,12 +885,18 @@ def stem(sentence: str) -> str:
     return re.sub(r"\d[\d.e+-]*", "#", sentence)[:110]
 
 
-def outcome(address: str, link: websocket.WebSocket, client: str, made: Made, tally: Tally) -> tuple[str, bool]:
+def outcome(
+    address: str, link: websocket.WebSocket, client: str, made: Made, tally: Tally
+) -> tuple[str, bool]:
     """What became of a graph, and whether that is a violation."""
-    answer = requests.post(f"{address}/prompt", json={"prompt": made.graph, "client_id": client}, timeout=ASLEEP)
+    answer = requests.post(
+        f"{address}/prompt", json={"prompt": made.graph, "client_id": client}, timeout=ASLEEP
+    )
     if answer.status_code == 400:
         body = answer.json()
-        errors = [error for node in body["node_errors"].values() for error in node["errors"]] or [body["error"]]
+        errors = [error for node in body["node_errors"].values() for error in node["errors"]] or [
+            body["error"]
+        ]
         kinds = sorted({error["type"] for error in errors})
         inner = [error for error in errors if error["type"].startswith("exception")]
         if inner or not made.refusable:
@@ -524,21 +927,37 @@ def outcome(address: str, link: websocket.WebSocket, client: str, made: Made, ta
         if event["type"] == "execution_error":
             return judged(given, tally)
         if event["type"] == "execution_success":
-            for verdict in ("restored", "nothing changed", "nobody", "step", "1 found", "0 found", "prompts"):
+            for verdict in (
+                "restored",
+                "nothing changed",
+                "nobody",
+                "step",
+                "1 found",
+                "0 found",
+                "prompts",
+            ):
                 if verdict in verdicts:
                     return f"right: {RIGHT[verdict]}", False
             return "right: nothing of ours was asked for", False
 
 
 RIGHT = {
-    "restored": "faces restored, the rest of the picture bit for bit", "nobody": "no face, the very picture",
-    "nothing changed": "faces, and nothing to be changed", "step": "crops restored", "1 found": "faces found", "0 found": "no face found",
+    "restored": "faces restored, the rest of the picture bit for bit",
+    "nobody": "no face, the very picture",
+    "nothing changed": "faces, and nothing to be changed",
+    "step": "crops restored",
+    "1 found": "faces found",
+    "0 found": "no face found",
     "prompts": "prompts made",
 }
 
 
 def judged(given: dict[str, Any], tally: Tally) -> tuple[str, bool]:
-    node, kind, says = given["node_type"], given["exception_type"], given["exception_message"].strip()
+    node, kind, says = (
+        given["node_type"],
+        given["exception_type"],
+        given["exception_message"].strip(),
+    )
     if node not in OURS:
         if node.startswith(("Judge", "Fuzz")):
             return f"{node}: {kind}: {says[:300]}", True
@@ -555,10 +974,19 @@ def judged(given: dict[str, Any], tally: Tally) -> tuple[str, bool]:
     return f"one sentence of {node}", False
 
 
-def run(address: str, graphs: Iterator[tuple[int, Made]], tally: Tally, say: Callable[[str], None] = print) -> None:
-    """Runs the graphs one after the other. A graph that the server does not survive, or answer, is a violation and ends the run."""
+def run(
+    address: str,
+    graphs: Iterator[tuple[int, Made]],
+    tally: Tally,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Runs the graphs one after the other. A graph that the server does not survive, or answer, is
+    a violation and ends the run.
+    """
     client = str(uuid.uuid4())
-    link = websocket.create_connection(f"{address.replace('http', 'ws')}/ws?clientId={client}", timeout=60)
+    link = websocket.create_connection(
+        f"{address.replace('http', 'ws')}/ws?clientId={client}", timeout=60
+    )
     try:
         for number, made in graphs:
             start = time.monotonic()
@@ -566,8 +994,14 @@ def run(address: str, graphs: Iterator[tuple[int, Made]], tally: Tally, say: Cal
             try:
                 kind, violation = outcome(address, link, client, made, tally)
             except (OSError, requests.RequestException, websocket.WebSocketException) as error:
-                kind, violation, gone = f"the server is gone or hangs: {type(error).__name__}: {error}", True, True
-            tally.slowest = sorted([*tally.slowest, (time.monotonic() - start, number)], reverse=True)[:8]
+                kind, violation, gone = (
+                    f"the server is gone or hangs: {type(error).__name__}: {error}",
+                    True,
+                    True,
+                )
+            tally.slowest = sorted(
+                [*tally.slowest, (time.monotonic() - start, number)], reverse=True
+            )[:8]
             tally.kinds[f"VIOLATION {stem(kind)}" if violation else kind] += 1
             if violation:
                 tally.violations.append((kind, number, made.graph))
@@ -583,7 +1017,9 @@ def run(address: str, graphs: Iterator[tuple[int, Made]], tally: Tally, say: Cal
         link.close()
 
 
-def graphs(count: Iterable[int], seed: int, info: dict[str, Any], pictures: list[str], faces: list[str]) -> Iterator[tuple[int, Made]]:
+def graphs(
+    count: Iterable[int], seed: int, info: dict[str, Any], pictures: list[str], faces: list[str]
+) -> Iterator[tuple[int, Made]]:
     for number in count:
         yield number, Maker(f"{seed}/{number}", info, pictures, faces).make()
 
@@ -593,20 +1029,34 @@ def table(tally: Tally, seconds: float) -> str:
     lines = ["| what became of it | graphs |", "|---|---|"]
     ranked = sorted(tally.kinds.items(), key=lambda item: (item[0][:9], -item[1]))
     lines += [f"| {kind.replace('|', '/')} | {number} |" for kind, number in ranked]
-    lines += [f"| all | {total} |", "", f"{total} graphs in {seconds:.0f} s; {len(tally.sentences)} different sentences; "
-              f"{len(tally.violations)} violations. Slowest: " + ", ".join(f"{s:.1f} s (number {n})" for s, n in tally.slowest)]
+    lines += [
+        f"| all | {total} |",
+        "",
+        f"{total} graphs in {seconds:.0f} s; {len(tally.sentences)} different sentences; "
+        f"{len(tally.violations)} violations. Slowest: "
+        + ", ".join(f"{s:.1f} s (number {n})" for s, n in tally.slowest),
+    ]
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--comfyui", type=Path, default=comfyui_path())
-    parser.add_argument("--data", type=Path, default=os.environ.get("OSDFACE_TEST_DATA"), help="the folder with images/ and weights/")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("OSDFACE_TEST_DATA"),
+        help="the folder with images/ and weights/",
+    )
     parser.add_argument("--only", type=int, nargs="*", help="numbers of graphs")
     parser.add_argument("--replay", type=Path, help="a graph as it was printed")
-    parser.add_argument("--sentences", action="store_true", help="also print how often each sentence came")
+    parser.add_argument(
+        "--sentences", action="store_true", help="also print how often each sentence came"
+    )
     given = parser.parse_args()
     if given.comfyui is None:
         parser.error("no ComfyUI: give --comfyui")
@@ -625,7 +1075,11 @@ def main() -> int:
                 else:
                     left = graphs(numbers, given.seed, info, pictures, faces)
                 run(address, left, tally, lambda text: print(text, flush=True))
-            if len(tally.violations) == before or "the server is gone" not in tally.violations[-1][0] or given.replay:
+            if (
+                len(tally.violations) == before
+                or "the server is gone" not in tally.violations[-1][0]
+                or given.replay
+            ):
                 break
     print(table(tally, time.monotonic() - start))
     if given.sentences:

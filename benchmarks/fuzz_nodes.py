@@ -1,4 +1,6 @@
-"""Nodes for benchmarks/fuzz.py: inputs as no sane graph makes them, and judges of what comes out. Copied into a server's custom_nodes."""
+"""Nodes for benchmarks/fuzz.py: inputs as no sane graph makes them, and judges of what comes out.
+Copied into a server's custom_nodes.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +17,33 @@ import folder_paths
 import torch
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64, "uint8": torch.uint8}
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp64": torch.float64,
+    "uint8": torch.uint8,
+}
 FAR = (1e9, -1e9, 1e30, math.inf, math.nan)
 # Checksums of pictures when they were made: no node may write into what it is given.
 SEALS: dict[int, tuple[Tensor, int]] = {}
 
 
 def short_of_memory(state: str) -> None:
-    """On a CPU the host takes neither --lowvram nor --novram, for there is no video memory: it loads here as it does on such a card.
+    """On a CPU the host takes neither --lowvram nor --novram, for there is no video memory: it
+    loads here as it does on such a card.
 
-    NO_VRAM: every layer's weights are cast as they are used, and patched then. LOW_VRAM: those beyond the first 128 MiB.
+    NO_VRAM: every layer's weights are cast as they are used, and patched then. LOW_VRAM: those
+    beyond the first 128 MiB.
     """
     load = mm.load_models_gpu
 
     def loads(*given: Any, **named: Any) -> Any:
         known = mm.is_device_cpu, mm.vram_state, mm.get_free_memory
         mm.is_device_cpu, mm.vram_state = (lambda device: False), mm.VRAMState[state]
-        mm.get_free_memory = lambda device=None, torch_free_too=False: (0, 0) if torch_free_too else 0
+        mm.get_free_memory = lambda device=None, torch_free_too=False: (
+            (0, 0) if torch_free_too else 0
+        )
         try:
             return load(*given, **named)
         finally:
@@ -63,7 +75,10 @@ class Node:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         wide = {"INT": {"default": 0, "min": -(2**31), "max": 2**31}}
         groups = ("required", cls.INPUTS), ("optional", cls.OPTIONAL)
-        return {group: {name: (kind, wide.get(kind, {})) for name, kind in given.items()} for group, given in groups}
+        return {
+            group: {name: (kind, wide.get(kind, {})) for name, kind in given.items()}
+            for group, given in groups
+        }
 
 
 class Judge(Node):
@@ -76,14 +91,25 @@ def bits(picture: Tensor) -> Tensor:
 
 
 def checksum(picture: Tensor) -> int:
-    return int((bits(picture).flatten().to(torch.int64) * (torch.arange(picture.nbytes) % 251 + 1)).sum())
+    return int(
+        (bits(picture).flatten().to(torch.int64) * (torch.arange(picture.nbytes) % 251 + 1)).sum()
+    )
 
 
 class FuzzImage(Node):
-    INPUTS: ClassVar = {"frames": "INT", "height": "INT", "width": "INT", "channels": "INT", "values": "STRING", "seed": "INT"}
+    INPUTS: ClassVar = {
+        "frames": "INT",
+        "height": "INT",
+        "width": "INT",
+        "channels": "INT",
+        "values": "STRING",
+        "seed": "INT",
+    }
     RETURN_TYPES = ("IMAGE",)
 
-    def run(self, frames: int, height: int, width: int, channels: int, values: str, seed: int) -> tuple[Tensor]:
+    def run(
+        self, frames: int, height: int, width: int, channels: int, values: str, seed: int
+    ) -> tuple[Tensor]:
         rng = torch.Generator().manual_seed(seed)
         picture = torch.rand(frames, height, width, channels, generator=rng)
         if values == "flat":
@@ -143,7 +169,13 @@ class FuzzSeal(Node):
 
 
 class FuzzMask(Node):
-    INPUTS: ClassVar = {"frames": "INT", "height": "INT", "width": "INT", "values": "STRING", "seed": "INT"}
+    INPUTS: ClassVar = {
+        "frames": "INT",
+        "height": "INT",
+        "width": "INT",
+        "values": "STRING",
+        "seed": "INT",
+    }
     RETURN_TYPES = ("MASK",)
 
     def run(self, frames: int, height: int, width: int, values: str, seed: int) -> tuple[Tensor]:
@@ -155,7 +187,13 @@ class FuzzMask(Node):
             return (mask[..., None],)
         if values == "bool":
             return (mask > 0.5,)
-        others = {"zero": mask * 0, "one": mask * 0 + 1, "nan": mask * math.nan, "wide": mask * 20 - 10, "fp16": mask.half()}
+        others = {
+            "zero": mask * 0,
+            "one": mask * 0 + 1,
+            "nan": mask * math.nan,
+            "wide": mask * 20 - 10,
+            "fp16": mask.half(),
+        }
         return (others.get(values, mask),)
 
 
@@ -165,33 +203,61 @@ class FuzzFaces(Node):
 
     def run(self, faces: Any, harm: str, seed: int) -> tuple[Any]:
         rng = random.Random(seed)
-        types = next(module for name, module in sys.modules.items() if name.endswith("osdface.osdface_core.faces.face"))
+        types = next(
+            module
+            for name, module in sys.modules.items()
+            if name.endswith("osdface.osdface_core.faces.face")
+        )
         if not len(faces):
             plain = ((2.0, 0.0, 3.0), (0.0, 2.0, 4.0))
             points = tuple((float(10 * i), float(7 * i)) for i in range(5))
-            made = tuple(types.Face(0, (1.0, 2.0, 40.0, 50.0), points, 0.9, i, plain) for i in range(2 if faces.frames else 0))
-            faces = dataclasses.replace(faces, faces=made, crops=torch.rand(len(made), faces.crop_size, faces.crop_size, 3))
+            made = tuple(
+                types.Face(0, (1.0, 2.0, 40.0, 50.0), points, 0.9, i, plain)
+                for i in range(2 if faces.frames else 0)
+            )
+            faces = dataclasses.replace(
+                faces, faces=made, crops=torch.rand(len(made), faces.crop_size, faces.crop_size, 3)
+            )
         members, far = list(faces.faces), rng.choice(FAR)
 
         def of(number: float) -> Any:
-            return rng.choice([((number, 0.0, 0.0), (0.0, number, 0.0)), ((1.0, 0.0, number), (0.0, 1.0, number)), ((0.0,) * 3,) * 2])
+            return rng.choice(
+                [
+                    ((number, 0.0, 0.0), (0.0, number, 0.0)),
+                    ((1.0, 0.0, number), (0.0, 1.0, number)),
+                    ((0.0,) * 3,) * 2,
+                ]
+            )
 
         if harm == "matrix":
             members = [dataclasses.replace(face, matrix=of(far)) for face in members]
         elif harm == "tiny matrix":
-            members = [dataclasses.replace(face, matrix=of(rng.choice([1e-3, 1e-9, 1e-30]))) for face in members]
+            members = [
+                dataclasses.replace(face, matrix=of(rng.choice([1e-3, 1e-9, 1e-30])))
+                for face in members
+            ]
         elif harm == "large matrix":
-            members = [dataclasses.replace(face, matrix=of(rng.choice([1e2, 1e4]))) for face in members]
+            members = [
+                dataclasses.replace(face, matrix=of(rng.choice([1e2, 1e4]))) for face in members
+            ]
         elif harm == "mirrored":
-            members = [dataclasses.replace(face, matrix=((-5.0, 0.0, 400.0), (0.0, 5.0, -100.0))) for face in members]
+            members = [
+                dataclasses.replace(face, matrix=((-5.0, 0.0, 400.0), (0.0, 5.0, -100.0)))
+                for face in members
+            ]
         elif harm == "landmarks":
-            members = [dataclasses.replace(face, landmarks=((far, far),) * 5, box=(far, far, far, far)) for face in members]
+            members = [
+                dataclasses.replace(face, landmarks=((far, far),) * 5, box=(far, far, far, far))
+                for face in members
+            ]
         elif harm == "box":
             members = [dataclasses.replace(face, box=(5.0, 5.0, 1.0, far)) for face in members]
         elif harm == "one spot":
             members = [dataclasses.replace(face, landmarks=((3.0, 3.0),) * 5) for face in members]
         elif harm == "frame":
-            members = [dataclasses.replace(face, frame=rng.choice([7, -1, 10**9])) for face in members]
+            members = [
+                dataclasses.replace(face, frame=rng.choice([7, -1, 10**9])) for face in members
+            ]
         elif harm == "score":
             members = [dataclasses.replace(face, score=far) for face in members]
         elif harm == "twice":
@@ -200,11 +266,16 @@ class FuzzFaces(Node):
         elif harm == "fewer crops":
             faces = dataclasses.replace(faces, crops=faces.crops[1:])
         elif harm == "more crops":
-            faces = dataclasses.replace(faces, crops=torch.cat([faces.crops, torch.rand(1, faces.crop_size, faces.crop_size, 3)]))
+            faces = dataclasses.replace(
+                faces,
+                crops=torch.cat([faces.crops, torch.rand(1, faces.crop_size, faces.crop_size, 3)]),
+            )
         elif harm == "nan crops":
             faces = dataclasses.replace(faces, crops=faces.crops * math.nan)
         elif harm == "size":
-            faces = dataclasses.replace(faces, height=rng.choice([0, 1, 10**9]), width=rng.choice([0, 1, 10**9]))
+            faces = dataclasses.replace(
+                faces, height=rng.choice([0, 1, 10**9]), width=rng.choice([0, 1, 10**9])
+            )
         elif harm == "frames":
             faces = dataclasses.replace(faces, frames=rng.choice([0, 7]))
         elif harm == "crop size":
@@ -255,15 +326,44 @@ class FuzzModel(Node):
         import comfy.sd
         import comfy.taesd.taesd
 
-        unet = {"image_size": 32, "use_spatial_transformer": True, "legacy": False, "num_classes": None, "adm_in_channels": None,
-                "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_temporal_attention": False, "use_temporal_resblock": False}
+        unet = {
+            "image_size": 32,
+            "use_spatial_transformer": True,
+            "legacy": False,
+            "num_classes": None,
+            "adm_in_channels": None,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 320,
+            "use_temporal_attention": False,
+            "use_temporal_resblock": False,
+        }
         others = {
-            "sd15": {"context_dim": 768, "use_linear_in_transformer": False, "num_heads": 8, "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0]},
-            "sdxl": {"context_dim": 2048, "use_linear_in_transformer": True, "adm_in_channels": 2816, "num_classes": "sequential",
-                     "transformer_depth": [0, 0, 2, 2, 10, 10]},
+            "sd15": {
+                "context_dim": 768,
+                "use_linear_in_transformer": False,
+                "num_heads": 8,
+                "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+            },
+            "sdxl": {
+                "context_dim": 2048,
+                "use_linear_in_transformer": True,
+                "adm_in_channels": 2816,
+                "num_classes": "sequential",
+                "transformer_depth": [0, 0, 2, 2, 10, 10],
+            },
             "sd20": {"context_dim": 1024, "use_linear_in_transformer": True},
-            "inpainting": {"context_dim": 1024, "use_linear_in_transformer": True, "in_channels": 9},
-            "lotus": {"context_dim": 1024, "use_linear_in_transformer": True, "adm_in_channels": 4, "num_classes": "sequential"},
+            "inpainting": {
+                "context_dim": 1024,
+                "use_linear_in_transformer": True,
+                "in_channels": 9,
+            },
+            "lotus": {
+                "context_dim": 1024,
+                "use_linear_in_transformer": True,
+                "adm_in_channels": 4,
+                "num_classes": "sequential",
+            },
         }
         if kind in others:
             config = comfy.model_detection.model_config_from_unet_config(unet | others[kind])
@@ -291,7 +391,15 @@ class FuzzAnything(Node):
     RETURN_TYPES = (AnyType("*"),)
 
     def run(self, kind: str) -> tuple[Any]:
-        return ({"nothing": None, "text": "text", "list": [], "dictionary": {"samples": torch.zeros(1, 4, 8, 8)}, "number": 7}[kind],)
+        return (
+            {
+                "nothing": None,
+                "text": "text",
+                "list": [],
+                "dictionary": {"samples": torch.zeros(1, 4, 8, 8)},
+                "number": 7,
+            }[kind],
+        )
 
 
 class FuzzKeep(Judge):
@@ -314,61 +422,137 @@ def judge(right: bool, wrong: str) -> None:
 
 def sealed(image: Tensor) -> None:
     known = SEALS.get(id(image))
-    judge(known is None or known[0] is not image or known[1] == checksum(image), "the picture was written into")
+    judge(
+        known is None or known[0] is not image or known[1] == checksum(image),
+        "the picture was written into",
+    )
 
 
 class JudgePaste(Judge):
     INPUTS: ClassVar = {"image": "IMAGE", "after": "IMAGE", "mask": "MASK"}
-    OPTIONAL: ClassVar = {"faces": "OSDFACE_FACES", "keep": "MASK", "report": "STRING", "both": "IMAGE"}
+    OPTIONAL: ClassVar = {
+        "faces": "OSDFACE_FACES",
+        "keep": "MASK",
+        "report": "STRING",
+        "both": "IMAGE",
+    }
 
     def run(
-        self, image: Tensor, after: Tensor, mask: Tensor, faces: Any = None, keep: Any = None, report: str = "", both: Any = None
+        self,
+        image: Tensor,
+        after: Tensor,
+        mask: Tensor,
+        faces: Any = None,
+        keep: Any = None,
+        report: str = "",
+        both: Any = None,
     ) -> Any:
         sealed(image)
-        judge(after.shape == image.shape and after.dtype == image.dtype, f"{after.shape} {after.dtype} of {image.shape} {image.dtype}")
-        judge(mask.shape == image.shape[:3] and mask.dtype == torch.float32, f"mask {mask.shape} {mask.dtype} of {image.shape}")
+        judge(
+            after.shape == image.shape and after.dtype == image.dtype,
+            f"{after.shape} {after.dtype} of {image.shape} {image.dtype}",
+        )
+        judge(
+            mask.shape == image.shape[:3] and mask.dtype == torch.float32,
+            f"mask {mask.shape} {mask.dtype} of {image.shape}",
+        )
         judge(bool(((mask >= 0) & (mask <= 1)).all()), "the mask is not in [0,1]")
         known = image.isfinite()
         judge(bool((after.isfinite() | ~known).all()), "not finite where the picture is")
-        judge(torch.equal(bits(after[mask == 0]), bits(image[mask == 0])), "a pixel outside of the mask has changed")
+        judge(
+            torch.equal(bits(after[mask == 0]), bits(image[mask == 0])),
+            "a pixel outside of the mask has changed",
+        )
         judge(torch.equal(bits(after[..., 3:]), bits(image[..., 3:])), "alpha has changed")
-        if keep is not None and keep.shape[1:] == image.shape[1:3] and keep.dtype.is_floating_point and bool(keep.isfinite().all()):
+        if (
+            keep is not None
+            and keep.shape[1:] == image.shape[1:3]
+            and keep.dtype.is_floating_point
+            and bool(keep.isfinite().all())
+        ):
             stays = keep.expand(mask.shape) >= 1
             judge(torch.equal(bits(after[stays]), bits(image[stays])), "a kept pixel has changed")
         nobody = (faces is not None and not len(faces)) or ", 0 chosen." in report
         if nobody:
-            judge(not mask.any() and torch.equal(bits(after), bits(image)), "no face, and another picture")
+            judge(
+                not mask.any() and torch.equal(bits(after), bits(image)),
+                "no face, and another picture",
+            )
         if both is not None:
-            judge(both.ndim == 4 and both.shape[3] == 3 and len(both) == len(image), f"before_after {both.shape} of {image.shape}")
-            judge(bool(both.isfinite().all()) and bool((both >= 0).all()) and bool((both <= 1).all()), "before_after is not in [0,1]")
-        return {"ui": {"verdict": ["nobody" if nobody else "restored" if bool(mask.any()) else "nothing changed"]}}
+            judge(
+                both.ndim == 4 and both.shape[3] == 3 and len(both) == len(image),
+                f"before_after {both.shape} of {image.shape}",
+            )
+            judge(
+                bool(both.isfinite().all()) and bool((both >= 0).all()) and bool((both <= 1).all()),
+                "before_after is not in [0,1]",
+            )
+        return {
+            "ui": {
+                "verdict": [
+                    "nobody" if nobody else "restored" if bool(mask.any()) else "nothing changed"
+                ]
+            }
+        }
 
 
 class JudgeFaces(Judge):
     INPUTS: ClassVar = {"faces": "OSDFACE_FACES", "crops": "IMAGE", "report": "STRING"}
     OPTIONAL: ClassVar = {
-        "image": "IMAGE", "preview": "IMAGE", "count": "INT", "given": "OSDFACE_FACES", "rest": "OSDFACE_FACES", "rest_crops": "IMAGE",
+        "image": "IMAGE",
+        "preview": "IMAGE",
+        "count": "INT",
+        "given": "OSDFACE_FACES",
+        "rest": "OSDFACE_FACES",
+        "rest_crops": "IMAGE",
     }
 
     def run(
-        self, faces: Any, crops: Tensor, report: str, image: Any = None, preview: Any = None, count: Any = None, given: Any = None,
-        rest: Any = None, rest_crops: Any = None,
+        self,
+        faces: Any,
+        crops: Tensor,
+        report: str,
+        image: Any = None,
+        preview: Any = None,
+        count: Any = None,
+        given: Any = None,
+        rest: Any = None,
+        rest_crops: Any = None,
     ) -> Any:
         judge(crops is faces.crops and len(crops) == len(faces), "crops are not the faces'")
         judge(isinstance(report, str) and bool(report), "no report")
         if image is not None:
             sealed(image)
             side = faces.crop_size
-            judge(crops.shape == (len(faces), side, side, 3) and crops.dtype == torch.float32, f"crops {crops.shape} {crops.dtype}")
-            judge((faces.frames, faces.height, faces.width) == tuple(image.shape[:3]), "size of the picture")
+            judge(
+                crops.shape == (len(faces), side, side, 3) and crops.dtype == torch.float32,
+                f"crops {crops.shape} {crops.dtype}",
+            )
+            judge(
+                (faces.frames, faces.height, faces.width) == tuple(image.shape[:3]),
+                "size of the picture",
+            )
             judge(count == len(faces), f"count {count} of {len(faces)}")
-            judge(preview.ndim == 4 and len(preview) == len(image) and preview.shape[3] == 3, f"preview {preview.shape} of {image.shape}")
-            judge(bool(preview.isfinite().all()) and bool((preview >= 0).all()) and bool((preview <= 1).all()), "preview is not in [0,1]")
+            judge(
+                preview.ndim == 4 and len(preview) == len(image) and preview.shape[3] == 3,
+                f"preview {preview.shape} of {image.shape}",
+            )
+            judge(
+                bool(preview.isfinite().all())
+                and bool((preview >= 0).all())
+                and bool((preview <= 1).all()),
+                "preview is not in [0,1]",
+            )
             if bool(image.isfinite().all()):
                 judge(bool(crops.isfinite().all()), "a crop is not finite")
-            judge(all(math.isfinite(v) for face in faces.faces for row in face.matrix for v in row), "a matrix is not finite")
+            judge(
+                all(math.isfinite(v) for face in faces.faces for row in face.matrix for v in row),
+                "a matrix is not finite",
+            )
         if rest is not None:
-            judge(len(faces) + len(rest) == len(given), f"{len(faces)} + {len(rest)} of {len(given)}")
+            judge(
+                len(faces) + len(rest) == len(given), f"{len(faces)} + {len(rest)} of {len(given)}"
+            )
             judge(len(rest_crops) == len(rest), "rest_crops are not the rest's")
         return {"ui": {"verdict": [f"{min(len(faces), 1)} found"]}}
 
@@ -398,7 +582,17 @@ class JudgePrompts(Judge):
 NODE_CLASS_MAPPINGS = {
     kind.__name__: kind
     for kind in (
-        *(FuzzImage, FuzzHarm, FuzzSeal, FuzzMask, FuzzFaces, FuzzConditioning, FuzzModel, FuzzAnything, FuzzKeep),
+        *(
+            FuzzImage,
+            FuzzHarm,
+            FuzzSeal,
+            FuzzMask,
+            FuzzFaces,
+            FuzzConditioning,
+            FuzzModel,
+            FuzzAnything,
+            FuzzKeep,
+        ),
         *(JudgePaste, JudgeFaces, JudgeStep, JudgePrompts),
     )
 }

@@ -1,6 +1,6 @@
 """How long the pack takes to import inside ComfyUI, beside torch and ComfyUI itself.
 
-    python benchmarks/import_time.py [path of ComfyUI]
+python benchmarks/import_time.py [path of ComfyUI]
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ assert asyncio.run(nodes.load_custom_node({pack!r}))
 for name in ("FaceDetectAlign", "OSDFaceVRE", "OSDFaceOneStep", "FacePasteBack"):
     nodes.NODE_CLASS_MAPPINGS[name].INPUT_TYPES()
 pack_time = time.perf_counter() - start
-print(f"torch {{torch_time:.2f}} s, ComfyUI {{host_time:.2f}} s, the pack {{pack_time:.3f}} s = {{pack_time / torch_time:.3f}} of torch")
+print(f"torch {{torch_time:.2f}} s, ComfyUI {{host_time:.2f}} s, the pack {{pack_time:.3f}} s")
+print(f"the pack is {{pack_time / torch_time:.3f}} of torch")
 """
 
 
 def main() -> None:
-    comfyui = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
+    comfyui = Path(
+        sys.argv[1]
+        if len(sys.argv) > 1
+        else os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI")
+    )
     script = SCRIPT.format(comfyui=str(comfyui), pack=str(Path(__file__).resolve().parents[1]))
     for _ in range(3):
         subprocess.run([sys.executable, "-c", script], check=True, stderr=subprocess.DEVNULL)

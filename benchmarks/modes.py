@@ -1,10 +1,13 @@
-"""The same graph in real ComfyUI servers that were started in other ways: what comes out, beside what the plain one gives.
+"""The same graph in real ComfyUI servers that were started in other ways: what comes out, beside
+what the plain one gives.
 
     python -m benchmarks.modes DATA [--stand-ins DIR] [--compiled] [--only MODE ...] [--comfyui DIR]
 
-The graph restores the faces of a picture with the small built-in model, whose networks are in fp32 in every mode: so the saved picture
-must be the same to the bit, or the row says by how much it is not. --stand-ins: the folder of full-size weights; with it a crop of
-64 x 72 px also goes through the visual embedder, the LoRA, the UNet and the VAE at their full size, in the types that the mode chooses.
+The graph restores the faces of a picture with the small built-in model, whose networks are in fp32
+in every mode: so the saved picture must be the same to the bit, or the row says by how much it is
+not. --stand-ins: the folder of full-size weights; with it a crop of 64 x 72 px also goes through
+the visual embedder, the LoRA, the UNet and the VAE at their full size, in the types that the mode
+chooses.
 """
 
 from __future__ import annotations
@@ -26,16 +29,53 @@ from tests.conftest import comfyui_path
 from tests.frontend import server
 from tests.prompts import Prompts
 
-# All with --cpu, beside which the host takes no --lowvram or --novram: fuzz_nodes.py has it load as it does with those.
+# All with --cpu, beside which the host takes no --lowvram or --novram: fuzz_nodes.py has it load as
+# it does with those.
 MODES = (
-    *("", "FUZZ_VRAM=LOW_VRAM", "FUZZ_VRAM=NO_VRAM", "--cpu", "--fp16-vae", "--bf16-vae", "--fp32-vae", "--cpu-vae", "--bf16-unet"),
-    *("--fp16-unet", "--fp32-unet", "--fp8_e4m3fn-unet", "--force-fp16", "--force-fp32", "--cache-none", "--cache-lru 4"),
-    *("--disable-smart-memory", "--deterministic", "--use-pytorch-cross-attention", "--use-split-cross-attention"),
+    *(
+        "",
+        "FUZZ_VRAM=LOW_VRAM",
+        "FUZZ_VRAM=NO_VRAM",
+        "--cpu",
+        "--fp16-vae",
+        "--bf16-vae",
+        "--fp32-vae",
+        "--cpu-vae",
+        "--bf16-unet",
+    ),
+    *(
+        "--fp16-unet",
+        "--fp32-unet",
+        "--fp8_e4m3fn-unet",
+        "--force-fp16",
+        "--force-fp32",
+        "--cache-none",
+        "--cache-lru 4",
+    ),
+    *(
+        "--disable-smart-memory",
+        "--deterministic",
+        "--use-pytorch-cross-attention",
+        "--use-split-cross-attention",
+    ),
 )
 WIDGETS = {
-    "vre_name": "builtin", "lora_name": "none", "detector": "retinaface_mobile0.25", "select": "all", "order": "left to right",
-    "indices": "0", "max_faces": 0, "min_size": 24, "confidence": 0.9, "any_angle": False, "crop_size": 512, "smoothing": 0.0,
-    "strength": 1.0, "mask_type": "ellipse", "feather": 0.1, "color_match": "none",
+    "vre_name": "builtin",
+    "lora_name": "none",
+    "detector": "retinaface_mobile0.25",
+    "select": "all",
+    "order": "left to right",
+    "indices": "0",
+    "max_faces": 0,
+    "min_size": 24,
+    "confidence": 0.9,
+    "any_angle": False,
+    "crop_size": 512,
+    "smoothing": 0.0,
+    "strength": 1.0,
+    "mask_type": "ellipse",
+    "feather": 0.1,
+    "color_match": "none",
 }
 
 
@@ -47,7 +87,9 @@ def small_graph(name: str, compiled: bool = False) -> dict[str, Any]:
     graph = {
         "load": node("LoadImage", image="two.png"),
         "model": node("OSDFaceBuiltinModel"),
-        "work": node("OSDFaceRestore", image=["load", 0], model=["model", 0], vae=["model", 1], **WIDGETS),
+        "work": node(
+            "OSDFaceRestore", image=["load", 0], model=["model", 0], vae=["model", 1], **WIDGETS
+        ),
         "save": node("SaveImage", images=["work", 0], filename_prefix=name),
         "keep": node("FuzzKeep", image=["work", 0], name=name),
     }
@@ -60,12 +102,26 @@ def small_graph(name: str, compiled: bool = False) -> dict[str, Any]:
 def full_graph(name: str) -> dict[str, Any]:
     return {
         "load": node("LoadImage", image="astronaut.png"),
-        "crop": node("ImageScale", image=["load", 0], upscale_method="area", width=72, height=64, crop="disabled"),
+        "crop": node(
+            "ImageScale",
+            image=["load", 0],
+            upscale_method="area",
+            width=72,
+            height=64,
+            crop="disabled",
+        ),
         "base": node("CheckpointLoaderSimple", ckpt_name="v2-1_512-ema-pruned.safetensors"),
         "prompts": node("OSDFaceVRE", crops=["crop", 0], vre_name="associate_2.ckpt"),
         "work": node(
-            "OSDFaceOneStep", model=["base", 0], vae=["base", 2], crops=["crop", 0], conditioning=["prompts", 0],
-            lora_name="pytorch_lora_weights.safetensors", lora_strength=1.0, timestep=399, faces_per_batch=0,
+            "OSDFaceOneStep",
+            model=["base", 0],
+            vae=["base", 2],
+            crops=["crop", 0],
+            conditioning=["prompts", 0],
+            lora_name="pytorch_lora_weights.safetensors",
+            lora_strength=1.0,
+            timestep=399,
+            faces_per_batch=0,
         ),
         "keep": node("FuzzKeep", image=["work", 0], name=name),
     }
@@ -77,25 +133,37 @@ def beside(made: Tensor, plain: Tensor) -> str:
     error = float((made - plain).square().mean())
     if not math.isfinite(error):
         return "not finite"
-    return f"{-10 * math.log10(error):.1f} dB, largest difference {float((made - plain).abs().max()):.4f}"
+    largest = float((made - plain).abs().max())
+    return f"{-10 * math.log10(error):.1f} dB, largest difference {largest:.4f}"
 
 
 def link_stand_ins(base: Path, folder: Path) -> None:
     (base / "models" / "checkpoints").mkdir(exist_ok=True)
-    (base / "models" / "checkpoints" / "v2-1_512-ema-pruned.safetensors").symlink_to(folder / "v2-1_512-seeded.safetensors")
+    (base / "models" / "checkpoints" / "v2-1_512-ema-pruned.safetensors").symlink_to(
+        folder / "v2-1_512-seeded.safetensors"
+    )
     for file in (folder / "osdface").iterdir():
         (base / "models" / "osdface" / file.name).symlink_to(file)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--stand-ins", type=Path)
-    parser.add_argument("--compiled", action="store_true", help="also with TorchCompileModel's inductor, which takes minutes")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="also with TorchCompileModel's inductor, which takes minutes",
+    )
     parser.add_argument("--only", nargs="*", help="modes without their dashes")
     parser.add_argument("--comfyui", type=Path, default=comfyui_path())
     given = parser.parse_args()
-    modes = ["", *(mode for mode in MODES if mode and (not given.only or mode.strip("-") in given.only))]
+    modes = [
+        "",
+        *(mode for mode in MODES if mode and (not given.only or mode.strip("-") in given.only)),
+    ]
     rows, wrong = [], 0
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
@@ -106,7 +174,9 @@ def main() -> int:
         for mode in modes:
             jobs = {"built-in": small_graph("small")}
             if mode == "" and given.compiled:
-                jobs["built-in, TorchCompileModel inductor"] = small_graph("compiled", compiled=True)
+                jobs["built-in, TorchCompileModel inductor"] = small_graph(
+                    "compiled", compiled=True
+                )
             if given.stand_ins:
                 jobs["full size"] = full_graph("full")
             settings = dict(word.split("=") for word in mode.split() if "=" in word)
@@ -120,11 +190,16 @@ def main() -> int:
                         prompts.run(graph)
                         made = prompts.kept(graph["keep"]["inputs"]["name"])
                         says = beside(made, plain.setdefault(what.split(",")[0], made))
-                        wrong += not bool(made.isfinite().all()) or (what == "built-in" and says != "same bits")
+                        wrong += not bool(made.isfinite().all()) or (
+                            what == "built-in" and says != "same bits"
+                        )
                     except RuntimeError as error:
                         says = f"one sentence: {error}"
                         wrong += not str(error).strip().endswith(".")
-                    rows.append(f"| {mode or '(none)'} | {what} | {says} | {time.monotonic() - start:.1f} s |")
+                    rows.append(
+                        f"| {mode or '(none)'} | {what} | {says} | {time.monotonic() - start:.1f} "
+                        f"s |"
+                    )
                     print(rows[-1], flush=True)
             for name in settings:
                 del os.environ[name]

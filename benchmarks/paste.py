@@ -1,9 +1,10 @@
-"""Pasting beside facexlib's FaceRestoreHelper: time, and how well an untouched crop comes back. One run, the same faces for both.
+"""Pasting beside facexlib's FaceRestoreHelper: time, and how well an untouched crop comes back. One
+run, the same faces for both.
 
     python -m benchmarks.paste PORTRAIT.jpg [--mask box | parsing] [--threads 2]
 
-facexlib needs numba, filterpy and OpenCV. With --mask parsing both get the same ready-made label map: the network itself is left out
-of both, so that pasting alone is timed.
+facexlib needs numba, filterpy and OpenCV. With --mask parsing both get the same ready-made label
+map: the network itself is left out of both, so that pasting alone is timed.
 """
 
 from __future__ import annotations
@@ -23,13 +24,23 @@ from osdface_core.faces.face_parser import face_probability
 from osdface_core.faces.paste import paste
 from osdface_core.pictures.resampling import cut_all, similarity
 
-TEMPLATE = np.array([[192.98138, 239.94708], [318.90277, 240.1936], [256.63416, 314.01935], [201.26117, 371.41043], [313.08905, 371.15118]])
+TEMPLATE = np.array(
+    [
+        [192.98138, 239.94708],
+        [318.90277, 240.1936],
+        [256.63416, 314.01935],
+        [201.26117, 371.41043],
+        [313.08905, 371.15118],
+    ]
+)
 FRAMES = {"1080p": (1920, 1080), "4K": (3840, 2160)}
 COUNTS = (1, 6, 20)
 
 
 def landmarks_of(count: int, width: int, height: int) -> list[np.ndarray]:
-    """FFHQ's five points for `count` faces on a grid, turned a little, pixel centres at whole numbers."""
+    """FFHQ's five points for `count` faces on a grid, turned a little, pixel centres at whole
+    numbers.
+    """
     columns = math.ceil(math.sqrt(count * width / height))
     rows = math.ceil(count / columns)
     side = 0.8 * min(width / columns, height / rows)
@@ -37,7 +48,11 @@ def landmarks_of(count: int, width: int, height: int) -> list[np.ndarray]:
     for i in range(count):
         x, y = (i % columns + 0.5) * width / columns, (i // columns + 0.5) * height / rows
         turn = math.radians(-12 + 24 * i / max(count - 1, 1))
-        matrix = side / 512 * np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+        matrix = (
+            side
+            / 512
+            * np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+        )
         faces.append((TEMPLATE - 256) @ matrix.T + (x, y))
     return faces
 
@@ -52,13 +67,20 @@ def labels() -> torch.Tensor:
 SCORES = labels()
 
 
-def theirs(image: np.ndarray, landmarks: list[np.ndarray], mask: str) -> tuple[np.ndarray, float, float]:
+def theirs(
+    image: np.ndarray, landmarks: list[np.ndarray], mask: str
+) -> tuple[np.ndarray, float, float]:
     helper = FaceRestoreHelper.__new__(FaceRestoreHelper)
     helper.upscale_factor, helper.face_size, helper.face_template = 1, (512, 512), TEMPLATE
     helper.use_parse, helper.pad_blur = mask == "parsing", False
     helper.face_parse, helper.device = lambda picture: (SCORES,), "cpu"
     helper.input_img, helper.all_landmarks_5 = image, landmarks
-    helper.affine_matrices, helper.inverse_affine_matrices, helper.cropped_faces, helper.restored_faces = [], [], [], []
+    (
+        helper.affine_matrices,
+        helper.inverse_affine_matrices,
+        helper.cropped_faces,
+        helper.restored_faces,
+    ) = [], [], [], []
     start = time.perf_counter()
     helper.align_warp_face()
     cut = time.perf_counter() - start
@@ -70,10 +92,14 @@ def theirs(image: np.ndarray, landmarks: list[np.ndarray], mask: str) -> tuple[n
     return result, cut, time.perf_counter() - start
 
 
-def ours(image: torch.Tensor, landmarks: list[np.ndarray], mask_type: str) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+def ours(
+    image: torch.Tensor, landmarks: list[np.ndarray], mask_type: str
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     start = time.perf_counter()
     points = [tuple((float(x) + 0.5, float(y) + 0.5) for x, y in face) for face in landmarks]
-    faces = tuple(Face(0, (0, 0, 1, 1), p, 1.0, i, similarity(p, 512)) for i, p in enumerate(points))
+    faces = tuple(
+        Face(0, (0, 0, 1, 1), p, 1.0, i, similarity(p, 512)) for i, p in enumerate(points)
+    )
     crops = cut_all(image, [0] * len(faces), [face.matrix for face in faces], 512)
     found = Faces(faces, crops, 1, image.shape[1], image.shape[2])
     cut = time.perf_counter() - start
@@ -88,17 +114,26 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("portrait", type=Path, help="a sharp picture that the frames are tiled from")
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument(
+        "portrait", type=Path, help="a sharp picture that the frames are tiled from"
+    )
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--mask", choices=("box", "parsing"), default="parsing")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     cv2.setNumThreads(given.threads)
     tile = cv2.imread(str(given.portrait))
-    print(f"{'frame':6} {'faces':>5} {'px':>5} | {'cut ms':>15} | {'paste ms':>15} {'times':>6} | {'PSNR dB':>13}   (facexlib, ours)")
+    print(
+        f"{'frame':6} {'faces':>5} {'px':>5} | {'cut ms':>15} | {'paste ms':>15} {'times':>6} | "
+        f"{'PSNR dB':>13}   (facexlib, ours)"
+    )
     for name, (width, height) in FRAMES.items():
-        image = np.tile(tile, (math.ceil(height / tile.shape[0]), math.ceil(width / tile.shape[1]), 1))[:height, :width].copy()
+        image = np.tile(
+            tile, (math.ceil(height / tile.shape[0]), math.ceil(width / tile.shape[1]), 1)
+        )[:height, :width].copy()
         tensor = torch.from_numpy(image[..., ::-1].copy()).float()[None] / 255
         for count in COUNTS:
             faces = landmarks_of(count, width, height)
@@ -106,12 +141,20 @@ def main() -> None:
             other = [ours(tensor, faces, given.mask) for _ in range(3)]
             inside = other[0][1][0].numpy() > 0.999
             truth = image[inside] / 255
-            quality = psnr(one[0][0][inside] / 255, truth), psnr(other[0][0][0].numpy()[inside][:, ::-1], truth)
+            quality = (
+                psnr(one[0][0][inside] / 255, truth),
+                psnr(other[0][0][0].numpy()[inside][:, ::-1], truth),
+            )
             cuts = min(r[1] for r in one) * 1e3, min(r[2] for r in other) * 1e3
             pastes = min(r[2] for r in one) * 1e3, min(r[3] for r in other) * 1e3
-            side = float(np.linalg.norm(faces[0][1] - faces[0][0]) / np.linalg.norm(TEMPLATE[1] - TEMPLATE[0]) * 512)
+            side = float(
+                np.linalg.norm(faces[0][1] - faces[0][0])
+                / np.linalg.norm(TEMPLATE[1] - TEMPLATE[0])
+                * 512
+            )
             print(
-                f"{name:6} {count:5} {side:5.0f} | {cuts[0]:7.0f} {cuts[1]:7.0f} | {pastes[0]:7.0f} {pastes[1]:7.0f} "
+                f"{name:6} {count:5} {side:5.0f} | {cuts[0]:7.0f} {cuts[1]:7.0f} | "
+                f"{pastes[0]:7.0f} {pastes[1]:7.0f} "
                 f"{pastes[0] / pastes[1]:5.1f}x | {quality[0]:6.1f} {quality[1]:6.1f}"
             )
 

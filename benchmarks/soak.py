@@ -2,11 +2,12 @@
 
     python -m benchmarks.soak DATA [--runs 300] [--core] [--comfyui DIR] [--csv FILE]
 
-Each run finds, restores and pastes the faces of a picture with the small built-in model, over another picture, place and strength than
-the one before, so that nothing is answered from the host's cache. Prints the process's private memory (USS) every tenth run, its growth
-in per cent after the tenth run and after the fiftieth, and what is held once the host was asked to free everything (POST /free), before
-these runs, after them, and after each of a few more. --core runs graphs of the host's own nodes alone, over the same pictures: what the
-host itself keeps.
+Each run finds, restores and pastes the faces of a picture with the small built-in model, over
+another picture, place and strength than the one before, so that nothing is answered from the host's
+cache. Prints the process's private memory (USS) every tenth run, its growth in per cent after the
+tenth run and after the fiftieth, and what is held once the host was asked to free everything (POST
+/free), before these runs, after them, and after each of a few more. --core runs graphs of the
+host's own nodes alone, over the same pictures: what the host itself keeps.
 """
 
 from __future__ import annotations
@@ -49,13 +50,34 @@ def graph(run: int, core: bool) -> dict[str, Any]:
         work = node("ImageBlur", image=["noisy", 0], blur_radius=2, sigma=1.0)
         return {"load": load, "noisy": noisy, "work": work, "end": end}
     work = node(
-        "OSDFaceRestore", image=["noisy", 0], model=["model", 0], vae=["model", 1], vre_name="builtin", lora_name="none",
-        detector="builtin", select="all", order="left to right", indices="0", max_faces=0, min_size=24,
-        confidence=0.9, any_angle=False, crop_size=512,
-        smoothing=0.0, strength=0.5 + run % 50 / 100, mask_type=("ellipse", "box")[run % 2], feather=0.1,
+        "OSDFaceRestore",
+        image=["noisy", 0],
+        model=["model", 0],
+        vae=["model", 1],
+        vre_name="builtin",
+        lora_name="none",
+        detector="builtin",
+        select="all",
+        order="left to right",
+        indices="0",
+        max_faces=0,
+        min_size=24,
+        confidence=0.9,
+        any_angle=False,
+        crop_size=512,
+        smoothing=0.0,
+        strength=0.5 + run % 50 / 100,
+        mask_type=("ellipse", "box")[run % 2],
+        feather=0.1,
         color_match=("none", "mean-std", "wavelet")[run % 3],
     )
-    return {"load": load, "noisy": noisy, "model": node("OSDFaceBuiltinModel"), "work": work, "end": end}
+    return {
+        "load": load,
+        "noisy": noisy,
+        "model": node("OSDFaceBuiltinModel"),
+        "work": work,
+        "end": end,
+    }
 
 
 def held(process: psutil.Process) -> float:
@@ -71,13 +93,17 @@ def after_free(address: str, process: psutil.Process) -> float:
 
 
 def growth(curve: list[float], first: int) -> float:
-    """Per cent that the line through the runs from `first` on rises over them: two single runs differ by what the allocator holds."""
+    """Per cent that the line through the runs from `first` on rises over them: two single runs
+    differ by what the allocator holds.
+    """
     line = statistics.linear_regression(range(first, len(curve)), curve[first:])
     return 100 * line.slope * (len(curve) - first) / (line.intercept + line.slope * first)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--runs", type=int, default=300)
     parser.add_argument("--core", action="store_true")
@@ -109,9 +135,14 @@ def main() -> int:
                 prompts.run(graph(run, given.core))
                 freed.append(after_free(address, process))
             print("after /free, MiB: " + ", ".join(f"{held:.1f}" for held in freed))
-            print(f"the first after {len(PICTURES)} runs, the second after {given.runs} more, the others after one more each")
+            print(
+                f"the first after {len(PICTURES)} runs, the second after {given.runs} more, the "
+                f"others after one more each"
+            )
     if given.csv:
-        given.csv.write_text("run,MiB\n" + "".join(f"{i + 1},{value:.2f}\n" for i, value in enumerate(curve)))
+        given.csv.write_text(
+            "run,MiB\n" + "".join(f"{i + 1},{value:.2f}\n" for i, value in enumerate(curve))
+        )
     return 0 if growth(curve, WARM) <= 1 else 1
 
 

@@ -1,12 +1,16 @@
-"""OSDFace in ComfyUI beside the paper's released code: time a face, stages, agreement, start, memory, whole pictures. One run, in turn.
+"""OSDFace in ComfyUI beside the paper's released code: time a face, stages, agreement, start,
+memory, whole pictures. One run, in turn.
 
-    python -m benchmarks.speed --weights DIR --data DIR [--comfyui DIR] [--paper DIR] [--precision fp32 bf16] [--faces 1 4 16]
+    python -m benchmarks.speed --weights DIR --data DIR [--comfyui DIR] [--paper DIR]
+                               [--precision fp32 bf16] [--faces 1 4 16]
         [--rounds 2] [--parts faces pictures memory]
 
---weights: Stable Diffusion 2.1-base and OSDFace's files, or stand-ins of the same shapes, laid out as `sd21-diffusers/`,
-`v2-1_512-seeded.safetensors` and `osdface/`. --data: a folder with images/portraits and weights/detection_mobilenet0.25_Final.pth.
---paper: a checkout of jkwang28/OSDFace; left out without one. Each program runs in a process of its own and waits while another runs.
-On a machine with CUDA both run there, otherwise on the CPU; the released code is then given a CUDA that does nothing.
+--weights: Stable Diffusion 2.1-base and OSDFace's files, or stand-ins of the same shapes, laid out
+as `sd21-diffusers/`, `v2-1_512-seeded.safetensors` and `osdface/`. --data: a folder with
+images/portraits and weights/detection_mobilenet0.25_Final.pth. --paper: a checkout of
+jkwang28/OSDFace; left out without one. Each program runs in a process of its own and waits while
+another runs. On a machine with CUDA both run there, otherwise on the CPU; the released code is then
+given a CUDA that does nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +36,11 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = "v2-1_512-ema-pruned.safetensors"
-LORA, VRE, DETECTOR = "pytorch_lora_weights.safetensors", "associate_2.ckpt", "detection_mobilenet0.25_Final.pth"
+LORA, VRE, DETECTOR = (
+    "pytorch_lora_weights.safetensors",
+    "associate_2.ckpt",
+    "detection_mobilenet0.25_Final.pth",
+)
 PICTURES = {"1080p": (1920, 1080), "4K": (3840, 2160), "640 x 360": (640, 360)}
 STAGES = ("prompts", "encode", "step", "decode")
 CUDA = torch.cuda.is_available()
@@ -43,7 +51,9 @@ CUDA = torch.cuda.is_available()
 
 def crops(portraits: Path, count: int) -> Tensor:
     """(count,512,512,3) in [0,1]: portraits made poor by shrinking to an eighth."""
-    small = torch.nn.functional.interpolate(squares(portraits, count, 64).movedim(-1, 1), (512, 512), mode="bicubic")
+    small = torch.nn.functional.interpolate(
+        squares(portraits, count, 64).movedim(-1, 1), (512, 512), mode="bicubic"
+    )
     return small.clamp(0, 1).movedim(1, -1).contiguous()
 
 
@@ -52,8 +62,15 @@ def squares(portraits: Path, count: int, side: int) -> Tensor:
     from PIL import Image
 
     files = sorted(portraits.glob("*.jpg"))
-    images = (Image.open(files[i % len(files)]).convert("RGB").resize((side, side), Image.Resampling.LANCZOS) for i in range(count))
-    return torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).float() / 255
+    images = (
+        Image.open(files[i % len(files)])
+        .convert("RGB")
+        .resize((side, side), Image.Resampling.LANCZOS)
+        for i in range(count)
+    )
+    return (
+        torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).float() / 255
+    )
 
 
 def group(portraits: Path, faces: int, width: int, height: int) -> Tensor:
@@ -74,7 +91,9 @@ def moment() -> float:
 
 
 def memory(reset: bool = False) -> float:
-    """The most memory in MiB since the last reset: of the process on Linux, and of the card where there is one."""
+    """The most memory in MiB since the last reset: of the process on Linux, and of the card where
+    there is one.
+    """
     if CUDA:
         most = torch.cuda.max_memory_allocated() / 2**20
         if reset:
@@ -82,26 +101,41 @@ def memory(reset: bool = False) -> float:
         return most
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return next(
+        int(line.split()[1]) / 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
 
 
 # The released code
 
 
 class Paper:
-    """Its class and its forward as they are; only what loads and what names the device is done here."""
+    """Its class and its forward as they are; only what loads and what names the device is done
+    here.
+    """
 
     def __init__(self, given: argparse.Namespace) -> None:
         from diffusers import AutoencoderKL, DDIMScheduler
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         sys.path[:0] = [str(given.paper)]
-        for name in ("matplotlib", "matplotlib.pyplot", "matplotlib.backends", "matplotlib.backends.backend_agg", "imageio", "imageio.v2"):
+        for name in (
+            "matplotlib",
+            "matplotlib.pyplot",
+            "matplotlib.backends",
+            "matplotlib.backends.backend_agg",
+            "imageio",
+            "imageio.v2",
+        ):
             sys.modules.setdefault(name, types.ModuleType(name))  # imported for training alone
         sys.modules["matplotlib.backends.backend_agg"].FigureCanvasAgg = object  # type: ignore[attr-defined]
         if not CUDA:
             torch.cuda.Stream = torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[assignment, misc]
-            torch.cuda.synchronize = torch.cuda.empty_cache = torch.cuda.reset_peak_memory_stats = lambda *_: None  # type: ignore[assignment]
+            torch.cuda.synchronize = torch.cuda.empty_cache = torch.cuda.reset_peak_memory_stats = (
+                lambda *_: None
+            )  # type: ignore[assignment]
             torch.cuda.max_memory_allocated = lambda *_: 0
         os.chdir(given.paper)
         import infer
@@ -111,14 +145,27 @@ class Paper:
 
         base = given.weights / "sd21-diffusers"
         flags = ["merge_lora"], ["cat_prompt_embedding", "use_pos_embedding", "use_att_pool"]
-        options = argparse.Namespace(**dict.fromkeys(flags[0], True), **dict.fromkeys(flags[1], False), lora_rank=16, lora_alpha=16.0)
-        options.pretrained_model_name_or_path, options.ckpt_path = str(base), str(given.weights / "osdface")
+        options = argparse.Namespace(
+            **dict.fromkeys(flags[0], True),
+            **dict.fromkeys(flags[1], False),
+            lora_rank=16,
+            lora_alpha=16.0,
+        )
+        options.pretrained_model_name_or_path, options.ckpt_path = (
+            str(base),
+            str(given.weights / "osdface"),
+        )
         options.img_encoder_weight = str(given.weights / "osdface" / VRE)
         self.device = torch.device("cuda:0" if CUDA else "cpu")
         self.dtype = {"fp32": torch.float32, "fp16": torch.float16}[given.kind]
         program = infer.OSDFace_test.__new__(infer.OSDFace_test)
         torch.nn.Module.__init__(program)
-        program.args, program.device, program.weight_dtype, program.timesteps = options, self.device, self.dtype, 399
+        program.args, program.device, program.weight_dtype, program.timesteps = (
+            options,
+            self.device,
+            self.dtype,
+            399,
+        )
         program.noise_scheduler = DDIMScheduler.from_pretrained(base, subfolder="scheduler")
         program.alphas_cumprod = program.noise_scheduler.alphas_cumprod.to(self.device)
         program.vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
@@ -147,14 +194,31 @@ class Ours:
             (base / "models" / name).mkdir(parents=True)
         for name in ("custom_nodes", "input", "output", "user"):
             (base / name).mkdir()
-        (base / "models" / "checkpoints" / CHECKPOINT).symlink_to(given.weights / "v2-1_512-seeded.safetensors")
+        (base / "models" / "checkpoints" / CHECKPOINT).symlink_to(
+            given.weights / "v2-1_512-seeded.safetensors"
+        )
         (base / "models" / "facedetection" / DETECTOR).symlink_to(given.data / "weights" / DETECTOR)
         for file in (given.weights / "osdface").iterdir():
             (base / "models" / "osdface" / file.name).symlink_to(file)
         (base / "custom_nodes" / "osdface").symlink_to(ROOT)
-        flags = {"fp32": ["--force-fp32"], "fp16": ["--fp16-unet", "--fp16-vae"], "bf16": ["--bf16-unet", "--bf16-vae"]}[given.kind]
-        sys.argv = ["main.py", *([] if CUDA else ["--cpu"]), *flags, "--base-directory", str(base), "--user-directory", str(base / "user")]
-        sys.path[:] = [str(given.comfyui), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+        flags = {
+            "fp32": ["--force-fp32"],
+            "fp16": ["--fp16-unet", "--fp16-vae"],
+            "bf16": ["--bf16-unet", "--bf16-vae"],
+        }[given.kind]
+        sys.argv = [
+            "main.py",
+            *([] if CUDA else ["--cpu"]),
+            *flags,
+            "--base-directory",
+            str(base),
+            "--user-directory",
+            str(base / "user"),
+        ]
+        sys.path[:] = [
+            str(given.comfyui),
+            *(p for p in sys.path if Path(p or ".").resolve() != ROOT),
+        ]
         import comfy.options
 
         comfy.options.enable_args_parsing()
@@ -166,15 +230,34 @@ class Ours:
         assert asyncio.run(nodes.load_custom_node(str(pack))), "ComfyUI could not load the pack"
         self.nodes = nodes.NODE_CLASS_MAPPINGS
         checkpoint = str(base / "models" / "checkpoints" / CHECKPOINT)
-        self.model, _, self.vae, _ = comfy.sd.load_checkpoint_guess_config(checkpoint, output_vae=True, output_clip=False)
+        self.model, _, self.vae, _ = comfy.sd.load_checkpoint_guess_config(
+            checkpoint, output_vae=True, output_clip=False
+        )
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.portraits, self.without = given.data / "images" / "portraits", False
         pack_name = str(pack).replace(".", "_x_") + ".nodes"
         host, vre = sys.modules[f"{pack_name}.comfy.host"], sys.modules[f"{pack_name}.osdface_vre"]
-        self._time(host.HostBackbone, "encode", "encode", lambda of, pixels: torch.zeros(len(pixels), 4, 64, 64))
-        self._time(host.HostBackbone, "denoise", "step", lambda of, latents, prompts, timestep: latents)
-        self._time(host.HostBackbone, "decode", "decode", lambda of, latents: torch.full((len(latents), 3, 512, 512), 0.5))
-        self._time(vre, "visual_prompts", "prompts", lambda pictures, name, progress: torch.zeros(len(pictures), 77, 1024))
+        self._time(
+            host.HostBackbone,
+            "encode",
+            "encode",
+            lambda of, pixels: torch.zeros(len(pixels), 4, 64, 64),
+        )
+        self._time(
+            host.HostBackbone, "denoise", "step", lambda of, latents, prompts, timestep: latents
+        )
+        self._time(
+            host.HostBackbone,
+            "decode",
+            "decode",
+            lambda of, latents: torch.full((len(latents), 3, 512, 512), 0.5),
+        )
+        self._time(
+            vre,
+            "visual_prompts",
+            "prompts",
+            lambda pictures, name, progress: torch.zeros(len(pictures), 77, 1024),
+        )
 
     def _time(self, place: Any, name: str, stage: str, instead: Callable[..., Tensor]) -> None:
         usual = getattr(place, name)
@@ -200,20 +283,55 @@ class Ours:
 
     def restored(self, pictures: Tensor, **changed: Any) -> Tensor:
         (conditioning,) = self.call("OSDFaceVRE", crops=pictures, vre_name=VRE)
-        step = {"lora_name": LORA, "lora_strength": 1.0, "timestep": 399, "faces_per_batch": 0} | changed
-        (done,) = self.call("OSDFaceOneStep", model=self.model, vae=self.vae, crops=pictures, conditioning=conditioning, **step)
+        step = {
+            "lora_name": LORA,
+            "lora_strength": 1.0,
+            "timestep": 399,
+            "faces_per_batch": 0,
+        } | changed
+        (done,) = self.call(
+            "OSDFaceOneStep",
+            model=self.model,
+            vae=self.vae,
+            crops=pictures,
+            conditioning=conditioning,
+            **step,
+        )
         return done
 
     def picture(self, picture: Tensor, networks: bool) -> tuple[int, dict[str, float]]:
-        """From picture to picture with an ellipse: the number of faces, and the seconds of each stage."""
+        """From picture to picture with an ellipse: the number of faces, and the seconds of each
+        stage.
+        """
         self.without = not networks
         self.seconds.update(dict.fromkeys(STAGES, 0.0))
         self.vae.__dict__.pop("osdface_latents", None)
-        settings = {"select": "all", "order": "left to right", "indices": "0", "max_faces": 0, "min_size": 24, "max_size": 0}
-        settings |= {"detector": "retinaface_mobile0.25", "confidence": 0.9, "any_angle": False, "crop_size": 512, "smoothing": 0.0}
+        settings = {
+            "select": "all",
+            "order": "left to right",
+            "indices": "0",
+            "max_faces": 0,
+            "min_size": 24,
+            "max_size": 0,
+        }
+        settings |= {
+            "detector": "retinaface_mobile0.25",
+            "confidence": 0.9,
+            "any_angle": False,
+            "crop_size": 512,
+            "smoothing": 0.0,
+        }
         faces, pictures, *_ = self.call("FaceDetectAlign", image=picture, **settings)
-        look = {"strength": 1.0, "mask_type": "ellipse", "feather": 0.1, "color_match": "none", "keep_detail": 0.0}
-        self.call("FacePasteBack", image=picture, faces=faces, restored=self.restored(pictures), **look)
+        look = {
+            "strength": 1.0,
+            "mask_type": "ellipse",
+            "feather": 0.1,
+            "color_match": "none",
+            "keep_detail": 0.0,
+        }
+        self.call(
+            "FacePasteBack", image=picture, faces=faces, restored=self.restored(pictures), **look
+        )
         self.without = False
         return len(faces), dict(self.seconds)
 
@@ -253,13 +371,38 @@ def work(given: argparse.Namespace) -> None:
 class Program:
     def __init__(self, name: str, kind: str, given: argparse.Namespace, folder: Path) -> None:
         self.title, self.out = f"{name} {kind}", folder / f"{name}_{kind}.pt"
-        passed = ["--weights", given.weights, "--data", given.data, "--comfyui", given.comfyui, "--faces", *given.faces]
+        passed = [
+            "--weights",
+            given.weights,
+            "--data",
+            given.data,
+            "--comfyui",
+            given.comfyui,
+            "--faces",
+            *given.faces,
+        ]
         passed += ["--paper", given.paper] if given.paper else []
         self.log = folder / f"{name}_{kind}.log"
-        command = [sys.executable, "-m", "benchmarks.speed", "--worker", name, "--kind", kind, *map(str, passed)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.speed",
+            "--worker",
+            name,
+            "--kind",
+            kind,
+            *map(str, passed),
+        ]
         start = time.perf_counter()
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         self.peak = self._answer()["peak"]
         self.started = time.perf_counter() - start
 
@@ -282,7 +425,9 @@ class Program:
 
 
 @contextlib.contextmanager
-def programs(given: argparse.Namespace, folder: Path, kinds: list[tuple[str, str]]) -> Iterator[list[Program]]:
+def programs(
+    given: argparse.Namespace, folder: Path, kinds: list[tuple[str, str]]
+) -> Iterator[list[Program]]:
     started: list[Program] = []
     try:
         for name, kind in kinds:
@@ -296,51 +441,86 @@ def programs(given: argparse.Namespace, folder: Path, kinds: list[tuple[str, str
 
 def agreement(given: Tensor, right: Tensor) -> str:
     apart = given - right
-    return f"{float(apart.abs().max()):.1e}, {float(-10 * apart.square().mean().clamp_min(1e-20).log10()):.0f} dB"
+    psnr = float(-10 * apart.square().mean().clamp_min(1e-20).log10())
+    return f"{float(apart.abs().max()):.1e}, {psnr:.0f} dB"
 
 
 def faces_table(given: argparse.Namespace, started: list[Program]) -> None:
     print("| program | start s | memory then MiB | first face s |\n|---|---|---|---|")
     for program in started:
         first = program.ask(do="faces", count=1)
-        print(f"| {program.title} | {program.started:.1f} | {program.peak:.0f} | {first['seconds']:.1f} |", flush=True)
-    columns = "faces", "program", "s a face", "ratio", "prompts, encode, step, decode, rest %", "most memory MiB", "apart from the first"
+        print(
+            f"| {program.title} | {program.started:.1f} | {program.peak:.0f} | "
+            f"{first['seconds']:.1f} |",
+            flush=True,
+        )
+    columns = (
+        "faces",
+        "program",
+        "s a face",
+        "ratio",
+        "prompts, encode, step, decode, rest %",
+        "most memory MiB",
+        "apart from the first",
+    )
     print(f"\n| {' | '.join(columns)} |")
     print("|---|---|---|---|---|---|---|")
     a_face = math.inf
     for count in given.faces:
         best: dict[str, dict[str, Any]] = {}
         # The released code takes one face after the other, however many there are.
-        taking = [program for program in started if count <= 4 or not program.title.startswith("paper")]
+        taking = [
+            program for program in started if count <= 4 or not program.title.startswith("paper")
+        ]
         for _ in range(given.rounds if count == 1 else 1):
             for program in taking:
                 answer = program.ask(do="faces", count=count)
                 if program.title not in best or answer["seconds"] < best[program.title]["seconds"]:
                     best[program.title] = answer
         right = taking[0].result()
-        a_face = min(a_face, best[taking[0].title]["seconds"] / count) if taking == started else a_face
+        a_face = (
+            min(a_face, best[taking[0].title]["seconds"] / count) if taking == started else a_face
+        )
         for program in taking:
             answer = best[program.title]
             seconds, stages = answer["seconds"], list(answer["stages"].values())
             shares = [100 * s / seconds for s in [*stages, seconds - sum(stages)]] if stages else []
-            row = [count, program.title, f"{seconds / count:.2f}", f"{seconds / count / a_face:.3f}"]
+            row = [
+                count,
+                program.title,
+                f"{seconds / count:.2f}",
+                f"{seconds / count / a_face:.3f}",
+            ]
             row += [", ".join(f"{s:.1f}" for s in shares) or "-", f"{answer['peak']:.0f}"]
             row.append(agreement(program.result(), right) if taking == started else "-")
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
     print()
     for program in (p for p in started if p.title.startswith("ours")):
-        anew, again = (program.ask(do="faces", count=1, changed=c) for c in ({"timestep": 300}, {"lora_strength": 0.9}))
+        anew, again = (
+            program.ask(do="faces", count=1, changed=c)
+            for c in ({"timestep": 300}, {"lora_strength": 0.9})
+        )
         seconds = [f"{answer['seconds']:.2f} s" for answer in (anew, again)]
-        print(f"{program.title}, the same crop again: another timestep {seconds[0]}, another lora_strength {seconds[1]}\n")
+        print(
+            f"{program.title}, the same crop again: another timestep {seconds[0]}, another "
+            f"lora_strength {seconds[1]}\n"
+        )
 
 
 def pictures_table(ours: Program, a_face: float) -> None:
-    print("\n| picture | faces found | s without the networks | share of the whole % | measured whole s, its share % |")
+    print(
+        "\n| picture | faces found | s without the networks | share of the whole % | measured "
+        "whole s, its share % |"
+    )
     print("|---|---|---|---|---|")
-    jobs = [(name, faces, 1) for name in ("1080p", "4K") for faces in (6, 20)] + [("640 x 360", 1, 200)]
+    jobs = [(name, faces, 1) for name in ("1080p", "4K") for faces in (6, 20)] + [
+        ("640 x 360", 1, 200)
+    ]
     for name, faces, frames in jobs:
         order = {"do": "picture", "faces": faces, "size": PICTURES[name], "frames": frames}
-        answer = min((ours.ask(**order, networks=False) for _ in range(2)), key=lambda a: a["seconds"])
+        answer = min(
+            (ours.ask(**order, networks=False) for _ in range(2)), key=lambda a: a["seconds"]
+        )
         rest = answer["seconds"] - sum(answer["stages"].values())
         whole = "-"
         if (name, faces, frames) == ("1080p", 6, 1):
@@ -353,39 +533,65 @@ def pictures_table(ours: Program, a_face: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--comfyui", type=Path, default=Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI")))
+    parser.add_argument(
+        "--comfyui",
+        type=Path,
+        default=Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI")),
+    )
     parser.add_argument("--paper", type=Path)
-    parser.add_argument("--precision", nargs="*", choices=["fp32", "fp16", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument(
+        "--precision", nargs="*", choices=["fp32", "fp16", "bf16"], default=["fp32", "bf16"]
+    )
     parser.add_argument("--faces", nargs="*", type=int, default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", nargs="*", choices=["faces", "pictures", "memory"], default=["faces", "pictures", "memory"])
+    parser.add_argument(
+        "--parts",
+        nargs="*",
+        choices=["faces", "pictures", "memory"],
+        default=["faces", "pictures", "memory"],
+    )
     parser.add_argument("--worker", choices=["paper", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    given.weights, given.data, given.comfyui = (path.resolve() for path in (given.weights, given.data, given.comfyui))
+    given.weights, given.data, given.comfyui = (
+        path.resolve() for path in (given.weights, given.data, given.comfyui)
+    )
     given.paper = given.paper and given.paper.resolve()
     if given.worker:
         work(given)
         return
-    print(f"{torch.cuda.get_device_name() if CUDA else processor()}, {os.cpu_count()} threads, torch {torch.__version__}\n")
+    print(
+        f"{torch.cuda.get_device_name() if CUDA else processor()}, {os.cpu_count()} threads, "
+        f"torch {torch.__version__}\n"
+    )
     # Two at a time: 16 GiB of memory are enough.
     truth = ("paper", "fp32") if given.paper else ("ours", "fp32")
     with tempfile.TemporaryDirectory() as folder:
         for kind in given.precision if "faces" in given.parts else ():
             others = [("paper", "fp16")] if given.paper and kind == "fp16" and CUDA else []
-            with programs(given, Path(folder), list(dict.fromkeys([truth, *others, ("ours", kind)]))) as started:
+            with programs(
+                given, Path(folder), list(dict.fromkeys([truth, *others, ("ours", kind)]))
+            ) as started:
                 faces_table(given, started)
         if "pictures" in given.parts:
             with programs(given, Path(folder), [("ours", given.precision[0])]) as (ours,):
-                pictures_table(ours, min(ours.ask(do="faces", count=1)["seconds"] for _ in range(3)))
+                pictures_table(
+                    ours, min(ours.ask(do="faces", count=1)["seconds"] for _ in range(3))
+                )
         if "memory" in given.parts:
             print("\n| faces at once in the nodes | most memory MiB |\n|---|---|")
             for count in (4, 64):
                 with programs(given, Path(folder), [("ours", given.precision[-1])]) as (ours,):
-                    print(f"| {count} ({ours.title}) | {ours.ask(do='faces', count=count)['peak']:.0f} |", flush=True)
+                    print(
+                        f"| {count} ({ours.title}) | "
+                        f"{ours.ask(do='faces', count=count)['peak']:.0f} |",
+                        flush=True,
+                    )
 
 
 def processor() -> str:

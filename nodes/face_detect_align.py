@@ -45,22 +45,37 @@ def choice_inputs() -> dict[str, Any]:
             "order",
             options=list(ORDER),
             default=ORDER[0],
-            tooltip="The order in which faces are numbered and max_faces counts them. Over a video a person keeps one number.",
+            tooltip="The order in which faces are numbered and max_faces counts them. Over a "
+            "video a person keeps one number.",
         ),
         io.String.Input(
             "indices",
             default="0",
-            tooltip='Numbers of the faces that are meant when select is "by index", as the preview shows them: "0", or "0,2-4".',
+            tooltip='Numbers of the faces that are meant when select is "by index", as the '
+            'preview shows them: "0", or "0,2-4".',
         ),
-        io.Int.Input("max_faces", default=0, min=0, max=1000, tooltip="At most so many faces in each picture; 0 is no limit."),
+        io.Int.Input(
+            "max_faces",
+            default=0,
+            min=0,
+            max=1000,
+            tooltip="At most so many faces in each picture; 0 is no limit.",
+        ),
         io.Int.Input(
             "min_size",
             default=24,
             min=0,
             max=16384,
-            tooltip="Faces smaller than this are left as they are: the shorter side of the face's box, in pixels of the picture.",
+            tooltip="Faces smaller than this are left as they are: the shorter side of the face's "
+            "box, in pixels of the picture.",
         ),
-        io.Int.Input("max_size", default=0, min=0, max=16384, tooltip="Faces larger than this are left as they are; 0 is no limit."),
+        io.Int.Input(
+            "max_size",
+            default=0,
+            min=0,
+            max=16384,
+            tooltip="Faces larger than this are left as they are; 0 is no limit.",
+        ),
     ]
     return {item.id: item for item in inputs}
 
@@ -73,14 +88,18 @@ class FaceDetectAlign(io.ComfyNode):
             node_id="FaceDetectAlign",
             display_name="Face Detect & Align",
             category="OSDFace",
-            description="Finds faces, chooses among them, and cuts each one out upright. The frames of a batch are taken as a video.",
+            description="Finds faces, chooses among them, and cuts each one out upright. The "
+            "frames of a batch are taken as a video.",
             inputs=[
-                io.Image.Input("image", tooltip="One picture, or the frames of a video as a batch."),
+                io.Image.Input(
+                    "image", tooltip="One picture, or the frames of a video as a batch."
+                ),
                 io.Combo.Input(
                     "detector",
                     options=list(DETECTORS),
                     default=default_detector(),
-                    tooltip="resnet50 finds more; mobile0.25 is many times faster. Their files belong in models/facedetection. "
+                    tooltip="resnet50 finds more; mobile0.25 is many times faster. Their files "
+                    "belong in models/facedetection. "
                     "builtin is small, needs no file, and does for portraits and small groups.",
                 ),
                 io.Float.Input(
@@ -89,7 +108,8 @@ class FaceDetectAlign(io.ComfyNode):
                     min=0.05,
                     max=0.999,
                     step=0.01,
-                    tooltip="How sure the detector must be, 0 to 1. Lower finds more faces, and more that are none.",
+                    tooltip="How sure the detector must be, 0 to 1. Lower finds more faces, and "
+                    "more that are none.",
                 ),
                 choice["select"],
                 choice["order"],
@@ -100,7 +120,8 @@ class FaceDetectAlign(io.ComfyNode):
                 io.Boolean.Input(
                     "any_angle",
                     default=False,
-                    tooltip="Also finds faces that lie or stand on their head, and cuts them out upright. Six to twenty times as slow.",
+                    tooltip="Also finds faces that lie or stand on their head, and cuts them out "
+                    "upright. Six to twenty times as slow.",
                 ),
                 io.Int.Input(
                     "crop_size",
@@ -108,7 +129,8 @@ class FaceDetectAlign(io.ComfyNode):
                     min=512,
                     max=1024,
                     step=64,
-                    tooltip="Side of the crops in pixels. OSDFace was trained at 512; larger ones keep more of a large face but are slow.",
+                    tooltip="Side of the crops in pixels. OSDFace was trained at 512; larger ones "
+                    "keep more of a large face but are slow.",
                 ),
                 io.Float.Input(
                     "smoothing",
@@ -116,15 +138,28 @@ class FaceDetectAlign(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="How much the place, size and tilt of each face are steadied over the frames of a video. 0 leaves them.",
+                    tooltip="How much the place, size and tilt of each face are steadied over the "
+                    "frames of a video. 0 leaves them.",
                 ),
             ],
             outputs=[
-                FACES.Output(display_name="faces", tooltip="The chosen faces, for Face Paste Back."),
-                io.Image.Output(display_name="crops", tooltip="The chosen faces, upright; a batch of zero if there are none."),
-                io.Image.Output(display_name="preview", tooltip="The pictures with boxes, landmarks and numbers; chosen faces in green."),
+                FACES.Output(
+                    display_name="faces", tooltip="The chosen faces, for Face Paste Back."
+                ),
+                io.Image.Output(
+                    display_name="crops",
+                    tooltip="The chosen faces, upright; a batch of zero if there are none.",
+                ),
+                io.Image.Output(
+                    display_name="preview",
+                    tooltip="The pictures with boxes, landmarks and numbers; chosen faces in "
+                    "green.",
+                ),
                 io.Int.Output(display_name="count", tooltip="How many faces were chosen."),
-                io.String.Output(display_name="report", tooltip="What was found and chosen, and why the rest was not."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What was found and chosen, and why the rest was not.",
+                ),
             ],
         )
         return host.with_extras(
@@ -155,10 +190,14 @@ class FaceDetectAlign(io.ComfyNode):
     ) -> io.NodeOutput:
         choice = Choice(select, order, indices, max_faces, min_size, max_size)
         progress = host.progress(len(image))
-        found = detected(image, detector, confidence, choice, any_angle, crop_size, smoothing, progress)
+        found = detected(
+            image, detector, confidence, choice, any_angle, crop_size, smoothing, progress
+        )
         preview = draw(image, found.everyone, found.verdicts, progress)
         host.shown(found.report)
-        return io.NodeOutput(found.faces, found.faces.crops, preview, len(found.faces), found.report)
+        return io.NodeOutput(
+            found.faces, found.faces.crops, preview, len(found.faces), found.report
+        )
 
 
 def detected(
@@ -172,7 +211,9 @@ def detected(
     progress: Progress,
 ) -> Found:
     with host.naming("detector"):
-        network = host.network(host.find(DETECTORS[detector]), build_detector, memory=memory(*image.shape[:3]))
+        network = host.network(
+            host.find(DETECTORS[detector]), build_detector, memory=memory(*image.shape[:3])
+        )
     assert isinstance(network, RetinaFace)
     return find_faces(
         image,

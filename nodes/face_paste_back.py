@@ -25,17 +25,20 @@ class FacePasteBack(io.ComfyNode):
             node_id="FacePasteBack",
             display_name="Face Paste Back",
             category="OSDFace",
-            description="Pastes restored faces back where they came from. Pixels outside of the mask keep their exact values.",
+            description="Pastes restored faces back where they came from. Pixels outside of the "
+            "mask keep their exact values.",
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="The picture the faces came from, or the same picture enlarged or shrunk: the scale is taken from its size.",
+                    tooltip="The picture the faces came from, or the same picture enlarged or "
+                    "shrunk: the scale is taken from its size.",
                 ),
                 FACES.Input("faces", tooltip="From Face Detect & Align or Face Select."),
                 io.Image.Input(
                     "restored",
                     lazy=True,
-                    tooltip="The restored crops of these faces, in the same order. When there is no face, nothing before this is run.",
+                    tooltip="The restored crops of these faces, in the same order. When there is "
+                    "no face, nothing before this is run.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -43,14 +46,17 @@ class FacePasteBack(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How much of the restored face shows: 0 is the picture as it was, 1 the restored face.",
+                    tooltip="How much of the restored face shows: 0 is the picture as it was, 1 "
+                    "the restored face.",
                 ),
                 io.Combo.Input(
                     "mask_type",
                     options=list(MASK_TYPES),
                     default=MASK_TYPES[0],
-                    tooltip="parsing: what a face parser takes for face or hair, so that hands, microphones and hats in front of it "
-                    f"stay as they are (needs {PARSER}). ellipse: the face and what is close to it. box: the whole crop.",
+                    tooltip="parsing: what a face parser takes for face or hair, so that hands, "
+                    "microphones and hats in front of it "
+                    f"stay as they are (needs {PARSER}). ellipse: the face and what is close to "
+                    f"it. box: the whole crop.",
                 ),
                 io.Float.Input(
                     "feather",
@@ -58,16 +64,22 @@ class FacePasteBack(io.ComfyNode):
                     min=0.0,
                     max=0.5,
                     step=0.01,
-                    tooltip="Width of the mask's soft edge, as a fraction of the crop's side. It lies inside of the mask.",
+                    tooltip="Width of the mask's soft edge, as a fraction of the crop's side. It "
+                    "lies inside of the mask.",
                 ),
                 io.Combo.Input(
                     "color_match",
                     options=list(COLOR_MATCHES),
                     default=COLOR_MATCHES[0],
-                    tooltip="Gives the restored face the picture's colours. mean-std: its overall colour and contrast. "
+                    tooltip="Gives the restored face the picture's colours. mean-std: its overall "
+                    "colour and contrast. "
                     "wavelet: all but its detail, so that light and shadow stay too.",
                 ),
-                io.Mask.Input("keep", optional=True, tooltip="Pixels that must stay as they are, such as a hand or a microphone."),
+                io.Mask.Input(
+                    "keep",
+                    optional=True,
+                    tooltip="Pixels that must stay as they are, such as a hand or a microphone.",
+                ),
                 io.Float.Input(
                     "keep_detail",
                     default=0.0,
@@ -75,13 +87,20 @@ class FacePasteBack(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    tooltip="For faces larger than the crop in a clean picture: how much of the picture's own detail stays that is finer "
-                    "than the crop can hold. Noise stays with it; a larger crop_size is the better remedy.",
+                    tooltip="For faces larger than the crop in a clean picture: how much of the "
+                    "picture's own detail stays that is finer "
+                    "than the crop can hold. Noise stays with it; a larger crop_size is the "
+                    "better remedy.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The picture with the restored faces."),
-                io.Mask.Output(display_name="mask", tooltip="How much of each pixel was replaced, at the picture's size."),
+                io.Image.Output(
+                    display_name="image", tooltip="The picture with the restored faces."
+                ),
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="How much of each pixel was replaced, at the picture's size.",
+                ),
             ],
         )
         return host.with_extras(
@@ -95,9 +114,16 @@ class FacePasteBack(io.ComfyNode):
         return host.state_of(PARSER if mask_type == "parsing" else None, catalogue.FACES)
 
     @classmethod
-    def check_lazy_status(cls, faces: Faces, strength: float, restored: Tensor | None = None, **_: object) -> list[str]:
+    def check_lazy_status(
+        cls, faces: Faces, strength: float, restored: Tensor | None = None, **_: object
+    ) -> list[str]:
         # What is of another kind is told of by `execute`, which is then next.
-        wanted = isinstance(faces, Faces) and len(faces) and isinstance(strength, (int, float)) and strength > 0
+        wanted = (
+            isinstance(faces, Faces)
+            and len(faces)
+            and isinstance(strength, (int, float))
+            and strength > 0
+        )
         return ["restored"] if wanted and restored is None else []
 
     @classmethod
@@ -115,7 +141,20 @@ class FacePasteBack(io.ComfyNode):
     ) -> io.NodeOutput:
         given = faces.crops if restored is None else restored
         steps = host.progress(len(faces))
-        return io.NodeOutput(*pasted(image, faces, given, strength, mask_type, feather, color_match, keep, keep_detail, steps))
+        return io.NodeOutput(
+            *pasted(
+                image,
+                faces,
+                given,
+                strength,
+                mask_type,
+                feather,
+                color_match,
+                keep,
+                keep_detail,
+                steps,
+            )
+        )
 
 
 def pasted(

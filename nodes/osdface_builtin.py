@@ -36,7 +36,9 @@ class Config(comfy.supported_models.SD20):
     """Stable Diffusion 2's UNet in fewer and narrower levels."""
 
     unet_config: ClassVar[dict[str, Any]] = {}
-    unet_extra_config = comfy.supported_models.SD20.unet_extra_config | {"num_head_channels": builtin.HEAD}
+    unet_extra_config = comfy.supported_models.SD20.unet_extra_config | {
+        "num_head_channels": builtin.HEAD
+    }
     latent_format = Latents
     supported_inference_dtypes: ClassVar[list[torch.dtype]] = [torch.float32]
 
@@ -68,7 +70,9 @@ def unet_config() -> dict[str, Any]:
     }
 
 
-def _patcher(module: torch.nn.Module, load_device: torch.device, offload_device: torch.device) -> Any:
+def _patcher(
+    module: torch.nn.Module, load_device: torch.device, offload_device: torch.device
+) -> Any:
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return kind(module, load_device=load_device, offload_device=offload_device)
 
@@ -82,15 +86,21 @@ def make_model() -> Any:
     tensors = {names[name]: tensor.float() for name, tensor in load_file(builtin.UNET).items()}
     model = config.get_model({}, device=mm.unet_offload_device())
     if wrong := set(tensors) ^ set(model.diffusion_model.state_dict()):
-        raise OSDFaceError(f"The built-in model does not fit this ComfyUI ({min(wrong)} and {len(wrong) - 1} more): update this pack.")
+        raise OSDFaceError(
+            f"The built-in model does not fit this ComfyUI ({min(wrong)} and {len(wrong) - 1} "
+            f"more): update this pack."
+        )
     model.diffusion_model.load_state_dict(tensors)
     setattr(model, host.BUILTIN_MARK, True)
     return _patcher(model.eval(), mm.get_torch_device(), mm.unet_offload_device())
 
 
 def make_vae() -> Any:
-    """The autoencoder as a VAE: ComfyUI's own, that of another small autoencoder, with ours put in."""
-    vae = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=LATENT_CHANNELS).state_dict(), dtype=torch.float32)
+    """The autoencoder as a VAE: ComfyUI's own, made for TAESD, with our network put in."""
+    vae = comfy.sd.VAE(
+        sd=comfy.taesd.taesd.TAESD(latent_channels=LATENT_CHANNELS).state_dict(),
+        dtype=torch.float32,
+    )
     network = builtin.autoencoder(host.Operations)
     setattr(network, host.BUILTIN_MARK, True)
     vae.first_stage_model = network
@@ -107,11 +117,15 @@ class OSDFaceBuiltinModel(io.ComfyNode):
             node_id="OSDFaceBuiltinModel",
             display_name="OSDFace Built-in Model (small)",
             category="OSDFace",
-            description="A small model that comes with this pack, to try it with nothing downloaded. It restores far less well than "
+            description="A small model that comes with this pack, to try it with nothing "
+            "downloaded. It restores far less well than "
             "OSDFace's own weights. Choose builtin as vre_name and none as lora_name with it.",
             inputs=[],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="For OSDFace One Step, with vre_name builtin and lora_name none."),
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="For OSDFace One Step, with vre_name builtin and lora_name none.",
+                ),
                 io.Vae.Output(display_name="vae", tooltip="For OSDFace One Step."),
             ],
         )

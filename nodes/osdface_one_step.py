@@ -15,7 +15,10 @@ from .comfy import host
 
 AGAINST_NAN = "start ComfyUI with --fp32-vae, or with --force-fp32."
 # What became of a crop that came out as NaN.
-AGAIN = "in half precision and were computed again in fp32; --fp32-vae as an option of ComfyUI's start spares that time."
+AGAIN = (
+    "in half precision and were computed again in fp32; --fp32-vae as an option of ComfyUI's start "
+    "spares that time."
+)
 LEFT = f"and are left as they were: {AGAINST_NAN}"
 
 
@@ -26,17 +29,28 @@ class OSDFaceOneStep(io.ComfyNode):
             node_id="OSDFaceOneStep",
             display_name="OSDFace One Step",
             category="OSDFace",
-            description="Restores face crops in one step of Stable Diffusion 2.1-base with OSDFace's LoRA.",
+            description="Restores face crops in one step of Stable Diffusion 2.1-base with "
+            "OSDFace's LoRA.",
             inputs=[
-                io.Model.Input("model", tooltip="Stable Diffusion 2.1-base (512 px), from Load Checkpoint. It is not changed."),
+                io.Model.Input(
+                    "model",
+                    tooltip="Stable Diffusion 2.1-base (512 px), from Load Checkpoint. It is not "
+                    "changed.",
+                ),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
-                io.Image.Input("crops", tooltip="The same crops that the visual prompts were made from."),
-                io.Conditioning.Input("conditioning", tooltip="From OSDFace Visual Prompts; a text prompt does not do."),
+                io.Image.Input(
+                    "crops", tooltip="The same crops that the visual prompts were made from."
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    tooltip="From OSDFace Visual Prompts; a text prompt does not do.",
+                ),
                 io.Combo.Input(
                     "lora_name",
                     options=[*host.names(LORAS, LORA.name), host.NONE],
                     default=LORA.name,
-                    tooltip="OSDFace's LoRA, from models/osdface or models/loras; none for a model that already holds it.",
+                    tooltip="OSDFace's LoRA, from models/osdface or models/loras; none for a "
+                    "model that already holds it.",
                 ),
                 io.Float.Input(
                     "lora_strength",
@@ -51,7 +65,8 @@ class OSDFaceOneStep(io.ComfyNode):
                     default=TIMESTEP,
                     min=0,
                     max=TIMESTEPS - 1,
-                    tooltip="The diffusion step that is undone. The weights were trained at 399; other values are an effect.",
+                    tooltip="The diffusion step that is undone. The weights were trained at 399; "
+                    "other values are an effect.",
                 ),
                 io.Int.Input(
                     "faces_per_batch",
@@ -61,7 +76,11 @@ class OSDFaceOneStep(io.ComfyNode):
                     tooltip="Faces restored at once; 0 takes as many as the free memory holds.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="restored", tooltip="The restored crops, in the same order.")],
+            outputs=[
+                io.Image.Output(
+                    display_name="restored", tooltip="The restored crops, in the same order."
+                )
+            ],
         )
         return host.with_extras(
             schema,
@@ -97,16 +116,25 @@ class OSDFaceOneStep(io.ComfyNode):
         )
         raise_if_all_failed(result)
         fates = (result.again, AGAIN), (result.failed, LEFT)
-        says = [f"Crops {', '.join(map(str, which))} came out as NaN {then}" for which, then in fates if which]
+        says = [
+            f"Crops {', '.join(map(str, which))} came out as NaN {then}"
+            for which, then in fates
+            if which
+        ]
         return io.NodeOutput(result.crops, ui=host.shown("\n".join(says)) if says else None)
 
 
 def raise_if_all_failed(result: Restored) -> None:
     if result.failed and len(result.failed) == len(result.crops):
-        raise OSDFaceError(f"Every face (crops {', '.join(map(str, result.failed))}) came out as NaN: {AGAINST_NAN}")
+        raise OSDFaceError(
+            f"Every face (crops {', '.join(map(str, result.failed))}) came out as NaN: "
+            f"{AGAINST_NAN}"
+        )
 
 
-def backbone(model: Any, vae: Any, lora_name: str, lora_strength: float, options: dict[str, Any]) -> host.HostBackbone:
+def backbone(
+    model: Any, vae: Any, lora_name: str, lora_strength: float, options: dict[str, Any]
+) -> host.HostBackbone:
     lora = None
     if lora_name != host.NONE and lora_strength != 0:
         with host.naming("lora_name"):
@@ -115,10 +143,13 @@ def backbone(model: Any, vae: Any, lora_name: str, lora_strength: float, options
 
 
 def _prompts(conditioning: list[Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The visual prompts of a CONDITIONING and the sampler options that nodes on the way have added."""
+    """The visual prompts of a CONDITIONING and the sampler options that nodes on the way have
+    added.
+    """
     if len(conditioning) != 1:
         raise OSDFaceError(
-            f"`conditioning` holds {len(conditioning)} prompts that were combined; exactly one is wanted: "
+            f"`conditioning` holds {len(conditioning)} prompts that were combined; exactly one is "
+            f"wanted: "
             "connect the conditioning of OSDFace Visual Prompts directly."
         )
     prompts, options = conditioning[0]

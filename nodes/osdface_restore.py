@@ -34,36 +34,64 @@ class OSDFaceRestore(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         nodes = FaceDetectAlign, OSDFaceVRE, OSDFaceOneStep, FacePasteBack
-        detect, prompts, step, paste = ({item.id: item for item in node.define_schema().inputs} for node in nodes)
+        detect, prompts, step, paste = (
+            {item.id: item for item in node.define_schema().inputs} for node in nodes
+        )
         schema = io.Schema(
             node_id="OSDFaceRestore",
             display_name="OSDFace Restore (all in one)",
             category="OSDFace",
-            description="Finds the faces of a picture, restores them and puts them back. The frames of a batch are taken as a video.",
+            description="Finds the faces of a picture, restores them and puts them back. The "
+            "frames of a batch are taken as a video.",
             inputs=[
                 detect["image"],
                 step["model"],
                 step["vae"],
                 prompts["vre_name"],
                 step["lora_name"],
-                *(detect[name] for name in ("detector", "select", "order", "indices", "max_faces", "min_size")),
+                *(
+                    detect[name]
+                    for name in ("detector", "select", "order", "indices", "max_faces", "min_size")
+                ),
                 *(detect[name] for name in ("confidence", "any_angle", "crop_size", "smoothing")),
-                *(paste[name] for name in ("strength", "mask_type", "feather", "color_match", "keep")),
+                *(
+                    paste[name]
+                    for name in ("strength", "mask_type", "feather", "color_match", "keep")
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The picture with the restored faces; without a face, the picture itself."),
-                io.Mask.Output(display_name="mask", tooltip="How much of each pixel was replaced, at the picture's size."),
+                io.Image.Output(
+                    display_name="image",
+                    tooltip="The picture with the restored faces; without a face, the picture "
+                    "itself.",
+                ),
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="How much of each pixel was replaced, at the picture's size.",
+                ),
                 io.Image.Output(
                     display_name="before_after",
-                    tooltip="Before and after: left and right, or above and below where the picture is wider than high. "
+                    tooltip="Before and after: left and right, or above and below where the "
+                    "picture is wider than high. "
                     "The frames of a video are made small.",
                 ),
-                io.String.Output(display_name="report", tooltip="What was found, chosen and restored, and why the rest was not."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What was found, chosen and restored, and why the rest was not.",
+                ),
             ],
         )
         return host.with_extras(
             schema,
-            search=("face restoration", "restore faces", "enhance faces", "fix faces", "GFPGAN", "CodeFormer", "face detailer"),
+            search=(
+                "face restoration",
+                "restore faces",
+                "enhance faces",
+                "fix faces",
+                "GFPGAN",
+                "CodeFormer",
+                "face detailer",
+            ),
             advanced=("order", "smoothing", "feather"),
             shows=True,
         )
@@ -115,7 +143,9 @@ class OSDFaceRestore(io.ComfyNode):
         choice = Choice(select, order, indices, max_faces, min_size)
         looking = (detector, confidence, choice, any_angle, crop_size, smoothing)
         seen = host.state_of(DETECTORS[detector], FACES), looking
-        found = _once(image, "found", seen, lambda: detected(image, *looking, stage("detect", len(image))))
+        found = _once(
+            image, "found", seen, lambda: detected(image, *looking, stage("detect", len(image)))
+        )
         faces, report = found.faces, found.report
         result = faces.crops
         if len(faces) and strength > 0:
@@ -131,15 +161,22 @@ class OSDFaceRestore(io.ComfyNode):
                 prompts = visual_prompts(faces.crops, vre_name, stage("prompts", len(faces)))
                 return restore(faces.crops, prompts, networks, progress=stage("step", len(faces)))
 
-            files = host.state_of(vre_name, OSDFACE, embedder_files), host.state_of(lora_name, LORAS)
+            files = (
+                host.state_of(vre_name, OSDFACE, embedder_files),
+                host.state_of(lora_name, LORAS),
+            )
             # What is no MODEL is told of where it is used.
             models = weakref.ref(model), getattr(model, "patches_uuid", None), weakref.ref(vae)
             step = _once(image, "restored", (seen, vre_name, lora_name, files, models), restored)
             raise_if_all_failed(step)
             result, report = step.crops, report + _notes(faces, step)
         progress = stage("paste", len(faces))
-        after, mask = pasted(image, faces, result, strength, mask_type, feather, color_match, keep, 0.0, progress)
-        return io.NodeOutput(after, mask, before_after(image, after, progress), report, ui=host.shown(report))
+        after, mask = pasted(
+            image, faces, result, strength, mask_type, feather, color_match, keep, 0.0, progress
+        )
+        return io.NodeOutput(
+            after, mask, before_after(image, after, progress), report, ui=host.shown(report)
+        )
 
 
 _kept: dict[int, dict[str, list[tuple[object, Any]]]] = {}
@@ -150,14 +187,17 @@ MOST_KEPT = 4
 def _once(image: Tensor, stage: str, key: object, make: Callable[[], T]) -> T:
     """What `make` gave for this very picture under the same `key`, else what it gives now.
 
-    So a turned widget runs anew what depends on it and no more, as in the graph of four nodes. It is kept as long as the host keeps
-    the picture.
+    So a turned widget runs anew what depends on it and no more, as in the graph of four nodes. It
+    is kept as long as the host keeps the picture.
     """
     if id(image) not in _kept:
         _kept[id(image)] = {}
         weakref.finalize(image, _kept.pop, id(image), None)
     # A node before this one may have written into the picture that it handed on.
-    rows, columns = (image.sum(axes, dtype=torch.float32).numpy(force=True).tobytes() for axes in ((2, 3), (1, 3)))
+    rows, columns = (
+        image.sum(axes, dtype=torch.float32).numpy(force=True).tobytes()
+        for axes in ((2, 3), (1, 3))
+    )
     key = key, rows, columns
     kept = _kept[id(image)].setdefault(stage, [])
     for known, value in kept:
@@ -172,7 +212,8 @@ def _check_crops(faces: Faces) -> None:
     for face, crop in zip(faces.faces, faces.crops, strict=True):
         if not bool(crop.isfinite().all()):
             raise OSDFaceError(
-                f"`image` number {face.frame} holds values that are not numbers (NaN or infinite) at face {face.number}; finite values "
+                f"`image` number {face.frame} holds values that are not numbers (NaN or infinite) "
+                f"at face {face.number}; finite values "
                 "in [0,1] are wanted: look for the node before this one that makes them."
             )
 

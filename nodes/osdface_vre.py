@@ -22,23 +22,29 @@ class OSDFaceVRE(io.ComfyNode):
             node_id="OSDFaceVRE",
             display_name="OSDFace Visual Prompts",
             category="OSDFace",
-            description="Describes each face crop by visual prompts, which take the place of the text prompt in OSDFace One Step.",
+            description="Describes each face crop by visual prompts, which take the place of the "
+            "text prompt in OSDFace One Step.",
             inputs=[
                 io.Image.Input("crops", tooltip="Aligned face crops, from Face Detect & Align."),
                 io.Combo.Input(
                     "vre_name",
                     options=[*host.names(OSDFACE, VRE.name, VRE_CHECKPOINT.name), builtin.NAME],
                     default=VRE.name,
-                    tooltip="The embedder's weights, from models/osdface; builtin goes with OSDFace Built-in Model.",
+                    tooltip="The embedder's weights, from models/osdface; builtin goes with "
+                    "OSDFace Built-in Model.",
                 ),
             ],
             outputs=[
                 io.Conditioning.Output(
-                    display_name="conditioning", tooltip="77 visual prompts for each crop. Only OSDFace One Step understands them."
+                    display_name="conditioning",
+                    tooltip="77 visual prompts for each crop. Only OSDFace One Step understands "
+                    "them.",
                 )
             ],
         )
-        return host.with_extras(schema, search=("OSDFace", "visual representation embedder", "VRE", "encode face"))
+        return host.with_extras(
+            schema, search=("OSDFace", "visual representation embedder", "VRE", "encode face")
+        )
 
     @classmethod
     def fingerprint_inputs(cls, vre_name: str | None = None, **_: Any) -> str:
@@ -47,7 +53,9 @@ class OSDFaceVRE(io.ComfyNode):
     @classmethod
     def execute(cls, crops: torch.Tensor, vre_name: str) -> io.NodeOutput:
         check_crops(crops)
-        return io.NodeOutput([[visual_prompts(crops, vre_name, host.progress(len(crops))), prompt_options(vre_name)]])
+        return io.NodeOutput(
+            [[visual_prompts(crops, vre_name, host.progress(len(crops))), prompt_options(vre_name)]]
+        )
 
 
 def prompt_options(vre_name: str) -> dict[str, Any]:

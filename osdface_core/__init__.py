@@ -1,1 +1,1 @@
-"""OSDFace face restoration, free of any host application. See backbone.py for what a host supplies."""
+"""The work, free of any host. sd21/backbone.py says what a host supplies."""

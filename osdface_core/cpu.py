@@ -1,6 +1,8 @@
-"""The same networks in less time on a processor: how their layers are carried out, not what they compute.
+"""The same networks in less time on a processor: how their layers are carried out, not what they
+compute.
 
-A convolutional network of anybody's, called within `faster`, gives what it gives without, to the last digits of its type.
+A convolutional network of anybody's, called within `faster`, gives what it gives without, to the
+last digits of its type.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# Pixels that are added up in fp32 before the sums are added up in fp64; and values that the processor's cache holds.
+# Pixels that are added up in fp32 before the sums are added up in fp64; and values that the
+# processor's cache holds.
 ROWS, CACHED = 256, 2**18
 
 
 def faster(device: torch.device, *networks: nn.Module) -> AbstractContextManager[Any]:
-    """Within, convolutions on a CPU run channels-last, and one that follows an enlargement by 2 runs before it.
+    """Within, convolutions on a CPU run channels-last, and one that follows an enlargement by 2
+    runs before it.
 
-    Of no effect on another device, where torch has no oneDNN, and where one of the networks is compiled: it was made for its own way.
+    Of no effect on another device, where torch has no oneDNN, and where one of the networks is
+    compiled: it was made for its own way.
     """
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return nullcontext()
@@ -38,15 +43,22 @@ def computes_in_bf16() -> bool:
 
 
 class _Faster(TorchFunctionMode):
-    """Carries out torch's own functions in another way while a network calls them; the network itself is not touched."""
+    """Carries out torch's own functions in another way while a network calls them; the network
+    itself is not touched.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        # The last picture that was enlarged, and what it became, which the next convolution may be about to take.
+        # The last picture that was enlarged, and what it became, which the next convolution may be
+        # about to take.
         self.enlarged: tuple[Tensor, weakref.ref[Tensor]] | None = None
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         given = kwargs or {}
         if func is F.interpolate:
@@ -73,10 +85,24 @@ class _Faster(TorchFunctionMode):
         (small, enlarged), self.enlarged = self.enlarged or (x, None), None
         if x.ndim != 4:
             return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        plain = _is(stride, 1) and _is(padding, 1) and _is(dilation, 1) and groups == 1 and weight.shape[2:] == (3, 3)
+        plain = (
+            _is(stride, 1)
+            and _is(padding, 1)
+            and _is(dilation, 1)
+            and groups == 1
+            and weight.shape[2:] == (3, 3)
+        )
         if enlarged is not None and enlarged() is x and plain:
             return enlarged_convolution(small, weight, bias)
-        return torch.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, stride, padding, dilation, groups)
+        return torch.conv2d(
+            x.contiguous(memory_format=torch.channels_last),
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+        )
 
 
 def _is(given: Any, value: int) -> bool:
@@ -84,16 +110,22 @@ def _is(given: Any, value: int) -> bool:
 
 
 def _doubles(x: Tensor, result: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
-    """Whether F.interpolate, so called, has repeated every pixel of x (B,C,H,W) twice in both directions."""
+    """Whether F.interpolate, so called, has repeated every pixel of x (B,C,H,W) twice in both
+    directions.
+    """
     mode = args[3] if len(args) > 3 else given.get("mode", "nearest")
-    return mode == "nearest" and x.ndim == 4 and result.shape[2:] == (2 * x.shape[2], 2 * x.shape[3])
+    return (
+        mode == "nearest" and x.ndim == 4 and result.shape[2:] == (2 * x.shape[2], 2 * x.shape[3])
+    )
 
 
 def enlarged_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a 3 x 3 convolution with a border of zeros makes of x (B,C,H,W) enlarged to twice its size by repetition.
+    """What a 3 x 3 convolution with a border of zeros makes of x (B,C,H,W) enlarged to twice its
+    size by repetition.
 
-    weight (K,C,3,3); (B,K,2H,2W). Of the nine weights those that meet the same pixel are added first: 2 x 2 are left for each of the
-    four places that an enlarged pixel can have, 4/9 of the products (Shi et al. 2016, "Is the deconvolution layer the same ...").
+    weight (K,C,3,3); (B,K,2H,2W). Of the nine weights those that meet the same pixel are added
+    first: 2 x 2 are left for each of the four places that an enlarged pixel can have, 4/9 of the
+    products (Shi et al. 2016, "Is the deconvolution layer the same ...").
     """
     height, width = x.shape[2:]
     padded = F.pad(x, (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
@@ -108,26 +140,47 @@ def enlarged_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def _halved(weight: Tensor, place: int, axis: int) -> Tensor:
-    """Three taps along `axis` as the two that are left at the first (0) or the second (1) of two equal pixels."""
+    """Three taps along `axis` as the two that are left at the first (0) or the second (1) of two
+    equal pixels.
+    """
     first, middle, last = weight.unbind(axis)
     return torch.stack((first + middle, last) if place else (first, middle + last), axis)
 
 
-def _group_norm(input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    # torch's own loses four digits in this order (6e-5 instead of 4e-7), which is nothing beside half precision's three.
-    last = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    # torch's own loses four digits in this order (6e-5 instead of 4e-7), which is nothing beside
+    # half precision's three.
+    last = (
+        input.ndim == 4
+        and input.is_contiguous(memory_format=torch.channels_last)
+        and not input.is_contiguous()
+    )
     if not last or input.dtype != torch.float32:
         return F.group_norm(input, num_groups, weight, bias, eps)
     return group_norm(input, num_groups, weight, bias, eps)
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     """Group norm of x (B,C,H,W) fp32 in channels-last order, its sums in fp64."""
     batch, channels, height, width = x.shape
     pixels = x.movedim(1, -1).reshape(batch, height * width, channels)
 
     def mean(of: Callable[[Tensor], Tensor]) -> Tensor:
-        """(B,groups,1) fp64, over the pixels and channels of a group; `of` gives sums over axis 2 of (B,n,rows,C)."""
+        """(B,groups,1) fp64, over the pixels and channels of a group; `of` gives sums over axis 2
+        of (B,n,rows,C).
+        """
         sums = torch.zeros(batch, channels, dtype=torch.float64)
         # In pieces that stay in the processor's cache.
         for piece in pixels.split(ROWS * max(1, CACHED // (ROWS * channels)), 1):

@@ -16,11 +16,20 @@ Operations = Any
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def filled(make: Callable[[], Network], tensors: dict[str, Tensor], misfit: str, remedy: str, *, spare: bool = False) -> Network:
-    """The network that `make` gives, with the very tensors given as its parameters and buffers, in fp32 and ready to run.
+def filled(
+    make: Callable[[], Network],
+    tensors: dict[str, Tensor],
+    misfit: str,
+    remedy: str,
+    *,
+    spare: bool = False,
+) -> Network:
+    """The network that `make` gives, with the very tensors given as its parameters and buffers, in
+    fp32 and ready to run.
 
-    misfit, remedy: begin and end the sentence of an error. spare: tensors that the network has no place for are left aside.
-    Raises OSDFaceError that names what is missing, misshapen, not finite or left over.
+    misfit, remedy: begin and end the sentence of an error. spare: tensors that the network has no
+    place for are left aside. Raises OSDFaceError that names what is missing, misshapen, not finite
+    or left over.
     """
     with torch.device("meta"):
         network = make()

@@ -1,4 +1,6 @@
-"""Where tests find pictures, stand-in weights and a real ComfyUI; each is skipped over, with the reason, where it is absent."""
+"""Where tests find pictures, stand-in weights and a real ComfyUI; each is skipped over, with the
+reason, where it is absent.
+"""
 
 from __future__ import annotations
 
@@ -60,12 +62,17 @@ def seeded(golden: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def stand_ins(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Full-size stand-in weights: the checkpoint and OSDFace's three files, about 4 GB. OSDFACE_TEST_STAND_INS names ready ones."""
+    """Full-size stand-in weights: the checkpoint and OSDFace's three files, about 4 GB.
+    OSDFACE_TEST_STAND_INS names ready ones.
+    """
     if ready := os.environ.get("OSDFACE_TEST_STAND_INS"):
         return Path(ready)
     folder = tmp_path_factory.mktemp("stand_ins")
     script = str(golden / "make_weights.py")
-    subprocess.run([sys.executable, script, "--out", str(folder), "--only", "checkpoint", "osdface"], check=True)
+    subprocess.run(
+        [sys.executable, script, "--out", str(folder), "--only", "checkpoint", "osdface"],
+        check=True,
+    )
     return folder
 
 
@@ -86,14 +93,20 @@ def comfyui() -> Path:
 
 @pytest.fixture(scope="session")
 def populate(stand_ins: Path, data: Path) -> Callable[[Path], None]:
-    """Makes a folder a ComfyUI base directory with the pack, the stand-in weights and the real detector, all by link."""
+    """Makes a folder a ComfyUI base directory with the pack, the stand-in weights and the real
+    detector, all by link.
+    """
 
     def fill(base: Path) -> None:
         models = base / "models"
-        folders = [f"models/{name}" for name in ("checkpoints", "osdface", "loras", "facedetection")]
+        folders = [
+            f"models/{name}" for name in ("checkpoints", "osdface", "loras", "facedetection")
+        ]
         for name in (*folders, "custom_nodes", "input", "output", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
-        (models / "checkpoints" / "v2-1_512-ema-pruned.safetensors").symlink_to(stand_ins / "v2-1_512-seeded.safetensors")
+        (models / "checkpoints" / "v2-1_512-ema-pruned.safetensors").symlink_to(
+            stand_ins / "v2-1_512-seeded.safetensors"
+        )
         for file in (stand_ins / "osdface").iterdir():
             (models / "osdface" / file.name).symlink_to(file)
         detector = data / "weights" / "detection_mobilenet0.25_Final.pth"
@@ -104,12 +117,23 @@ def populate(stand_ins: Path, data: Path) -> Callable[[Path], None]:
 
 
 @pytest.fixture(scope="session")
-def host(comfyui: Path, populate: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """ComfyUI in this process on the CPU, our pack loaded by its own loader: `nodes` by id, `host` (our nodes/host.py), `comfy`."""
+def host(
+    comfyui: Path, populate: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """ComfyUI in this process on the CPU, our pack loaded by its own loader: `nodes` by id, `host`
+    (our nodes/host.py), `comfy`.
+    """
     base = tmp_path_factory.mktemp("comfyui")
     populate(base)
     argv, path = sys.argv, list(sys.path)
-    sys.argv = ["main.py", "--cpu", "--base-directory", str(base), "--user-directory", str(base / "user")]
+    sys.argv = [
+        "main.py",
+        "--cpu",
+        "--base-directory",
+        str(base),
+        "--user-directory",
+        str(base / "user"),
+    ]
     # ComfyUI's own modules must win over the pack's folders of the same name.
     sys.path[:] = [str(comfyui), *(p for p in path if Path(p).resolve() != ROOT)]
     import comfy.options
@@ -126,15 +150,24 @@ def host(comfyui: Path, populate: Callable[[Path], None], tmp_path_factory: pyte
     name = str(pack).replace(".", "_x_")
     classes = nodes.NODE_CLASS_MAPPINGS
     yield SimpleNamespace(
-        comfy=comfy, folder_paths=folder_paths, base=base, nodes=classes, host=sys.modules[f"{name}.nodes.comfy.host"],
-        error=sys.modules[f"{name}.osdface_core.errors"].OSDFaceError, one_step=sys.modules[f"{name}.osdface_core.osdface.restore"],
+        comfy=comfy,
+        folder_paths=folder_paths,
+        base=base,
+        nodes=classes,
+        host=sys.modules[f"{name}.nodes.comfy.host"],
+        error=sys.modules[f"{name}.osdface_core.errors"].OSDFaceError,
+        one_step=sys.modules[f"{name}.osdface_core.osdface.restore"],
     )
     sys.path[:] = path
 
 
 @pytest.fixture(scope="session")
-def small_server(comfyui: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A real ComfyUI server with the pack, its built-in model, the real small detector, and the fuzz's nodes and pictures, as Prompts."""
+def small_server(
+    comfyui: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """A real ComfyUI server with the pack, its built-in model, the real small detector, and the
+    fuzz's nodes and pictures, as Prompts.
+    """
     from benchmarks.fuzz import populate
     from tests.frontend import server
     from tests.prompts import Prompts
@@ -148,8 +181,12 @@ def small_server(comfyui: Path, data: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def checkpoint(host: Any) -> tuple[Any, Any]:
     """(MODEL, VAE) of the full-size stand-in checkpoint, from ComfyUI's own loader."""
-    path = host.folder_paths.get_full_path_or_raise("checkpoints", "v2-1_512-ema-pruned.safetensors")
-    model, _, vae, _ = host.comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=False)
+    path = host.folder_paths.get_full_path_or_raise(
+        "checkpoints", "v2-1_512-ema-pruned.safetensors"
+    )
+    model, _, vae, _ = host.comfy.sd.load_checkpoint_guess_config(
+        path, output_vae=True, output_clip=False
+    )
     return model, vae
 
 
@@ -169,7 +206,9 @@ def crop(golden: Path) -> Callable[[str], torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small random networks: a folder in diffusers' layout with Stable Diffusion 2.1's modules, and `vre.safetensors`."""
+    """Small random networks: a folder in diffusers' layout with Stable Diffusion 2.1's modules, and
+    `vre.safetensors`.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from safetensors.torch import save_file
 
@@ -179,9 +218,19 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small_model")
     torch.manual_seed(0)
     narrow = {"block_out_channels": (8, 16, 32, 32), "norm_num_groups": 4}
-    UNet2DConditionModel(**UNET_CONFIG | narrow | {"attention_head_dim": 2}).save_pretrained(folder / "unet")
+    UNet2DConditionModel(**UNET_CONFIG | narrow | {"attention_head_dim": 2}).save_pretrained(
+        folder / "unet"
+    )
     AutoencoderKL(**VAE_CONFIG | narrow).save_pretrained(folder / "vae")
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    schedule = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+    }
     DDIMScheduler(**schedule).save_pretrained(folder / "scheduler")
-    save_file(VisualEmbedder(shape=Shape(32, (1, 1, 1), 32, 64, 32)).state_dict(), folder / "vre.safetensors")
+    save_file(
+        VisualEmbedder(shape=Shape(32, (1, 1, 1), 32, 64, 32)).state_dict(),
+        folder / "vre.safetensors",
+    )
     return folder

@@ -1,4 +1,6 @@
-"""ComfyUI's real frontend in Chromium, and the real server that it talks to: what test_browser.py and make_workflows.py stand on."""
+"""ComfyUI's real frontend in Chromium, and the real server that it talks to: what test_browser.py
+and make_workflows.py stand on.
+"""
 
 from __future__ import annotations
 
@@ -18,34 +20,62 @@ import requests
 
 CHROMIUM = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
     "--disable-sync",
 ]
 SIZE = {"width": 1600, "height": 1000}
-READY = "() => !!(window.app?.graph && window.app.canvas && window.LiteGraph?.registered_node_types.FaceDetectAlign)"
+READY = (
+    "() => !!(window.app?.graph && window.app.canvas"
+    " && window.LiteGraph?.registered_node_types.FaceDetectAlign)"
+)
 
 
 @contextmanager
-def server(comfyui: Path, base: Path, seconds: float = 120, arguments: Sequence[str] = ()) -> Iterator[str]:
-    """ComfyUI over a base directory, on the CPU and a free port; its address. Its output goes to log.txt in that directory, its process
-    id to pid."""
+def server(
+    comfyui: Path, base: Path, seconds: float = 120, arguments: Sequence[str] = ()
+) -> Iterator[str]:
+    """ComfyUI over a base directory, on the CPU and a free port; its address. Its output goes to
+    log.txt in that directory, its process id to pid.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "main.py", "--cpu", "--disable-auto-launch", "--listen", "127.0.0.1", "--port", str(port), "--disable-api-nodes",
-        "--base-directory", str(base), "--user-directory", str(base / "user"), "--database-url", f"sqlite:///{base}/user/t.db",
+        sys.executable,
+        "main.py",
+        "--cpu",
+        "--disable-auto-launch",
+        "--listen",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--disable-api-nodes",
+        "--base-directory",
+        str(base),
+        "--user-directory",
+        str(base / "user"),
+        "--database-url",
+        f"sqlite:///{base}/user/t.db",
         *arguments,
     ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     address = f"http://127.0.0.1:{port}"
     with (base / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            command, cwd=comfyui, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
         (base / "pid").write_text(str(process.pid))
         try:
             end = time.monotonic() + seconds
             while True:
-                assert process.poll() is None and time.monotonic() < end, (base / "log.txt").read_text()
+                assert process.poll() is None and time.monotonic() < end, (
+                    base / "log.txt"
+                ).read_text()
                 try:
                     requests.get(f"{address}/system_stats", timeout=5)
                     break
@@ -74,7 +104,9 @@ class Frontend:
         self.page.goto(self.address)
         self.page.wait_for_function(READY, timeout=60_000)
         # The graph of last time is opened after the nodes are known.
-        self.page.wait_for_function("() => app.extensionManager.workflow?.activeWorkflow?.changeTracker", timeout=60_000)
+        self.page.wait_for_function(
+            "() => app.extensionManager.workflow?.activeWorkflow?.changeTracker", timeout=60_000
+        )
         self.page.wait_for_timeout(500)
         # The frontend of 0.3.64 always throws one of its own while it starts.
         del self.errors[known:]

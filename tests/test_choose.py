@@ -1,4 +1,6 @@
-"""Who is chosen, against rules that a reader can check by eye, and what the report says of the rest."""
+"""Who is chosen, against rules that a reader can check by eye, and what the report says of the
+rest.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,16 @@ NOWHERE = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
 WIDTH, HEIGHT = 1000, 800
 
 
-def face(x: float, y: float, size: float, *, frame: int = 0, number: int = 0, score: float = 0.99, shot: int = 0) -> Face:
+def face(
+    x: float,
+    y: float,
+    size: float,
+    *,
+    frame: int = 0,
+    number: int = 0,
+    score: float = 0.99,
+    shot: int = 0,
+) -> Face:
     """A face of `size` px, its box's centre at (x, y)."""
     box = (x - size / 2, y - size * 0.6, x + size / 2, y + size * 0.6)
     return Face(frame, box, ((x, y),) * 5, score, number, NOWHERE, shot=shot)
@@ -40,7 +51,11 @@ GROUP = [
 
 
 def chosen(faces: list[Face], choice: Choice) -> list[int]:
-    return [f.number for f, verdict in zip(faces, choose(faces, choice, WIDTH, HEIGHT), strict=True) if verdict == CHOSEN]
+    return [
+        f.number
+        for f, verdict in zip(faces, choose(faces, choice, WIDTH, HEIGHT), strict=True)
+        if verdict == CHOSEN
+    ]
 
 
 @pytest.mark.parametrize(
@@ -82,8 +97,16 @@ def test_choices(choice: Choice, numbers: list[int]) -> None:
 
 
 def test_limits_and_ranks_hold_in_each_picture() -> None:
-    faces = [face(100 + 300 * k, 400, 50 + 20 * k, frame=f, number=k, shot=f) for f in range(3) for k in range(f + 1)]
-    assert [f.frame for f, v in zip(faces, choose(faces, Choice("largest"), WIDTH, HEIGHT), strict=True) if v == CHOSEN] == [0, 1, 2]
+    faces = [
+        face(100 + 300 * k, 400, 50 + 20 * k, frame=f, number=k, shot=f)
+        for f in range(3)
+        for k in range(f + 1)
+    ]
+    assert [
+        f.frame
+        for f, v in zip(faces, choose(faces, Choice("largest"), WIDTH, HEIGHT), strict=True)
+        if v == CHOSEN
+    ] == [0, 1, 2]
     assert chosen(faces, Choice(max_faces=1)) == [0, 0, 0]
     assert chosen(faces, Choice("by index", indices="1")) == [1, 1]
 
@@ -92,7 +115,10 @@ def test_over_a_shot_a_person_stays_chosen() -> None:
     # Two people whose sizes cross from frame to frame, and cross the limit of size too.
     faces = []
     for frame in range(10):
-        faces += [face(200, 400, 100 + 10 * (-1) ** frame, frame=frame, number=0), face(700, 400, 102, frame=frame, number=1)]
+        faces += [
+            face(200, 400, 100 + 10 * (-1) ** frame, frame=frame, number=0),
+            face(700, 400, 102, frame=frame, number=1),
+        ]
     assert chosen(faces, Choice("largest")) == [1] * 10
     assert chosen(faces, Choice(min_size=95)) == [0, 1] * 10
     # Where that person is gone, the other is the largest.
@@ -115,7 +141,9 @@ def test_an_unknown_option_names_those_there_are(choice: Choice) -> None:
 
 @pytest.mark.parametrize("text", ["9" * 5000, "1\n2-", "-1", "x" * 300])
 def test_a_sentence_about_indices_is_short_and_on_one_line(text: str) -> None:
-    with pytest.raises(OSDFaceError, match="numbers and ranges counted from 0 are wanted") as raised:
+    with pytest.raises(
+        OSDFaceError, match="numbers and ranges counted from 0 are wanted"
+    ) as raised:
         parse_indices(text)
     assert len(str(raised.value)) < 250
     assert "\n" not in str(raised.value)
@@ -134,7 +162,10 @@ def test_ranges_mean_the_numbers_between_them(ranges: list[list[int]]) -> None:
 
 
 @given(
-    st.lists(st.tuples(st.floats(0, 1000), st.floats(0, 800), st.floats(1, 500), st.integers(0, 3)), max_size=12),
+    st.lists(
+        st.tuples(st.floats(0, 1000), st.floats(0, 800), st.floats(1, 500), st.integers(0, 3)),
+        max_size=12,
+    ),
     st.sampled_from(SELECT),
     st.sampled_from(ORDER),
     st.text("0123456789-, ", max_size=6),
@@ -143,19 +174,28 @@ def test_ranges_mean_the_numbers_between_them(ranges: list[list[int]]) -> None:
 def test_no_choice_ever_means_more_than_it_says(
     places: list[tuple[float, float, float, int]], select: str, order: str, indices: str, most: int
 ) -> None:
-    faces = numbered([face(x, y, size, frame=f, number=i, shot=f) for i, (x, y, size, f) in enumerate(places)], order)
+    faces = numbered(
+        [face(x, y, size, frame=f, number=i, shot=f) for i, (x, y, size, f) in enumerate(places)],
+        order,
+    )
     try:
-        verdicts = choose(faces, Choice(select, order, indices, most, min_size=30, max_size=300), WIDTH, HEIGHT)
+        verdicts = choose(
+            faces, Choice(select, order, indices, most, min_size=30, max_size=300), WIDTH, HEIGHT
+        )
     except OSDFaceError:
         return
     for frame in range(4):
-        there = [f for f, v in zip(faces, verdicts, strict=True) if v == CHOSEN and f.frame == frame]
+        there = [
+            f for f, v in zip(faces, verdicts, strict=True) if v == CHOSEN and f.frame == frame
+        ]
         assert all(29.99 <= f.size <= 300.01 for f in there)
         assert len(there) <= (most or 12)
         if select in ("largest", "most central"):
             assert len(there) <= 1
         if select == "by index":
-            assert {f.number for f in there} <= {n for a, b in parse_indices(indices) for n in range(a, min(b, 20) + 1)}
+            assert {f.number for f in there} <= {
+                n for a, b in parse_indices(indices) for n in range(a, min(b, 20) + 1)
+            }
 
 
 def test_the_report_says_for_each_face_why() -> None:
@@ -172,10 +212,16 @@ def test_the_report_says_for_each_face_why() -> None:
 
 
 def test_the_report_has_a_line_for_a_person_of_a_video() -> None:
-    faces = [face(100 + t, 100, 50 + t, frame=t, number=0) for t in range(30)] + [face(500, 500, 80, frame=7, number=1)]
+    faces = [face(100 + t, 100, 50 + t, frame=t, number=0) for t in range(30)] + [
+        face(500, 500, 80, frame=7, number=1)
+    ]
     lines = report(faces, choose(faces, Choice(max_faces=1), WIDTH, HEIGHT), 30).splitlines()
     assert len(lines) == 3
-    assert lines[1].startswith("pictures 0-29 (30), face 0:") and "size 50-79 px" in lines[1] and lines[1].endswith(": chosen")
+    assert (
+        lines[1].startswith("pictures 0-29 (30), face 0:")
+        and "size 50-79 px" in lines[1]
+        and lines[1].endswith(": chosen")
+    )
     faces = [face(100, 100, 50, frame=t) for t in (0, 4)]
     assert report(faces, [CHOSEN] * 2, 8).splitlines()[-1] == "no face in pictures 1-3, 5-7"
     assert lines[2].startswith("picture 7, face 1:") and lines[2].endswith("beyond max_faces 1")

@@ -1,4 +1,6 @@
-"""The command line: what goes in comes out with only its faces changed, whatever the file, the failure or the number of workers."""
+"""The command line: what goes in comes out with only its faces changed, whatever the file, the
+failure or the number of workers.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,20 @@ def weights(data: Path, small_model: Path, tmp_path_factory: pytest.TempPathFact
     (models / "facedetection").mkdir()
     shutil.copy(data / "weights" / "detection_mobilenet0.25_Final.pth", models / "facedetection")
     vre = str(small_model / "vre.safetensors")
-    return ["--model", str(small_model), "--lora", "none", "--vre", vre, "--models-dir", str(models), "--dtype", "fp32", "--device", "cpu"]
+    return [
+        "--model",
+        str(small_model),
+        "--lora",
+        "none",
+        "--vre",
+        vre,
+        "--models-dir",
+        str(models),
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture
@@ -73,7 +88,9 @@ def face(data: Path) -> np.ndarray:
 @pytest.fixture(scope="session")
 def nobody(data: Path) -> np.ndarray:
     """(96,128,3) uint8 without a face."""
-    return np.asarray(Image.open(data / "images" / "astronaut.png").convert("RGB"))[400:496, 380:508]
+    return np.asarray(Image.open(data / "images" / "astronaut.png").convert("RGB"))[
+        400:496, 380:508
+    ]
 
 
 def entries(report: Path) -> dict[str, dict[str, Any]]:
@@ -90,17 +107,53 @@ def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 def test_every_option_of_the_nodes_has_the_nodes_name_and_default() -> None:
     nodes = json.loads((ROOT / "tests" / "interfaces.json").read_text())
     graph = json.loads((ROOT / "tests" / "osdface_basic_api.json").read_text())
-    inputs = {name for node, (inputs, _) in nodes.items() if node != "FaceSelect" for name in inputs}
-    elsewhere = {"image", "faces", "restored", "crops", "conditioning", "vae", "vre_name", "lora_name"}
+    inputs = {
+        name for node, (inputs, _) in nodes.items() if node != "FaceSelect" for name in inputs
+    }
+    elsewhere = {
+        "image",
+        "faces",
+        "restored",
+        "crops",
+        "conditioning",
+        "vae",
+        "vre_name",
+        "lora_name",
+    }
     options = vars(parser().parse_args(["restore", "in", "out"]))
     assert inputs - elsewhere <= options.keys()
-    told = {name: value for node in graph.values() for name, value in node["inputs"].items() if not isinstance(value, list)}
-    for name in ("confidence", "select", "order", "indices", "max_faces", "min_size", "max_size", "any_angle", "crop_size", "smoothing",
-                 "lora_strength", "timestep", "faces_per_batch", "strength", "feather", "color_match", "keep_detail"):
+    told = {
+        name: value
+        for node in graph.values()
+        for name, value in node["inputs"].items()
+        if not isinstance(value, list)
+    }
+    for name in (
+        "confidence",
+        "select",
+        "order",
+        "indices",
+        "max_faces",
+        "min_size",
+        "max_size",
+        "any_angle",
+        "crop_size",
+        "smoothing",
+        "lora_strength",
+        "timestep",
+        "faces_per_batch",
+        "strength",
+        "feather",
+        "color_match",
+        "keep_detail",
+    ):
         assert options[name] == told[name], name
 
 
-@pytest.mark.parametrize("wrong", [["--confidence", "2"], ["--select", "tallest"], ["--crop-size", "64"], ["--timestep", "1000"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [["--confidence", "2"], ["--select", "tallest"], ["--crop-size", "64"], ["--timestep", "1000"]],
+)
 def test_a_wrong_option_is_a_wrong_usage(wrong: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["restore", "in", "out", *wrong])
@@ -111,7 +164,12 @@ def test_a_wrong_option_is_a_wrong_usage(wrong: list[str]) -> None:
 
 
 def test_a_folder_is_done_file_by_file_and_goes_on_where_it_stopped(
-    run: Run, face: np.ndarray, nobody: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    run: Run,
+    face: np.ndarray,
+    nobody: np.ndarray,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     given, out, report = tmp_path / "in", tmp_path / "out", tmp_path / "report.json"
     (given / "deep" / "er").mkdir(parents=True)
@@ -121,10 +179,16 @@ def test_a_folder_is_done_file_by_file_and_goes_on_where_it_stopped(
     (given / "notes.txt").write_text("not a picture")
 
     assert run(given, out, "--report", report) == 1
-    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == ["a.png", "deep/er/b.jpg"]
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
+        "a.png",
+        "deep/er/b.jpg",
+    ]
     said = entries(report)
     assert {name: entry["status"] for name, entry in said.items()} == {
-        "a.png": "done", "b.jpg": "done", "broken.png": "failed", "notes.txt": "skipped"
+        "a.png": "done",
+        "b.jpg": "done",
+        "broken.png": "failed",
+        "notes.txt": "skipped",
     }
     (found,) = said["a.png"]["faces"]
     assert found["verdict"] == "chosen"
@@ -134,7 +198,9 @@ def test_a_folder_is_done_file_by_file_and_goes_on_where_it_stopped(
     assert "broken.png" in caplog.text
     assert "notes.txt" in caplog.text
     assert said["b.jpg"]["faces"] == []
-    assert (out / "deep" / "er" / "b.jpg").read_bytes() == (given / "deep" / "er" / "b.jpg").read_bytes(), "no face: the very file"
+    assert (out / "deep" / "er" / "b.jpg").read_bytes() == (
+        given / "deep" / "er" / "b.jpg"
+    ).read_bytes(), "no face: the very file"
     assert changed(face, np.asarray(Image.open(out / "a.png"))).any()
     assert "1 of the files done have no face" in caplog.text
     assert "2 done, 1 skipped, 1 failed" in capsys.readouterr().out
@@ -202,10 +268,14 @@ def test_outputs_within_the_input_folder_are_not_inputs(nobody: np.ndarray, tmp_
     (tmp_path / "out").mkdir()
     Image.fromarray(nobody).save(tmp_path / "out" / "old.png")
     Image.fromarray(nobody).save(tmp_path / ".b.partial.png")
-    assert [item.source.name for item in job.plan(tmp_path, str(tmp_path / "out"), False)] == ["a.png"]
+    assert [item.source.name for item in job.plan(tmp_path, str(tmp_path / "out"), False)] == [
+        "a.png"
+    ]
 
 
-def test_a_link_is_named_where_it_is_not_followed(run: Run, nobody: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_link_is_named_where_it_is_not_followed(
+    run: Run, nobody: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     given, out = tmp_path / "in", tmp_path / "out"
     (tmp_path / "elsewhere").mkdir()
     given.mkdir()
@@ -220,15 +290,26 @@ def test_a_link_is_named_where_it_is_not_followed(run: Run, nobody: np.ndarray, 
     assert f"{given / 'folder'} is skipped: a link to a folder" in caplog.text
 
 
-def test_a_slash_at_the_end_names_a_folder_that_is_not_there_yet(run: Run, nobody: np.ndarray, tmp_path: Path) -> None:
+def test_a_slash_at_the_end_names_a_folder_that_is_not_there_yet(
+    run: Run, nobody: np.ndarray, tmp_path: Path
+) -> None:
     Image.fromarray(nobody).save(tmp_path / "photo.png")
     assert run(tmp_path / "photo.png", f"{tmp_path}/restored/") == 0
     assert [path.name for path in (tmp_path / "restored").iterdir()] == ["photo.png"]
 
 
-@pytest.mark.parametrize(("given", "out"), [("a.png", "restored"), ("a.png", "a.mp4"), ("a.png", "a.gif"), ("a.mp4", "out.png")])
+@pytest.mark.parametrize(
+    ("given", "out"),
+    [("a.png", "restored"), ("a.png", "a.mp4"), ("a.png", "a.gif"), ("a.mp4", "out.png")],
+)
 def test_an_output_of_another_kind_is_refused_before_a_network_is_read(
-    given: str, out: str, run: Run, nobody: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    given: str,
+    out: str,
+    run: Run,
+    nobody: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     Image.fromarray(nobody).save(tmp_path / given, "PNG")
     monkeypatch.setattr(job, "run", lambda *_: pytest.fail("the networks are read"))
@@ -237,9 +318,21 @@ def test_an_output_of_another_kind_is_refused_before_a_network_is_read(
 
 
 @pytest.mark.parametrize(
-    "report", ["in/a.png", "out/a.png", "out", "hard.png", "keep.png", "vre.bin", "lora.bin", "model/unet/config.json"]
+    "report",
+    [
+        "in/a.png",
+        "out/a.png",
+        "out",
+        "hard.png",
+        "keep.png",
+        "vre.bin",
+        "lora.bin",
+        "model/unet/config.json",
+    ],
 )
-def test_the_report_takes_no_file_s_place(report: str, nobody: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_report_takes_no_file_s_place(
+    report: str, nobody: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "model" / "unet").mkdir(parents=True)
     Image.fromarray(nobody).save(tmp_path / "in" / "a.png")
@@ -247,7 +340,18 @@ def test_the_report_takes_no_file_s_place(report: str, nobody: np.ndarray, tmp_p
     for name in ("keep.png", "vre.bin", "lora.bin", "model/unet/config.json"):
         (tmp_path / name).write_text(name)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    options = ["--keep", "keep.png", "--model", "model", "--lora", "lora.bin", "--vre", "vre.bin", "--report", report]
+    options = [
+        "--keep",
+        "keep.png",
+        "--model",
+        "model",
+        "--lora",
+        "lora.bin",
+        "--vre",
+        "vre.bin",
+        "--report",
+        report,
+    ]
     paths = [option if option.startswith("--") else str(tmp_path / option) for option in options]
     assert cli.main(["restore", str(tmp_path / "in"), str(tmp_path / "out"), *paths]) == 2
     assert "which this run reads or makes itself" in caplog.text
@@ -255,13 +359,19 @@ def test_the_report_takes_no_file_s_place(report: str, nobody: np.ndarray, tmp_p
 
 
 def test_a_report_that_cannot_be_written_is_told_before_the_work(
-    run: Run, nobody: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: Run,
+    nobody: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     Image.fromarray(nobody).save(tmp_path / "a.png")
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "folder").mkdir()
     for report in ("a.png/report.json", "notes.txt/report.json", "folder"):
-        assert run(tmp_path / "a.png", tmp_path / "out.png", "--report", tmp_path / report) == 2, report
+        assert run(tmp_path / "a.png", tmp_path / "out.png", "--report", tmp_path / report) == 2, (
+            report
+        )
         assert not (tmp_path / "out.png").exists()
         assert f"--report is {tmp_path / report}, which cannot be written" in caplog.text
     # It could be written at first, and not at last: the work is done all the same.
@@ -295,7 +405,11 @@ def with_profile() -> bytes:
 
 def exif_of(orientation: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112], exif[0x010F], exif[0x8769] = orientation, "Maker", {0x9003: "2020:01:02 03:04:05", 0x927C: b"notes\0of the maker"}
+    exif[0x0112], exif[0x010F], exif[0x8769] = (
+        orientation,
+        "Maker",
+        {0x9003: "2020:01:02 03:04:05", 0x927C: b"notes\0of the maker"},
+    )
     whole = Image.Exif()
     whole.load(exif.tobytes())
     return whole
@@ -303,12 +417,16 @@ def exif_of(orientation: int) -> Image.Exif:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
-def test_a_turned_picture_comes_out_upright_with_its_other_exif(kind: str, orientation: int, nobody: np.ndarray, tmp_path: Path) -> None:
+def test_a_turned_picture_comes_out_upright_with_its_other_exif(
+    kind: str, orientation: int, nobody: np.ndarray, tmp_path: Path
+) -> None:
     from PIL import ImageOps
 
     source, target = tmp_path / f"in.{kind}", tmp_path / f"out.{kind}"
     lossless = {"lossless": True} if kind == "webp" else {"quality": 95} if kind == "jpg" else {}
-    Image.fromarray(nobody).save(source, exif=exif_of(orientation), icc_profile=with_profile(), **lossless)
+    Image.fromarray(nobody).save(
+        source, exif=exif_of(orientation), icc_profile=with_profile(), **lossless
+    )
     upright = np.asarray(ImageOps.exif_transpose(Image.open(source)))
     given = pictures.read(source)
     assert np.array_equal((given.pixels * 255).round().numpy().astype(np.uint8), upright)
@@ -332,10 +450,19 @@ def test_16_bits_stay_16_bits(kind: str, channels: int, tmp_path: Path) -> None:
     else:
         alpha = ["unassalpha"] if channels in (2, 4) else None
         kind_of = "rgb" if channels > 2 else "minisblack"
-        tifffile.imwrite(source, array, photometric=kind_of, extrasamples=alpha, iccprofile=b"profile" * 20, resolution=(300, 300))
+        tifffile.imwrite(
+            source,
+            array,
+            photometric=kind_of,
+            extrasamples=alpha,
+            iccprofile=b"profile" * 20,
+            resolution=(300, 300),
+        )
     given = pictures.read(source)
     pictures.write(given, given.pixels, torch.zeros(20, 30), target, f".{kind}")
-    after = imagecodecs.png_decode(target.read_bytes()) if kind == "png" else tifffile.imread(target)
+    after = (
+        imagecodecs.png_decode(target.read_bytes()) if kind == "png" else tifffile.imread(target)
+    )
     assert after.dtype == np.uint16
     assert np.array_equal(after, array)
     if kind == "tif":
@@ -347,7 +474,9 @@ def test_16_bits_stay_16_bits(kind: str, channels: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 @pytest.mark.parametrize("kind", ["png", "tif", "webp", "bmp"])
 def test_every_kind_of_8_bit_picture_keeps_its_values(kind: str, mode: str, tmp_path: Path) -> None:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8), "RGBA")
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8), "RGBA"
+    )
     source, target = tmp_path / f"in.{kind}", tmp_path / f"out.{kind}"
     image = noise if mode in ("LA", "RGBA") else noise.convert("RGB")
     try:
@@ -369,14 +498,20 @@ def test_a_png_keeps_what_it_says_beside_its_pixels(nobody: np.ndarray, tmp_path
     told.add_itxt("parameters", "steps: 20, Zürich")
     Image.fromarray(nobody).save(tmp_path / "in.png", pnginfo=told, dpi=(300, 300))
     given = pictures.read(tmp_path / "in.png")
-    pictures.write(given, given.pixels, torch.zeros(given.pixels.shape[:2]), tmp_path / "out.png", ".png")
+    pictures.write(
+        given, given.pixels, torch.zeros(given.pixels.shape[:2]), tmp_path / "out.png", ".png"
+    )
     with Image.open(tmp_path / "out.png") as image:
         assert (image.info["Title"], image.info["parameters"]) == ("A title", "steps: 20, Zürich")
         assert image.info["dpi"][0] == pytest.approx(300, abs=0.01)
 
 
-@pytest.mark.parametrize("kind", ["animated.webp", "pages.tif", "float.tif", "cut.jpg", "cut16.png", "text.png"])
-def test_a_picture_that_cannot_be_done_is_named_in_a_sentence(kind: str, nobody: np.ndarray, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["animated.webp", "pages.tif", "float.tif", "cut.jpg", "cut16.png", "text.png"]
+)
+def test_a_picture_that_cannot_be_done_is_named_in_a_sentence(
+    kind: str, nobody: np.ndarray, tmp_path: Path
+) -> None:
     path, image = tmp_path / kind, Image.fromarray(nobody)
     if kind in ("animated.webp", "pages.tif"):
         image.save(path, save_all=True, append_images=[Image.fromarray(255 - nobody)])
@@ -400,19 +535,38 @@ def test_transparency_is_not_lost_in_a_jpeg(nobody: np.ndarray, tmp_path: Path) 
         pictures.check_target(pictures.read(tmp_path / "in.png"), tmp_path / "out.jpg")
 
 
-def test_only_the_face_of_a_turned_16_bit_picture_changes(run: Run, face: np.ndarray, tmp_path: Path) -> None:
+def test_only_the_face_of_a_turned_16_bit_picture_changes(
+    run: Run, face: np.ndarray, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(1)
-    upright = np.concatenate([face.astype(np.uint16) * 257 - rng.integers(0, 2, face.shape, dtype=np.uint16),
-                              rng.integers(0, 65536, (256, 256, 1), dtype=np.uint16)], -1)
+    upright = np.concatenate(
+        [
+            face.astype(np.uint16) * 257 - rng.integers(0, 2, face.shape, dtype=np.uint16),
+            rng.integers(0, 65536, (256, 256, 1), dtype=np.uint16),
+        ],
+        -1,
+    )
     data = imagecodecs.png_encode(np.ascontiguousarray(np.rot90(upright)))
-    given = pictures.Picture(tmp_path / "x.png", torch.zeros(1, 1, 3), 16, exif=exif_of(6).tobytes(), icc=with_profile())
+    given = pictures.Picture(
+        tmp_path / "x.png", torch.zeros(1, 1, 3), 16, exif=exif_of(6).tobytes(), icc=with_profile()
+    )
     chunks = pictures._png(np.zeros((1, 1, 3), np.uint16), given, given.icc)
     start, stop = 33, chunks.index(b"IDAT") - 4
     (tmp_path / "in.png").write_bytes(data[:33] + chunks[start:stop] + data[33:])
     keep = np.zeros((256, 256), np.uint8)
     keep[:, :120] = 255
     Image.fromarray(keep).save(tmp_path / "keep.png")
-    assert run(tmp_path / "in.png", tmp_path / "out.png", "--keep", tmp_path / "keep.png", "--report", tmp_path / "r.json") == 0
+    assert (
+        run(
+            tmp_path / "in.png",
+            tmp_path / "out.png",
+            "--keep",
+            tmp_path / "keep.png",
+            "--report",
+            tmp_path / "r.json",
+        )
+        == 0
+    )
     after = imagecodecs.png_decode((tmp_path / "out.png").read_bytes())
     assert after.dtype == np.uint16
     assert np.array_equal(after[..., 3], upright[..., 3])
@@ -429,7 +583,9 @@ def test_only_the_face_of_a_turned_16_bit_picture_changes(run: Run, face: np.nda
         assert image.info["icc_profile"] == with_profile()
 
 
-def test_only_the_face_of_a_picture_made_of_ink_changes(run: Run, face: np.ndarray, tmp_path: Path) -> None:
+def test_only_the_face_of_a_picture_made_of_ink_changes(
+    run: Run, face: np.ndarray, tmp_path: Path
+) -> None:
     ink = np.asarray(Image.fromarray(face).convert("CMYK")).copy()
     ink[..., 3] = np.random.default_rng(2).integers(0, 20, ink.shape[:2])
     Image.fromarray(ink, "CMYK").save(tmp_path / "in.tif")
@@ -455,7 +611,17 @@ def test_nan_in_half_precision_is_computed_again_in_fp32(
         return decode(self, latents) * (torch.nan if self.dtype == torch.float16 else 1)
 
     monkeypatch.setattr(DiffusersBackbone, "decode", overflowing)
-    assert run(tmp_path / "in.png", tmp_path / "out.png", "--report", tmp_path / "r.json", "--dtype", "fp16") == 0
+    assert (
+        run(
+            tmp_path / "in.png",
+            tmp_path / "out.png",
+            "--report",
+            tmp_path / "r.json",
+            "--dtype",
+            "fp16",
+        )
+        == 0
+    )
     assert seen == [torch.float16, torch.float32]
     assert entries(tmp_path / "r.json")["in.png"]["faces"][0]["note"] == "computed again in fp32"
     assert changed(face, np.asarray(Image.open(tmp_path / "out.png"))).any()
@@ -471,18 +637,40 @@ def test_weights_that_are_missing_or_wrong_stop_the_run_with_a_sentence(
     wrong = tmp_path / "wrong"
     shutil.copytree(small_model, wrong)
     config = wrong / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"})
+    )
     for options, says in (
         (["--models-dir", models], "v2-1_512-ema-pruned.safetensors"),
         (["--models-dir", models, "--model", small_model], "osdface_vre.safetensors"),
         (["--model", tmp_path / "nowhere"], "does not exist"),
-        (["--model", wrong, "--lora", "none", "--vre", small_model / "vre.safetensors", "--detector", "builtin"], "predicts v_prediction"),
-        (["--models-dir", models, "--model", "builtin", "--mask-type", "parsing"], "parsing_parsenet.pth"),
+        (
+            [
+                "--model",
+                wrong,
+                "--lora",
+                "none",
+                "--vre",
+                small_model / "vre.safetensors",
+                "--detector",
+                "builtin",
+            ],
+            "predicts v_prediction",
+        ),
+        (
+            ["--models-dir", models, "--model", "builtin", "--mask-type", "parsing"],
+            "parsing_parsenet.pth",
+        ),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--select", "by-index", "--indices", "one"], '`indices` is "one"'),
     ):
         caplog.clear()
-        assert cli.main(["restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), *map(str, options)]) == 2, options
+        assert (
+            cli.main(
+                ["restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), *map(str, options)]
+            )
+            == 2
+        ), options
         assert says in caplog.text
     assert not (tmp_path / "out.png").exists()
 
@@ -492,20 +680,45 @@ def test_without_weights_the_built_in_model_is_taken_and_announced(
 ) -> None:
     from osdface_core.osdface import builtin
 
-    if not all(file.is_file() for file in (builtin.AUTOENCODER, builtin.UNET, builtin.VRE, builtin.DETECTOR)):
+    if not all(
+        file.is_file()
+        for file in (builtin.AUTOENCODER, builtin.UNET, builtin.VRE, builtin.DETECTOR)
+    ):
         pytest.skip("the built-in model's files are not in the package")
     Image.fromarray(face).save(tmp_path / "in.png")
-    assert cli.main(["restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--report", str(tmp_path / "r.json")]) == 0
+    assert (
+        cli.main(
+            [
+                "restore",
+                str(tmp_path / "in.png"),
+                str(tmp_path / "out.png"),
+                "--report",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        == 0
+    )
     assert builtin.ANNOUNCEMENT in caplog.text
     settings = json.loads((tmp_path / "r.json").read_text())["settings"]
-    assert (settings["model"], settings["detector"], settings["mask_type"]) == ("builtin", "builtin", "ellipse")
+    assert (settings["model"], settings["detector"], settings["mask_type"]) == (
+        "builtin",
+        "builtin",
+        "ellipse",
+    )
     assert (tmp_path / "out.png").is_file()
 
 
 # Videos
 
 
-def made_video(path: Path, frames: Sequence[np.ndarray], times: Sequence[int], codec: str, pix_fmt: str, sound: bool) -> None:
+def made_video(
+    path: Path,
+    frames: Sequence[np.ndarray],
+    times: Sequence[int],
+    codec: str,
+    pix_fmt: str,
+    sound: bool,
+) -> None:
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=25)
         stream.height, stream.width = frames[0].shape[:2]
@@ -519,8 +732,14 @@ def made_video(path: Path, frames: Sequence[np.ndarray], times: Sequence[int], c
         out.mux(stream.encode(None))
         for i in range(20 if track else 0):
             wave = np.sin(np.arange(1024) / (20 + i)).astype(np.float32)
-            samples = av.AudioFrame.from_ndarray(np.stack([wave, wave]), format="fltp", layout="stereo")
-            samples.sample_rate, samples.pts, samples.time_base = 44100, 1024 * i, Fraction(1, 44100)
+            samples = av.AudioFrame.from_ndarray(
+                np.stack([wave, wave]), format="fltp", layout="stereo"
+            )
+            samples.sample_rate, samples.pts, samples.time_base = (
+                44100,
+                1024 * i,
+                Fraction(1, 44100),
+            )
             out.mux(track.encode(samples))
         if track:
             out.mux(track.encode(None))
@@ -529,7 +748,9 @@ def made_video(path: Path, frames: Sequence[np.ndarray], times: Sequence[int], c
 def seen_frames(path: Path, form: str) -> tuple[list[np.ndarray], list[float]]:
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
-    return [frame.to_ndarray(format=form) for frame in frames], [float(frame.pts * frame.time_base) for frame in frames]
+    return [frame.to_ndarray(format=form) for frame in frames], [
+        float(frame.pts * frame.time_base) for frame in frames
+    ]
 
 
 def sounds(path: Path) -> list[bytes]:
@@ -562,19 +783,33 @@ def test_a_video_keeps_its_times_its_sound_and_all_but_its_faces(
     assert when == pytest.approx([time / 1000 for time in times])
     assert sounds(tmp_path / "whole.mkv") == sounds(tmp_path / "in.mkv")
     assert reports[0]["faces"] == reports[1]["faces"], "a window's border parted a track"
-    assert {(f["frame"], f["number"]) for f in reports[0]["faces"] if f["verdict"] == "chosen"} == {(i, 0) for i in range(4)}
+    assert {(f["frame"], f["number"]) for f in reports[0]["faces"] if f["verdict"] == "chosen"} == {
+        (i, 0) for i in range(4)
+    }
     assert all(np.array_equal(a, b) for a, b in zip(after, pieces, strict=True))
-    assert [bool((a != b).any()) for a, b in zip(before, after, strict=True)] == [True] * 4 + [False] * 2
+    assert [bool((a != b).any()) for a, b in zip(before, after, strict=True)] == [True] * 4 + [
+        False
+    ] * 2
     corner = np.s_[:30, :10]
-    assert all(np.array_equal(a[corner], b[corner]) for a, b in zip(before, after, strict=True)), "values outside of the face changed"
+    assert all(np.array_equal(a[corner], b[corner]) for a, b in zip(before, after, strict=True)), (
+        "values outside of the face changed"
+    )
 
 
-@pytest.mark.parametrize(("codec", "pix_fmt", "name"), [("libx264", "yuv420p", "a.mp4"), ("libvpx-vp9", "yuv420p", "a.webm")])
-def test_a_video_keeps_its_codec_and_looks(codec: str, pix_fmt: str, name: str, run: Run, clip: list[np.ndarray], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "name"),
+    [("libx264", "yuv420p", "a.mp4"), ("libvpx-vp9", "yuv420p", "a.webm")],
+)
+def test_a_video_keeps_its_codec_and_looks(
+    codec: str, pix_fmt: str, name: str, run: Run, clip: list[np.ndarray], tmp_path: Path
+) -> None:
     made_video(tmp_path / name, clip[3:], [0, 40, 80], codec, pix_fmt, sound=False)
     assert run(tmp_path / name, tmp_path / f"out_{name}") == 0
     with av.open(str(tmp_path / name)) as before, av.open(str(tmp_path / f"out_{name}")) as after:
-        assert before.streams.video[0].codec_context.codec.canonical_name == after.streams.video[0].codec_context.codec.canonical_name
+        assert (
+            before.streams.video[0].codec_context.codec.canonical_name
+            == after.streams.video[0].codec_context.codec.canonical_name
+        )
     old, when = seen_frames(tmp_path / name, "rgb24")
     new, when_after = seen_frames(tmp_path / f"out_{name}", "rgb24")
     assert when_after == pytest.approx(when, abs=1e-3)
@@ -582,7 +817,9 @@ def test_a_video_keeps_its_codec_and_looks(codec: str, pix_fmt: str, name: str, 
     assert 10 * np.log10(255**2 / error) > 35
 
 
-def test_a_video_shown_turned_stays_turned(run: Run, clip: list[np.ndarray], tmp_path: Path) -> None:
+def test_a_video_shown_turned_stays_turned(
+    run: Run, clip: list[np.ndarray], tmp_path: Path
+) -> None:
     with av.open(str(tmp_path / "in.mp4"), "w") as out:
         stream = out.add_stream("libx264", rate=25)
         stream.height, stream.width, stream.pix_fmt = 192, 160, "yuv420p"
@@ -590,10 +827,20 @@ def test_a_video_shown_turned_stays_turned(run: Run, clip: list[np.ndarray], tmp
             pytest.skip("this PyAV cannot turn a video")
         stream.set_display_rotation(90)
         for picture in clip[:3]:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(picture, -1)), format="rgb24")))
+            out.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(
+                        np.ascontiguousarray(np.rot90(picture, -1)), format="rgb24"
+                    )
+                )
+            )
         out.mux(stream.encode(None))
     assert run(tmp_path / "in.mp4", tmp_path / "out.mp4", "--report", tmp_path / "r.json") == 0
-    assert [f["frame"] for f in entries(tmp_path / "r.json")["in.mp4"]["faces"] if f["verdict"] == "chosen"] == [0, 1, 2]
+    assert [
+        f["frame"]
+        for f in entries(tmp_path / "r.json")["in.mp4"]["faces"]
+        if f["verdict"] == "chosen"
+    ] == [0, 1, 2]
     with av.open(str(tmp_path / "out.mp4")) as container:
         frame = next(container.decode(video=0))
         assert (frame.width, frame.height, frame.rotation % 360) == (160, 192, 90)
@@ -622,7 +869,9 @@ def test_a_single_video_has_one_bar_by_frames(
 def with_workers(
     monkeypatch: pytest.MonkeyPatch, stops_after: int, why: str = ""
 ) -> tuple[dict[str, Any], Callable[..., list[dict[str, Any]]]]:
-    """Ray's place taken by one that does so many files and breaks: what `map` was told, and a run of job.run."""
+    """Ray's place taken by one that does so many files and breaks: what `map` was told, and a run
+    of job.run.
+    """
     told: dict[str, Any] = {}
 
     class RayError(Exception):
@@ -635,7 +884,11 @@ def with_workers(
 
         def iter_rows(self) -> Iterator[dict[str, str]]:
             for row in self[:stops_after]:
-                yield {"entry": json.dumps({"input": row["source"], "output": row["target"], "status": "done"})}
+                yield {
+                    "entry": json.dumps(
+                        {"input": row["source"], "output": row["target"], "status": "done"}
+                    )
+                }
             if stops_after < len(self):
                 raise RayError(why)
 
@@ -647,7 +900,12 @@ def with_workers(
         from_items=lambda rows, **_: Rows(rows),
     )
     nothing = lambda **_: None  # noqa: E731
-    vars(ray).update(data=data, init=nothing, shutdown=nothing, exceptions=types.SimpleNamespace(RayError=RayError))
+    vars(ray).update(
+        data=data,
+        init=nothing,
+        shutdown=nothing,
+        exceptions=types.SimpleNamespace(RayError=RayError),
+    )
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.data", data)
 
@@ -657,19 +915,30 @@ def with_workers(
     return told, run
 
 
-@pytest.mark.parametrize(("device", "gpus"), [("cuda", 1), ("xpu", 1), ("mps", None), ("cpu", None)])
-def test_only_what_ray_counts_as_a_gpu_is_asked_of_it(device: str, gpus: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "gpus"), [("cuda", 1), ("xpu", 1), ("mps", None), ("cpu", None)]
+)
+def test_only_what_ray_counts_as_a_gpu_is_asked_of_it(
+    device: str, gpus: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told, run = with_workers(monkeypatch, 1)
     run([job.Item(Path("a.png"), Path("out.png"))], device)
     assert (told["num_gpus"], told["num_cpus"]) == (gpus, None if gpus else 1)
 
 
-def test_one_device_for_many_workers_is_refused(run: Run, nobody: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_device_for_many_workers_is_refused(
+    run: Run, nobody: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     Image.fromarray(nobody).save(tmp_path / "a.png")
     for workers in (["--workers", "2"], ["--ray-address", "auto"]):
         caplog.clear()
         assert run(tmp_path / "a.png", tmp_path / "out.png", "--device", "cuda:1", *workers) == 2
-        assert caplog.text.count("--device is cuda:1, but workers are given a device each: name cuda alone.") == 1
+        assert (
+            caplog.text.count(
+                "--device is cuda:1, but workers are given a device each: name cuda alone."
+            )
+            == 1
+        )
 
 
 def test_what_workers_have_done_counts_when_they_stop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -677,29 +946,51 @@ def test_what_workers_have_done_counts_when_they_stop(monkeypatch: pytest.Monkey
     _, run = with_workers(monkeypatch, 1, "a machine went away\n  File ...")
     done, *undone = run(items)
     assert (Path(done["input"]).name, done["status"]) == ("a.png", "done")
-    assert [(entry["input"], entry["status"]) for entry in undone] == [("b.png", "failed"), ("c.png", "failed")]
+    assert [(entry["input"], entry["status"]) for entry in undone] == [
+        ("b.png", "failed"),
+        ("c.png", "failed"),
+    ]
     assert all(entry["error"] == "The workers stopped: a machine went away" for entry in undone)
-    _, run = with_workers(monkeypatch, 0, "The actor died\n  File ...\nosdface_core.errors.OSDFaceError: the file is damaged.\n")
+    _, run = with_workers(
+        monkeypatch,
+        0,
+        "The actor died\n  File ...\nosdface_core.errors.OSDFaceError: the file is damaged.\n",
+    )
     with pytest.raises(OSDFaceError, match=r"^the file is damaged\.$"):
         run(items)
 
 
-def test_weights_and_keep_are_found_from_any_folder(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_keep_are_found_from_any_folder(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(small_model, tmp_path / "model")
     (tmp_path / "models" / "facedetection").mkdir(parents=True)
     (tmp_path / "models" / "facedetection" / "detection_mobilenet0.25_Final.pth").write_bytes(b"")
     (tmp_path / "lora.bin").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
-    names = {"model": "model", "lora": "lora.bin", "vre": "model/vre.safetensors", "models_dir": "models", "keep": "keep.png"}
-    arguments = [text for name, path in names.items() for text in (f"--{name.replace('_', '-')}", path)]
+    names = {
+        "model": "model",
+        "lora": "lora.bin",
+        "vre": "model/vre.safetensors",
+        "models_dir": "models",
+        "keep": "keep.png",
+    }
+    arguments = [
+        text for name, path in names.items() for text in (f"--{name.replace('_', '-')}", path)
+    ]
     options = resolve(parser().parse_args(["restore", "in", "out", "--device", "cpu", *arguments]))
     for name, path in names.items():
         assert Path(getattr(options, name)) == tmp_path / path, name
-    assert Path(options.detector_file) == tmp_path / "models" / "facedetection" / "detection_mobilenet0.25_Final.pth"
+    assert (
+        Path(options.detector_file)
+        == tmp_path / "models" / "facedetection" / "detection_mobilenet0.25_Final.pth"
+    )
 
 
 @pytest.mark.full
-def test_two_workers_do_what_one_does(run: Run, face: np.ndarray, nobody: np.ndarray, tmp_path: Path) -> None:
+def test_two_workers_do_what_one_does(
+    run: Run, face: np.ndarray, nobody: np.ndarray, tmp_path: Path
+) -> None:
     pytest.importorskip("ray", reason='no Ray: pip install "ray[data]"')
     given = tmp_path / "in"
     given.mkdir()
@@ -727,6 +1018,8 @@ def test_two_workers_do_what_one_does(run: Run, face: np.ndarray, nobody: np.nda
 def test_it_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "osdface_core", "restore", "nothing", "out"]
-    done = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "which does not exist" in done.stderr

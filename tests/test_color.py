@@ -1,4 +1,4 @@
-"""Colour matching against OpenCV's Lab and the wavelet of StableSR, restated with OpenCV's filters."""
+"""Colour matching against OpenCV's Lab and StableSR's wavelet, restated with OpenCV's filters."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 
 
 def picture(seed: int, low: float = 0.2, high: float = 0.8) -> Tensor:
-    coarse = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) * (high - low) + low
-    return torch.nn.functional.interpolate(coarse, (96, 96), mode="bicubic")[0].movedim(0, -1).contiguous()
+    coarse = (
+        torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) * (high - low) + low
+    )
+    return (
+        torch.nn.functional.interpolate(coarse, (96, 96), mode="bicubic")[0]
+        .movedim(0, -1)
+        .contiguous()
+    )
 
 
 def lab(rgb: Tensor) -> np.ndarray:
@@ -52,7 +58,9 @@ def test_mean_std_gives_the_face_the_originals_statistics_and_looks_nowhere_else
 
 
 def stablesr(restored: np.ndarray, original: np.ndarray) -> np.ndarray:
-    """Five levels of a 3 x 3 binomial filter with growing gaps; the restored detail on the original's coarse rest."""
+    """Five levels of a 3 x 3 binomial filter with growing gaps; the restored detail on the
+    original's coarse rest.
+    """
 
     def coarse(image: np.ndarray) -> np.ndarray:
         for level in range(5):
@@ -67,7 +75,9 @@ def stablesr(restored: np.ndarray, original: np.ndarray) -> np.ndarray:
 def test_wavelet_on_the_whole_crop_is_stablesrs() -> None:
     original, restored = picture(3), picture(4)
     result = matched(restored, original, torch.ones(96, 96), "wavelet")
-    np.testing.assert_allclose(result.numpy(), stablesr(restored.numpy(), original.numpy()).clip(0, 1), atol=1e-5)
+    np.testing.assert_allclose(
+        result.numpy(), stablesr(restored.numpy(), original.numpy()).clip(0, 1), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("method", ["mean-std", "wavelet"])
@@ -87,9 +97,13 @@ def test_a_tint_is_taken_back_and_detail_stays(method: str) -> None:
 @pytest.mark.parametrize("method", ["none", "mean-std", "wavelet"])
 def test_what_needs_no_match_stays(method: str) -> None:
     original = picture(7)
-    torch.testing.assert_close(matched(original, original, torch.ones(96, 96), method), original, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        matched(original, original, torch.ones(96, 96), method), original, atol=1e-4, rtol=0
+    )
     assert matched(original, picture(8), torch.zeros(96, 96), method) is original
     flat = torch.full((5, 7, 3), 0.5)
     assert matched(flat, torch.rand(5, 7, 3), torch.ones(5, 7), method).isfinite().all()
     bright = original * 4
-    assert matched(bright, bright, torch.ones(96, 96), method).max() == pytest.approx(float(bright.max()), abs=1e-3)
+    assert matched(bright, bright, torch.ones(96, 96), method).max() == pytest.approx(
+        float(bright.max()), abs=1e-3
+    )

@@ -23,20 +23,35 @@ def last(x: Tensor) -> Tensor:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 17), st.integers(1, 13), st.booleans(), st.integers(0, 99))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 17),
+    st.integers(1, 13),
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_a_convolution_of_an_enlarged_picture_is_done_before_it(
     batch: int, channels: int, height: int, width: int, biased: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    x, weight, bias = torch.randn(batch, channels, height, width), torch.randn(5, channels, 3, 3), torch.randn(5) if biased else None
+    x, weight, bias = (
+        torch.randn(batch, channels, height, width),
+        torch.randn(5, channels, 3, 3),
+        torch.randn(5) if biased else None,
+    )
     enlarged = F.interpolate(x.double(), scale_factor=2, mode="nearest")
     wanted = F.conv2d(enlarged, weight.double(), None if bias is None else bias.double(), padding=1)
-    torch.testing.assert_close(enlarged_convolution(x, weight, bias).double(), wanted, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(
+        enlarged_convolution(x, weight, bias).double(), wanted, rtol=1e-5, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (16, 16), (61, 67), (200, 256)])
 @pytest.mark.parametrize("mean", [0.0, 100.0])
-def test_group_norm_in_channels_last_order_is_as_exact_as_torchs_in_the_usual_one(size: tuple[int, int], mean: float) -> None:
+def test_group_norm_in_channels_last_order_is_as_exact_as_torchs_in_the_usual_one(
+    size: tuple[int, int], mean: float
+) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 24, *size) + mean, torch.randn(24), torch.randn(24)
     wanted = F.group_norm(x.double(), 8, weight.double(), bias.double(), 1e-6)
@@ -52,8 +67,14 @@ class Network(nn.Module):
         super().__init__()
         self.first = Conv2d(3, 16, 3, padding=1)
         self.norm = GroupNorm(4, 16)
-        self.plain, self.stepped = Conv2d(16, 16, 3, padding=1), Conv2d(16, 16, 3, stride=2, padding=1)
-        self.wide, self.same = Conv2d(16, 16, 5, padding=2), Conv2d(16, 16, 3, padding="same", groups=4)
+        self.plain, self.stepped = (
+            Conv2d(16, 16, 3, padding=1),
+            Conv2d(16, 16, 3, stride=2, padding=1),
+        )
+        self.wide, self.same = (
+            Conv2d(16, 16, 5, padding=2),
+            Conv2d(16, 16, 3, padding="same", groups=4),
+        )
         self.dilated, self.last = Conv2d(16, 16, 3, padding=2, dilation=2), Conv2d(16, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,18 +102,37 @@ def test_a_network_gives_within_what_it_gives_without() -> None:
 
 def test_torchs_functions_may_be_called_in_each_of_their_ways() -> None:
     torch.manual_seed(0)
-    x, weight, bias, scale = torch.rand(1, 4, 8, 8), torch.randn(4, 4, 3, 3), torch.randn(4), torch.rand(4)
+    x, weight, bias, scale = (
+        torch.rand(1, 4, 8, 8),
+        torch.randn(4, 4, 3, 3),
+        torch.randn(4),
+        torch.rand(4),
+    )
 
     def everything() -> list[Tensor]:
         enlarged = [
-            F.interpolate(x, None, 2.0, "nearest"), F.interpolate(x, None, 2.0, "bilinear"), F.interpolate(input=x, scale_factor=2.0),
-            F.interpolate(x, (16, 16)), F.interpolate(x, 8),
+            F.interpolate(x, None, 2.0, "nearest"),
+            F.interpolate(x, None, 2.0, "bilinear"),
+            F.interpolate(input=x, scale_factor=2.0),
+            F.interpolate(x, (16, 16)),
+            F.interpolate(x, 8),
         ]
         found = [F.conv2d(big, weight, bias, 1, 1) for big in enlarged]
         ways: list[tuple[int, Any]] = [(1, 0), (1, 1), (1, "valid"), (2, 0), (2, 1)]
-        found += [F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, stride, padding) for stride, padding in ways]
-        found += [F.conv2d(input=x, weight=weight, stride=2, padding=[1, 1]), F.conv2d(x[0], weight, bias, padding=(1, 2))]
-        return [*found, F.group_norm(input=found[0], num_groups=2, weight=scale), F.group_norm(found[0], 4), F.group_norm(x[0], 2)]
+        found += [
+            F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, stride, padding)
+            for stride, padding in ways
+        ]
+        found += [
+            F.conv2d(input=x, weight=weight, stride=2, padding=[1, 1]),
+            F.conv2d(x[0], weight, bias, padding=(1, 2)),
+        ]
+        return [
+            *found,
+            F.group_norm(input=found[0], num_groups=2, weight=scale),
+            F.group_norm(found[0], 4),
+            F.group_norm(x[0], 2),
+        ]
 
     wanted = everything()
     with faster(CPU):
@@ -105,8 +145,15 @@ def test_it_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     for name in ("enlarged_convolution", "group_norm"):
         usual = getattr(cpu, name)
-        monkeypatch.setattr(cpu, name, lambda *inputs, name=name, usual=usual: ran.append(name) or usual(*inputs))
-    network = nn.Sequential(Conv2d(3, 8, 3, padding=1), GroupNorm(2, 8), nn.Upsample(scale_factor=2), Conv2d(8, 8, 3, padding=1))
+        monkeypatch.setattr(
+            cpu, name, lambda *inputs, name=name, usual=usual: ran.append(name) or usual(*inputs)
+        )
+    network = nn.Sequential(
+        Conv2d(3, 8, 3, padding=1),
+        GroupNorm(2, 8),
+        nn.Upsample(scale_factor=2),
+        Conv2d(8, 8, 3, padding=1),
+    )
     with torch.inference_mode(), faster(CPU, network):
         network(torch.rand(1, 3, 16, 16))
     assert ran == ["group_norm", "enlarged_convolution"]
@@ -123,7 +170,9 @@ def test_bf16_stays_bf16() -> None:
     assert (found - wanted).abs().max() < 0.1
 
 
-def test_a_compiled_network_and_another_device_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_network_and_another_device_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def changes(*given: Any) -> bool:
         with faster(*given) as mode:
             return mode is not None

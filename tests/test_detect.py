@@ -1,4 +1,4 @@
-"""Detection against facexlib's own, against geometry, and against pictures that nobody would send."""
+"""Detection against facexlib's own, against geometry, and against pictures nobody would send."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def turned(image: Tensor, degrees: float) -> tuple[Tensor, Affine]:
 
 
 def iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(
+        0.0, min(a[3], b[3]) - max(a[1], b[1])
+    )
     return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
@@ -69,10 +71,16 @@ def landmark_error(found: Detection, wanted: list[tuple[float, float]]) -> float
     return max(map(math.dist, found.landmarks, wanted)) / (found.box[3] - found.box[1])
 
 
-def test_boxes_and_landmarks_are_facexlibs(data: Path, network: RetinaFace, load_picture: Load) -> None:
-    theirs = pytest.importorskip("facexlib.detection.retinaface", reason="facexlib is not installed").RetinaFace("mobile0.25", device="cpu")
+def test_boxes_and_landmarks_are_facexlibs(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
+    theirs = pytest.importorskip(
+        "facexlib.detection.retinaface", reason="facexlib is not installed"
+    ).RetinaFace("mobile0.25", device="cpu")
     theirs.load_state_dict(weights(data))
-    pictures = [data / "images" / name for name in ("astronaut.png", "cc0_mosaic_6faces_1080p.png")] + portraits(data, 36)
+    pictures = [
+        data / "images" / name for name in ("astronaut.png", "cc0_mosaic_6faces_1080p.png")
+    ] + portraits(data, 36)
     compared = 0
     for path in pictures:
         image = load_picture(path)
@@ -83,7 +91,9 @@ def test_boxes_and_landmarks_are_facexlibs(data: Path, network: RetinaFace, load
         assert len(ours) == len(rows)
         for row in rows:
             if max(row[2] - row[0], row[3] - row[1]) > 512:
-                continue  # larger than the largest anchor: facexlib's box is a guess, ours comes from a smaller copy
+                # larger than the largest anchor: facexlib's box is a guess, ours comes from a
+                # smaller copy
+                continue
             found = max(ours, key=lambda d, row=row: iou(d.box, row[:4]))
             assert iou(found.box, row[:4]) > 0.99
             # facexlib puts the first pixel's centre at 0, not at 0.5.
@@ -93,11 +103,16 @@ def test_boxes_and_landmarks_are_facexlibs(data: Path, network: RetinaFace, load
     assert compared >= 10
 
 
-def test_looked_at_once_every_face_is_where_facexlib_has_it(data: Path, network: RetinaFace, load_picture: Load) -> None:
-    """The same network and decoding: what else `detect` finds in these pictures comes from its further looks alone.
+def test_looked_at_once_every_face_is_where_facexlib_has_it(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
+    """The same network and decoding: what else `detect` finds in these pictures comes from its
+    further looks alone.
 
-    facexlib_faces.json holds what facexlib 0.3.0's RetinaFace finds in them with the same weights at a confidence of 0.9: box and
-    landmarks, to a thousandth of a pixel. One of the 191 is no face but a torso."""
+    facexlib_faces.json holds what facexlib 0.3.0's RetinaFace finds in them with the same weights
+    at a confidence of 0.9: box and landmarks, to a thousandth of a pixel. One of the 191 is no face
+    but a torso.
+    """
     known = json.loads((Path(__file__).parent / "facexlib_faces.json").read_text(encoding="utf-8"))
     assert sum(map(len, known.values())) == 191
     for name, rows in known.items():
@@ -105,16 +120,25 @@ def test_looked_at_once_every_face_is_where_facexlib_has_it(data: Path, network:
             found = look(network, finite(load_picture(data / "images" / name).movedim(-1, 1)), 0.9)
         assert len(found) == len(rows), name
         for row in rows:
-            nearest = max(range(len(found)), key=lambda k, row=row, found=found: iou(found.box[k].tolist(), row[:4]))
+            nearest = max(
+                range(len(found)),
+                key=lambda k, row=row, found=found: iou(found.box[k].tolist(), row[:4]),
+            )
             assert iou(found.box[nearest].tolist(), row[:4]) > 0.95, name
-            assert (found.landmarks[nearest] - 0.5 - torch.tensor(row[4:]).view(5, 2)).norm(dim=1).max() < 1, name
+            assert (found.landmarks[nearest] - 0.5 - torch.tensor(row[4:]).view(5, 2)).norm(
+                dim=1
+            ).max() < 1, name
 
 
 @pytest.mark.parametrize("name", ["mobile0.25", "resnet50"])
 @pytest.mark.parametrize("size", [(96, 130), (1, 1), (7, 33)])
 def test_networks_compute_what_facexlibs_do(name: str, size: tuple[int, int]) -> None:
-    theirs = pytest.importorskip("facexlib.detection.retinaface", reason="facexlib is not installed")
-    utils = pytest.importorskip("facexlib.detection.retinaface_utils", reason="facexlib is not installed")
+    theirs = pytest.importorskip(
+        "facexlib.detection.retinaface", reason="facexlib is not installed"
+    )
+    utils = pytest.importorskip(
+        "facexlib.detection.retinaface_utils", reason="facexlib is not installed"
+    )
     torch.manual_seed(0)
     reference = theirs.RetinaFace(name, device="cpu")
     for module in reference.modules():
@@ -131,22 +155,33 @@ def test_networks_compute_what_facexlibs_do(name: str, size: tuple[int, int]) ->
         their_boxes, their_scores, their_landmarks = reference(pictures)
     priors = utils.PriorBox(reference.cfg, image_size=size).forward()[None]
     scale = torch.tensor([size[1], size[0]], dtype=torch.float32)
-    torch.testing.assert_close(boxes, utils.batched_decode(their_boxes, priors, [0.1, 0.2]) * scale.repeat(2), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        boxes,
+        utils.batched_decode(their_boxes, priors, [0.1, 0.2]) * scale.repeat(2),
+        rtol=1e-4,
+        atol=1e-3,
+    )
     torch.testing.assert_close(scores, their_scores[..., 1], rtol=1e-4, atol=1e-5)
-    points = (utils.batched_decode_landm(their_landmarks, priors, [0.1, 0.2]) * scale.repeat(5)).unflatten(-1, (5, 2))
+    points = (
+        utils.batched_decode_landm(their_landmarks, priors, [0.1, 0.2]) * scale.repeat(5)
+    ).unflatten(-1, (5, 2))
     torch.testing.assert_close(landmarks, points, rtol=1e-4, atol=1e-3)
 
 
 def test_a_file_that_does_not_fit_is_refused_by_name(data: Path) -> None:
     tensors = weights(data)
     del tensors["fpn.merge1.0.weight"]
-    with pytest.raises(OSDFaceError, match=r"fpn\.merge1\.0\.weight.*detection_Resnet50_Final\.pth"):
+    with pytest.raises(
+        OSDFaceError, match=r"fpn\.merge1\.0\.weight.*detection_Resnet50_Final\.pth"
+    ):
         build_retinaface(tensors)
     with pytest.raises(OSDFaceError, match="does not fit"):
         build_retinaface({"conv.weight": torch.zeros(1)})
 
 
-def test_one_face_in_each_portrait_and_every_face_of_the_others(data: Path, network: RetinaFace, load_picture: Load) -> None:
+def test_one_face_in_each_portrait_and_every_face_of_the_others(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
     for path in portraits(data, 15):
         assert len(detect(load_picture(path), network)[0]) == 1, path.name
     # A torso that the detector takes for a face when it sees it large.
@@ -157,7 +192,9 @@ def test_one_face_in_each_portrait_and_every_face_of_the_others(data: Path, netw
 
 
 @pytest.mark.parametrize("degrees", [30, 60, 90, 135, 180, 270])
-def test_faces_at_any_angle_are_found_and_cut_out_upright(data: Path, network: RetinaFace, load_picture: Load, degrees: int) -> None:
+def test_faces_at_any_angle_are_found_and_cut_out_upright(
+    data: Path, network: RetinaFace, load_picture: Load, degrees: int
+) -> None:
     for path in portraits(data, 60):
         upright = halved(load_picture(path))
         (known,) = detect(upright, network)[0]
@@ -171,23 +208,30 @@ def test_faces_at_any_angle_are_found_and_cut_out_upright(data: Path, network: R
             xs, ys = zip(*box, strict=True)
             assert iou((min(xs), min(ys), max(xs), max(ys)), face.box) > 0.95
         assert landmark_error(known, [apply(inverse(matrix), *p) for p in face.landmarks]) < 0.06
-        # Where the eyes of the upright picture come to lie in the crop: left and right of each other, above the mouth.
+        # Where the eyes of the upright picture come to lie in the crop: left and right of each
+        # other, above the mouth.
         left, right, _, mouth, _ = (apply(face.matrix, *apply(matrix, *p)) for p in known.landmarks)
         assert abs(math.degrees(math.atan2(right[1] - left[1], right[0] - left[0]))) < 12
         assert mouth[1] > left[1] + 50
         assert all(math.dist(p, t) < 50 for p, t in zip((left, right), TEMPLATE, strict=False))
 
 
-def test_a_face_that_fills_a_large_picture_is_one_face(data: Path, network: RetinaFace, load_picture: Load) -> None:
+def test_a_face_that_fills_a_large_picture_is_one_face(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
     image = load_picture(portraits(data, 20)[1])[:, 50:650, 200:800].movedim(-1, 1)
     large = F.interpolate(image, (2400, 2400), mode="bilinear").movedim(1, -1)
-    (small_found,) = detect(F.interpolate(image, (300, 300), mode="area").movedim(1, -1), network)[0]
+    (small_found,) = detect(F.interpolate(image, (300, 300), mode="area").movedim(1, -1), network)[
+        0
+    ]
     (found,) = detect(large, network)[0]
     assert iou(tuple(c / 8 for c in found.box), small_found.box) > 0.75
     assert landmark_error(found, [(x * 8, y * 8) for x, y in small_found.landmarks]) < 0.06
 
 
-def test_small_faces_of_a_large_picture_are_found_with_exact_landmarks(data: Path, network: RetinaFace, load_picture: Load) -> None:
+def test_small_faces_of_a_large_picture_are_found_with_exact_landmarks(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
     mosaic = load_picture(data / "images/cc0_mosaic_6faces_1080p.png").movedim(-1, 1)
     group = F.interpolate(mosaic, (180, 320), mode="area")
     image = torch.full((1, 3, 2160, 3840), 0.5)
@@ -203,7 +247,9 @@ def test_small_faces_of_a_large_picture_are_found_with_exact_landmarks(data: Pat
             assert min(landmark_error(d, wanted) for d in found) < 0.08
 
 
-def test_alpha_and_single_channels_and_batches_change_nothing(data: Path, network: RetinaFace, load_picture: Load) -> None:
+def test_alpha_and_single_channels_and_batches_change_nothing(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
     image = load_picture(data / "images/astronaut.png")
     grey = load_picture(data / "images/camera.png")
     alone, of_grey = detect(image, network)[0], detect(grey, network)[0]
@@ -214,18 +260,34 @@ def test_alpha_and_single_channels_and_batches_change_nothing(data: Path, networ
     assert [len(faces) for faces in together] == [1, 1, 0]
     for one, other in ((together[1][0], alone[0]), (together[0][0], of_grey[0])):
         assert one.landmarks == pytest.approx(np.array(other.landmarks), abs=1e-2)
-    assert detect(image.half(), network)[0][0].landmarks == pytest.approx(np.array(alone[0].landmarks), abs=0.5)
+    assert detect(image.half(), network)[0][0].landmarks == pytest.approx(
+        np.array(alone[0].landmarks), abs=0.5
+    )
 
 
 @pytest.mark.parametrize(
-    "shape", [(0, 64, 64, 3), (1, 1, 1, 3), (2, 1, 700, 1), (1, 8000, 37, 4), (1, 37, 8001, 3), (3, 33, 65, 2), (1, 0, 5, 3), (1, 7, 1, 5)]
+    "shape",
+    [
+        (0, 64, 64, 3),
+        (1, 1, 1, 3),
+        (2, 1, 700, 1),
+        (1, 8000, 37, 4),
+        (1, 37, 8001, 3),
+        (3, 33, 65, 2),
+        (1, 0, 5, 3),
+        (1, 7, 1, 5),
+    ],
 )
 @pytest.mark.parametrize("any_angle", [False, True])
-def test_pictures_of_any_shape_and_value_pass(network: RetinaFace, shape: tuple[int, ...], any_angle: bool) -> None:
+def test_pictures_of_any_shape_and_value_pass(
+    network: RetinaFace, shape: tuple[int, ...], any_angle: bool
+) -> None:
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
     image[..., :1, :] = math.nan
     image[..., -1:, :] = math.inf
-    found = find_faces(image, network, any_angle=any_angle, crop_size=576, choice=Choice(min_size=0), smoothing=0.5)
+    found = find_faces(
+        image, network, any_angle=any_angle, crop_size=576, choice=Choice(min_size=0), smoothing=0.5
+    )
     assert (found.faces.frames, found.faces.height, found.faces.width) == shape[:3]
     assert found.faces.crops.shape == (len(found.faces), 576, 576, 3)
     preview = draw(image, found.everyone, found.verdicts)
@@ -238,18 +300,30 @@ def test_pictures_of_any_shape_and_value_pass(network: RetinaFace, shape: tuple[
 def test_no_shape_is_refused(frames: int, height: int, width: int, channels: int) -> None:
     torch.manual_seed(0)
     # An untrained network sees faces of every size everywhere.
-    found = find_faces(torch.rand(frames, height, width, channels), untrained(), confidence=0.5, choice=Choice(min_size=0))
+    found = find_faces(
+        torch.rand(frames, height, width, channels),
+        untrained(),
+        confidence=0.5,
+        choice=Choice(min_size=0),
+    )
     assert (found.faces.frames, found.faces.height, found.faces.width) == (frames, height, width)
     assert found.faces.crops.shape == (len(found.faces), 512, 512, 3)
     assert sorted({face.frame for face in found.everyone}) == list(range(frames))
-    assert len(draw(torch.rand(frames, height, width, channels), found.everyone, found.verdicts)) == frames
+    assert (
+        len(draw(torch.rand(frames, height, width, channels), found.everyone, found.verdicts))
+        == frames
+    )
 
 
 @functools.cache
 def untrained() -> RetinaFace:
     torch.manual_seed(0)
     network = RetinaFace("mobilenet0.25").eval()
-    for heads, weight in ((network.BboxHead, 1.0), (network.LandmarkHead, 1.0), (network.ClassHead, 0.0)):
+    for heads, weight in (
+        (network.BboxHead, 1.0),
+        (network.LandmarkHead, 1.0),
+        (network.ClassHead, 0.0),
+    ):
         for head in heads:
             head.conv1x1.weight.data *= weight
     for head in network.ClassHead:
@@ -257,7 +331,9 @@ def untrained() -> RetinaFace:
     return network
 
 
-def test_a_face_half_out_of_the_picture_is_cut_out_whole(data: Path, network: RetinaFace, load_picture: Load) -> None:
+def test_a_face_half_out_of_the_picture_is_cut_out_whole(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
     image = load_picture(data / "images/astronaut.png")[:, 90:, 190:]
     found = find_faces(image, network, confidence=0.5)
     assert len(found.faces) == 1 and min(found.faces.faces[0].box) < 0
@@ -271,7 +347,9 @@ def test_anything_but_a_batch_of_pictures_is_refused(network: RetinaFace) -> Non
         find_faces(torch.zeros(1, 5, 5, 0), network)
 
 
-def test_a_callers_error_stops_the_search_and_progress_counts_every_picture(network: RetinaFace) -> None:
+def test_a_callers_error_stops_the_search_and_progress_counts_every_picture(
+    network: RetinaFace,
+) -> None:
     images, done = torch.zeros(5, 40, 40, 3), []
     find_faces(images, network, progress=lambda count, picture=None: done.append(count))
     assert sum(done) == 5
@@ -283,7 +361,9 @@ def test_a_callers_error_stops_the_search_and_progress_counts_every_picture(netw
         find_faces(images, network, progress=stop)
 
 
-def test_a_batch_that_does_not_fit_is_halved(data: Path, network: RetinaFace, load_picture: Load) -> None:
+def test_a_batch_that_does_not_fit_is_halved(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
     class Little(nn.Module):
         home = torch.device("cpu")
         looks_twice = False

@@ -15,9 +15,13 @@ from osdface_core.faces.retinaface import build_retinaface
 from osdface_core.weights.reading import read_tensors
 
 
-def test_the_wrong_anchors_detector_fits_finds_many_faces_and_is_refused(data: Path, load_picture: Callable[[Path], torch.Tensor]) -> None:
+def test_the_wrong_anchors_detector_fits_finds_many_faces_and_is_refused(
+    data: Path, load_picture: Callable[[Path], torch.Tensor]
+) -> None:
     tensors = read_tensors(data / "weights" / "wrong_anchors_mobilenet0.25_Final.pth")
-    found = detect(load_picture(data / "images" / "astronaut.png"), build_retinaface(tensors), confidence=0.5)[0]
+    found = detect(
+        load_picture(data / "images" / "astronaut.png"), build_retinaface(tensors), confidence=0.5
+    )[0]
     assert len(found) >= 8, "the file is no longer the negative case that it is kept for"
     with pytest.raises(OSDFaceError, match="other anchors"):
         build_detector(tensors)
@@ -28,7 +32,10 @@ def test_the_real_detector_finds_each_drawn_face_where_it_is(data: Path) -> None
     for width in FACES:
         (found,) = detect(drawn_face(width)[None], network, confidence=0.5)[0]
         x1, y1, x2, y2 = found.box
-        assert abs((x1 + x2) / 2 - PICTURE / 2) < 0.1 * width and abs((y1 + y2) / 2 - PICTURE / 2) < 0.25 * width
+        assert (
+            abs((x1 + x2) / 2 - PICTURE / 2) < 0.1 * width
+            and abs((y1 + y2) / 2 - PICTURE / 2) < 0.25 * width
+        )
         assert 0.5 * width < x2 - x1 < 1.1 * width
 
 

@@ -1,4 +1,6 @@
-"""diffusers as a Backbone: the LoRA on every module, the step's arithmetic, refusals, and the released code's numbers."""
+"""diffusers as a Backbone: the LoRA on every module, the step's arithmetic, refusals, and the
+released code's numbers.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,11 @@ def small_lora(unet: torch.nn.Module) -> dict[str, LoraModule]:
 
 
 @pytest.mark.parametrize(("there", "wanted"), [(True, "xpu"), (False, "cpu")])
-def test_the_accelerator_is_found_by_torch_2_6_too(there: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Neither function of that version takes anything, and the second names what torch was built for, be it there or not.
+def test_the_accelerator_is_found_by_torch_2_6_too(
+    there: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Neither function of that version takes anything, and the second names what torch was built
+    # for, be it there or not.
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     assert db.best_device() == torch.device(wanted)
@@ -70,7 +75,9 @@ def test_the_lora_lands_on_every_module_and_nowhere_else(small: db.DiffusersBack
         if module is None:
             assert torch.equal(after[name], tensor), name
         else:
-            wanted = tensor + 0.7 * module.scale * torch.einsum("or,r...->o...", module.up, module.down)
+            wanted = tensor + 0.7 * module.scale * torch.einsum(
+                "or,r...->o...", module.up, module.down
+            )
             torch.testing.assert_close(after[name], wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -78,21 +85,32 @@ def test_a_module_without_a_place_is_named(small: db.DiffusersBackbone) -> None:
     lora = small_lora(small.unet)
     place = small.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn2
     place.to_k = Linear(7, 5)
-    with pytest.raises(OSDFaceError, match=r"no weight for 1 of the 278 modules of mine .up_blocks\.1\.attentions\.0.*attn2\.to_k"):
+    with pytest.raises(
+        OSDFaceError,
+        match=r"no weight for 1 of the 278 modules of mine "
+        r".up_blocks\.1\.attentions\.0.*attn2\.to_k",
+    ):
         db.add_lora(small.unet, lora, 1.0, "mine")
 
 
-def test_the_step_is_the_scheduler_s_prediction_of_x0(small: db.DiffusersBackbone, small_model: Path) -> None:
+def test_the_step_is_the_scheduler_s_prediction_of_x0(
+    small: db.DiffusersBackbone, small_model: Path
+) -> None:
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler.from_pretrained(small_model / "scheduler")
     scheduler.set_timesteps(1000)
     generator = torch.Generator().manual_seed(2)
-    latents, prompts = torch.randn(3, 4, 8, 8, generator=generator), torch.rand(3, 1024, 77, generator=generator).transpose(1, 2)
+    latents, prompts = (
+        torch.randn(3, 4, 8, 8, generator=generator),
+        torch.rand(3, 1024, 77, generator=generator).transpose(1, 2),
+    )
     for timestep in (399, 100):
         noise = small.unet(latents, timestep, encoder_hidden_states=prompts).sample
         wanted = scheduler.step(noise, timestep, latents).pred_original_sample
-        torch.testing.assert_close(small.denoise(latents, prompts, timestep), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            small.denoise(latents, prompts, timestep), wanted, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_pictures_go_in_and_come_out_between_0_and_1(small: db.DiffusersBackbone) -> None:
@@ -100,12 +118,16 @@ def test_pictures_go_in_and_come_out_between_0_and_1(small: db.DiffusersBackbone
     latents = small.encode(pixels)
     torch.testing.assert_close(latents, small.vae.encode(pixels * 2 - 1).latent_dist.mean * 0.18215)
     decoded = small.decode(latents)
-    torch.testing.assert_close(decoded, (small.vae.decode(latents / 0.18215).sample / 2 + 0.5).clamp(0, 1))
+    torch.testing.assert_close(
+        decoded, (small.vae.decode(latents / 0.18215).sample / 2 + 0.5).clamp(0, 1)
+    )
     assert decoded.shape == pixels.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near_and_fp32_comes_back(small: db.DiffusersBackbone, dtype: torch.dtype) -> None:
+def test_half_precision_stays_near_and_fp32_comes_back(
+    small: db.DiffusersBackbone, dtype: torch.dtype
+) -> None:
     pixels, prompts = torch.rand(1, 3, 64, 64), torch.rand(1, 77, 1024)
     exact = small.denoise(small.encode(pixels), prompts, 399)
     small.to(dtype)
@@ -126,7 +148,11 @@ def rewritten(folder: Path, part: str, file: str, **changes: Any) -> None:
     ("part", "changes", "says"),
     [
         ("unet", {"cross_attention_dim": 768}, "text width of 768"),
-        ("unet", {"cross_attention_dim": 2048, "addition_embed_type": "text_time"}, "text width of 2048"),
+        (
+            "unet",
+            {"cross_attention_dim": 2048, "addition_embed_type": "text_time"},
+            "text width of 2048",
+        ),
         ("unet", {"in_channels": 9}, "9 input channels"),
         ("unet", {"class_embed_type": "projection"}, "another UNet"),
         ("vae", {"latent_channels": 16}, "16 channels at 1/8"),
@@ -134,11 +160,17 @@ def rewritten(folder: Path, part: str, file: str, **changes: Any) -> None:
         ("scheduler", {"beta_end": 0.02}, "another noise schedule"),
     ],
 )
-def test_a_wrong_base_is_refused(part: str, changes: dict[str, Any], says: str, small_model: Path, tmp_path: Path) -> None:
+def test_a_wrong_base_is_refused(
+    part: str, changes: dict[str, Any], says: str, small_model: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "base"
     shutil.copytree(small_model, folder)
-    rewritten(folder, part, "scheduler_config.json" if part == "scheduler" else "config.json", **changes)
-    with pytest.raises(OSDFaceError, match=f"base is a .*{says}.*OSDFace needs Stable Diffusion 2.1-base"):
+    rewritten(
+        folder, part, "scheduler_config.json" if part == "scheduler" else "config.json", **changes
+    )
+    with pytest.raises(
+        OSDFaceError, match=f"base is a .*{says}.*OSDFace needs Stable Diffusion 2.1-base"
+    ):
         db.load(folder)
 
 
@@ -157,8 +189,16 @@ def test_a_folder_with_missing_weights_is_refused(small_model: Path, tmp_path: P
         db.load(tmp_path)
 
 
-UNET, FIRST, TEXT = "model.diffusion_model.", "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-SD21 = {UNET + FIRST: (320, 4, 3, 3), UNET + TEXT: (320, 1024), "first_stage_model.decoder.conv_in.weight": (1,)}
+UNET, FIRST, TEXT = (
+    "model.diffusion_model.",
+    "input_blocks.0.0.weight",
+    "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+)
+SD21 = {
+    UNET + FIRST: (320, 4, 3, 3),
+    UNET + TEXT: (320, 1024),
+    "first_stage_model.decoder.conv_in.weight": (1,),
+}
 
 
 @pytest.mark.parametrize(
@@ -168,11 +208,19 @@ SD21 = {UNET + FIRST: (320, 4, 3, 3), UNET + TEXT: (320, 1024), "first_stage_mod
         (SD21 | {UNET + FIRST: (320, 9, 3, 3)}, "9 input channels"),
         (SD21 | {UNET + "label_emb.0.0.weight": (1, 1)}, "another kind of model"),
         ({UNET + FIRST: (320, 4, 3, 3), "first_stage_model.x": (1,)}, "another kind of model"),
-        ({UNET + "double_blocks.0.img_mod.lin.weight": (4, 4)}, "not a checkpoint of Stable Diffusion"),
-        ({name: shape for name, shape in SD21.items() if name.startswith(UNET)}, "without its autoencoder"),
+        (
+            {UNET + "double_blocks.0.img_mod.lin.weight": (4, 4)},
+            "not a checkpoint of Stable Diffusion",
+        ),
+        (
+            {name: shape for name, shape in SD21.items() if name.startswith(UNET)},
+            "without its autoencoder",
+        ),
     ],
 )
-def test_a_wrong_checkpoint_is_refused(shapes: dict[str, tuple[int, ...]], says: str, tmp_path: Path) -> None:
+def test_a_wrong_checkpoint_is_refused(
+    shapes: dict[str, tuple[int, ...]], says: str, tmp_path: Path
+) -> None:
     file = tmp_path / "base.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
     with pytest.raises(OSDFaceError, match=f"base.safetensors is .*{says}"):
@@ -182,7 +230,9 @@ def test_a_wrong_checkpoint_is_refused(shapes: dict[str, tuple[int, ...]], says:
 def test_a_checkpoint_that_predicts_v_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "v2-1_768-ema-pruned.safetensors"
     bias = torch.linspace(-0.3, 0.3, 320)
-    save_file({name: torch.zeros(shape) for name, shape in SD21.items()} | {db.V_WITNESS: bias}, file)
+    save_file(
+        {name: torch.zeros(shape) for name, shape in SD21.items()} | {db.V_WITNESS: bias}, file
+    )
     with pytest.raises(OSDFaceError, match="predicts v"):
         db.load(file)
 
@@ -196,14 +246,22 @@ def test_running_out_of_memory_is_told_from_other_errors() -> None:
 
 
 def test_bf16_is_chosen_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capabilities, wanted in (({"avx512_bf16": True}, torch.bfloat16), ({"avx512_f": True, "avx512_bf16": False}, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+    for capabilities, wanted in (
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+    ):
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False
+        )
         assert db.best_dtype(CPU) == wanted
     assert db.best_dtype(torch.device("cuda")) == torch.float16
 
 
 def test_neither_diffusers_nor_peft_is_imported_before_it_is_used() -> None:
-    code = "import sys, osdface_core.diffusers.backbone, osdface_core.cli.options; assert not {'diffusers', 'peft'} & sys.modules.keys()"
+    code = (
+        "import sys, osdface_core.diffusers.backbone, osdface_core.cli.options; "
+        "assert not {'diffusers', 'peft'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
@@ -219,7 +277,10 @@ def test_the_released_code_s_numbers(
         pytest.skip(f"no {model} among the stand-in weights: make_weights.py writes it")
     osdface = stand_ins / "osdface"
     backbone = db.DiffusersBackbone.from_files(
-        stand_ins / model, osdface / "pytorch_lora_weights.safetensors", device=CPU, dtype=torch.float32
+        stand_ins / model,
+        osdface / "pytorch_lora_weights.safetensors",
+        device=CPU,
+        dtype=torch.float32,
     )
     embedder = build_embedder(read_embedder(osdface / "associate_2.ckpt"))
     for name in ("astronaut_lq", "portrait_128", "portrait_512x640"):
@@ -228,5 +289,7 @@ def test_the_released_code_s_numbers(
         x0 = backbone.denoise(latents, truth[f"{name}.prompt"], 399)
         assert (x0 - truth[f"{name}.x0"]).abs().max() < 1e-4
     given = crop("astronaut_lq")
-    restored = restore(given, embed(given, lambda faces: (embedder, CPU)), backbone).crops.movedim(-1, 1)
+    restored = restore(given, embed(given, lambda faces: (embedder, CPU)), backbone).crops.movedim(
+        -1, 1
+    )
     assert (restored - truth["astronaut_lq.image"]).abs().max() < 1e-4

@@ -14,8 +14,30 @@ from osdface_core.faces.face_parser import (
     feathered,
 )
 
-SKIN = ["skin", "nose", "glasses", "left_eye", "right_eye", "left_brow", "right_brow", "left_ear", "right_ear", "mouth"]
-NAMES = ["background", *SKIN, "upper_lip", "lower_lip", "hair", "hat", "earring", "necklace", "neck", "cloth"]
+SKIN = [
+    "skin",
+    "nose",
+    "glasses",
+    "left_eye",
+    "right_eye",
+    "left_brow",
+    "right_brow",
+    "left_ear",
+    "right_ear",
+    "mouth",
+]
+NAMES = [
+    "background",
+    *SKIN,
+    "upper_lip",
+    "lower_lip",
+    "hair",
+    "hat",
+    "earring",
+    "necklace",
+    "neck",
+    "cloth",
+]
 NOT_FACE = {"background", "hat", "necklace", "neck", "cloth"}
 
 
@@ -42,7 +64,9 @@ def test_network_gives_what_facexlib_gives_for_the_same_file(theirs: torch.nn.Mo
         torch.testing.assert_close(ours(picture), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_crops_of_any_size_are_parsed_as_facexlib_parses_them_at_512(theirs: torch.nn.Module) -> None:
+def test_crops_of_any_size_are_parsed_as_facexlib_parses_them_at_512(
+    theirs: torch.nn.Module,
+) -> None:
     crop = torch.rand(1, SIDE, SIDE, 3, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         scores = theirs((crop.movedim(-1, 1) - 0.5) / 0.5)[0]
@@ -54,7 +78,9 @@ def test_crops_of_any_size_are_parsed_as_facexlib_parses_them_at_512(theirs: tor
 def test_a_file_that_is_not_parsenet_is_refused_by_name(theirs: torch.nn.Module) -> None:
     tensors = theirs.state_dict()
     tensors.pop("body.3.conv1.norm.norm.running_var")
-    with pytest.raises(OSDFaceError, match=r"body\.3\.conv1\.norm\.norm\.running_var.*parsing_parsenet\.pth"):
+    with pytest.raises(
+        OSDFaceError, match=r"body\.3\.conv1\.norm\.norm\.running_var.*parsing_parsenet\.pth"
+    ):
         build_parser(tensors)
 
 
@@ -62,7 +88,9 @@ def test_a_file_that_is_not_parsenet_is_refused_by_name(theirs: torch.nn.Module)
 def test_labels_that_are_face(label: int, name: str) -> None:
     scores = torch.full((1, len(NAMES), 2, 2), -20.0)
     scores[:, label] = 20
-    assert face_probability(scores).allclose(torch.tensor(0.0 if name in NOT_FACE else 1.0), atol=1e-6)
+    assert face_probability(scores).allclose(
+        torch.tensor(0.0 if name in NOT_FACE else 1.0), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("feather", [0.0, 0.1, 0.3])

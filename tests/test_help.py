@@ -1,4 +1,6 @@
-"""The help pages: one for each node, true to its schema and to the errors that users see, with pictures that are there."""
+"""The help pages: one for each node, true to its schema and to the errors that users see, with
+pictures that are there.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,12 @@ def messages() -> list[str]:
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):
-                    found.append("".join(part.value if isinstance(part, ast.Constant) else "\n" for part in node.values))
+                    found.append(
+                        "".join(
+                            part.value if isinstance(part, ast.Constant) else "\n"
+                            for part in node.values
+                        )
+                    )
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.append(node.value)
     return found
@@ -87,7 +94,9 @@ def test_nodes_are_called_by_their_names(node: str) -> None:
     assert PAGES[node].splitlines()[0].removeprefix("# ") in names
     # What looks like one of our nodes' names is one.
     for mentioned in re.findall(r"\*((?:OSDFace|Face) [A-Z][^*]+)\*", PAGES[node]):
-        assert any(name == mentioned or name.startswith(f"{mentioned} (") for name in names), mentioned
+        assert any(name == mentioned or name.startswith(f"{mentioned} (") for name in names), (
+            mentioned
+        )
 
 
 @pytest.mark.host
@@ -99,11 +108,15 @@ def test_defaults_and_menus_are_the_schemas(host: Any, node: str) -> None:
         text = entries[item.id]
         default = getattr(item, "default", None)
         if default is not None:
-            shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
+            shown = (
+                {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
+            )
             assert text.startswith(f" ({shown}): "), (item.id, default)
         else:
             assert text.startswith(": ")
         assert ("Optional." in text) == bool(item.optional), item.id
         if item.io_type == "COMBO" and not item.id.endswith("_name"):
-            missing = [option for option in item.options if f"*{option}*" not in text and option != default]
+            missing = [
+                option for option in item.options if f"*{option}*" not in text and option != default
+            ]
             assert not missing, (item.id, missing)

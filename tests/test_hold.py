@@ -1,6 +1,8 @@
-"""What a host and its other nodes do to our networks and to the MODEL, and what it does not do to the picture.
+"""What a host and its other nodes do to our networks and to the MODEL, and what it does not do to
+the picture.
 
-With the small built-in model in ComfyUI in this process where that shows it; on a real server where it does not.
+With the small built-in model in ComfyUI in this process where that shows it; on a real server where
+it does not.
 """
 
 from __future__ import annotations
@@ -28,9 +30,22 @@ from tests.prompts import Prompts
 pytestmark = [pytest.mark.host, pytest.mark.full]
 
 WIDGETS = {
-    "vre_name": "builtin", "lora_name": "none", "detector": "retinaface_mobile0.25", "select": "all", "order": "left to right",
-    "indices": "0", "max_faces": 0, "min_size": 24, "confidence": 0.9, "any_angle": False, "crop_size": 512, "smoothing": 0.0,
-    "strength": 1.0, "mask_type": "ellipse", "feather": 0.1, "color_match": "none",
+    "vre_name": "builtin",
+    "lora_name": "none",
+    "detector": "retinaface_mobile0.25",
+    "select": "all",
+    "order": "left to right",
+    "indices": "0",
+    "max_faces": 0,
+    "min_size": 24,
+    "confidence": 0.9,
+    "any_angle": False,
+    "crop_size": 512,
+    "smoothing": 0.0,
+    "strength": 1.0,
+    "mask_type": "ellipse",
+    "feather": 0.1,
+    "color_match": "none",
 }
 STEP = {"lora_name": "none", "lora_strength": 1.0, "timestep": 399, "faces_per_batch": 0}
 LORA_FILE = "of_the_small_model.safetensors"
@@ -47,14 +62,20 @@ def no_gradients() -> Any:
 def group(data: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
     """Two faces side by side, at (1,270,640,3)."""
     picture = load_picture(data / "images" / "cc0_mosaic_6faces_1080p.png")
-    return F.interpolate(picture[:, :540, :1280].movedim(-1, 1), scale_factor=0.5, mode="area").movedim(1, -1).contiguous()
+    return (
+        F.interpolate(picture[:, :540, :1280].movedim(-1, 1), scale_factor=0.5, mode="area")
+        .movedim(1, -1)
+        .contiguous()
+    )
 
 
 @pytest.fixture
 def given(host: Any) -> SimpleNamespace:
     """The built-in model, two crops of noise that are quickly restored, and their prompts."""
     model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args[:2]
-    crops = F.interpolate(torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0)), (64, 72), mode="bicubic").clamp(0, 1)
+    crops = F.interpolate(
+        torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0)), (64, 72), mode="bicubic"
+    ).clamp(0, 1)
     crops = crops.movedim(1, -1).contiguous()
     prompts = host.nodes["OSDFaceVRE"].execute(crops=crops, vre_name="builtin").args[0]
     return SimpleNamespace(model=model, vae=vae, crops=crops, prompts=prompts)
@@ -70,21 +91,34 @@ def core(module: str, node: str) -> Any:
     return getattr(importlib.import_module(f"comfy_extras.nodes_{module}"), node)
 
 
-def step(host: Any, given: SimpleNamespace, model: Any = None, prompts: Any = None, **changed: Any) -> Tensor:
-    inputs = {"model": model or given.model, "vae": given.vae, "crops": given.crops, "conditioning": prompts or given.prompts}
+def step(
+    host: Any, given: SimpleNamespace, model: Any = None, prompts: Any = None, **changed: Any
+) -> Tensor:
+    inputs = {
+        "model": model or given.model,
+        "vae": given.vae,
+        "crops": given.crops,
+        "conditioning": prompts or given.prompts,
+    }
     return host.nodes["OSDFaceOneStep"].execute(**inputs | STEP | changed).args[0]
 
 
 def restored(host: Any, image: Tensor, **changed: Any) -> Tensor:
     model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args[:2]
     # Another tensor each time: what was found on one is not looked for again.
-    return host.nodes["OSDFaceRestore"].execute(image=image.clone(), model=model, vae=vae, **WIDGETS | changed).args[0]
+    return (
+        host.nodes["OSDFaceRestore"]
+        .execute(image=image.clone(), model=model, vae=vae, **WIDGETS | changed)
+        .args[0]
+    )
 
 
 # The host takes our networks away
 
 
-def test_networks_that_are_unloaded_between_any_two_steps(host: Any, group: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_that_are_unloaded_between_any_two_steps(
+    host: Any, group: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     management = host.comfy.model_management
     wanted = restored(host, group)
     assert (wanted != group).any(-1).float().mean() > 0.1
@@ -98,8 +132,14 @@ def test_networks_that_are_unloaded_between_any_two_steps(host: Any, group: Tens
         work = getattr(type(network), name)
 
         def works(self: Any, *given: Any, **named: Any) -> Any:
-            loaded = [known.model.model for known in management.current_loaded_models if known.model is not None]
-            assert any(other is self for other in loaded), f"{type(self).__name__} is called while it is away"
+            loaded = [
+                known.model.model
+                for known in management.current_loaded_models
+                if known.model is not None
+            ]
+            assert any(other is self for other in loaded), (
+                f"{type(self).__name__} is called while it is away"
+            )
             called.add(f"{type(self).__name__}.{name}")
             return work(self, *given, **named)
 
@@ -121,7 +161,12 @@ def test_networks_that_are_unloaded_between_any_two_steps(host: Any, group: Tens
     monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", take_all)
     assert torch.equal(restored(host, group), wanted)
     assert sum(count > 0 for count in went) >= 6
-    assert called == {"BaseModel.apply_model", "Autoencoder.encode", "Autoencoder.decode", "VisualEmbedder.forward"}
+    assert called == {
+        "BaseModel.apply_model",
+        "Autoencoder.encode",
+        "Autoencoder.decode",
+        "VisualEmbedder.forward",
+    }
 
 
 def test_memory_that_is_freed_between_the_nodes(host: Any, group: Tensor) -> None:
@@ -129,19 +174,40 @@ def test_memory_that_is_freed_between_the_nodes(host: Any, group: Tensor) -> Non
 
     def run(free: Callable[[], object]) -> Tensor:
         model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args[:2]
-        widgets = {name: WIDGETS[name] for name in ("detector", "select", "order", "indices", "max_faces", "min_size", "confidence")}
+        widgets = {
+            name: WIDGETS[name]
+            for name in (
+                "detector",
+                "select",
+                "order",
+                "indices",
+                "max_faces",
+                "min_size",
+                "confidence",
+            )
+        }
         free()
-        faces, crops = host.nodes["FaceDetectAlign"].execute(
-            image=group, **widgets, max_size=0, any_angle=False, crop_size=512, smoothing=0.0
-        ).args[:2]
+        faces, crops = (
+            host.nodes["FaceDetectAlign"]
+            .execute(
+                image=group, **widgets, max_size=0, any_angle=False, crop_size=512, smoothing=0.0
+            )
+            .args[:2]
+        )
         free()
         prompts = host.nodes["OSDFaceVRE"].execute(crops=crops, vre_name="builtin").args[0]
         free()
         given = {"model": model, "vae": vae, "crops": crops, "conditioning": prompts}
         result = host.nodes["OSDFaceOneStep"].execute(**given, **STEP).args[0]
         free()
-        paste = {name: WIDGETS[name] for name in ("strength", "mask_type", "feather", "color_match")}
-        return host.nodes["FacePasteBack"].execute(image=group, faces=faces, restored=result, **paste).args[0]
+        paste = {
+            name: WIDGETS[name] for name in ("strength", "mask_type", "feather", "color_match")
+        }
+        return (
+            host.nodes["FacePasteBack"]
+            .execute(image=group, faces=faces, restored=result, **paste)
+            .args[0]
+        )
 
     wanted = run(lambda: None)
     assert torch.equal(run(management.unload_all_models), wanted)
@@ -152,8 +218,12 @@ def test_memory_that_is_freed_between_the_nodes(host: Any, group: Tensor) -> Non
 # Memory runs out
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, network: type, size_of: Callable[[Any], int]) -> list[int]:
-    """The network's forward runs out of memory with more than one at once; the sizes that it was called with."""
+def failing(
+    monkeypatch: pytest.MonkeyPatch, network: type, size_of: Callable[[Any], int]
+) -> list[int]:
+    """The network's forward runs out of memory with more than one at once; the sizes that it was
+    called with.
+    """
     forward, sizes = network.forward, []
 
     def short(self: Any, x: Any, *rest: Any) -> Any:
@@ -166,13 +236,35 @@ def failing(monkeypatch: pytest.MonkeyPatch, network: type, size_of: Callable[[A
     return sizes
 
 
-def test_the_detector_halves_its_chunk_when_memory_runs_out(host: Any, group: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_detector_halves_its_chunk_when_memory_runs_out(
+    host: Any, group: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = torch.cat([group, group.flip(2), group, group.flip(2)])[:, :, :320]
     find = host.nodes["FaceDetectAlign"].execute
-    widgets = {name: WIDGETS[name] for name in ("detector", "select", "order", "indices", "max_faces", "min_size", "confidence")}
-    widgets |= {"max_size": 0, "any_angle": False, "crop_size": 512, "smoothing": 0.0, "image": images}
+    widgets = {
+        name: WIDGETS[name]
+        for name in (
+            "detector",
+            "select",
+            "order",
+            "indices",
+            "max_faces",
+            "min_size",
+            "confidence",
+        )
+    }
+    widgets |= {
+        "max_size": 0,
+        "any_angle": False,
+        "crop_size": 512,
+        "smoothing": 0.0,
+        "image": images,
+    }
     wanted = find(**widgets).args
-    network = host.host.network(host.host.find("detection_mobilenet0.25_Final.pth"), scope_of(host, "FaceDetectAlign")["build_detector"])
+    network = host.host.network(
+        host.host.find("detection_mobilenet0.25_Final.pth"),
+        scope_of(host, "FaceDetectAlign")["build_detector"],
+    )
     sizes = failing(monkeypatch, type(network), len)
     found = find(**widgets).args
     assert max(sizes) == 4
@@ -181,7 +273,9 @@ def test_the_detector_halves_its_chunk_when_memory_runs_out(host: Any, group: Te
     assert (found[1] - wanted[1]).abs().max() < 1e-3
 
 
-def test_the_embedder_halves_its_chunk_when_memory_runs_out(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embedder_halves_its_chunk_when_memory_runs_out(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     crops = torch.rand(5, 32, 32, 3)
     embed = host.nodes["OSDFaceVRE"].execute
     wanted = embed(crops=crops, vre_name="builtin").args[0][0][0]
@@ -192,7 +286,9 @@ def test_the_embedder_halves_its_chunk_when_memory_runs_out(host: Any, monkeypat
     assert sizes == [4, 2, 1, 1, 1, 1, 1]
 
 
-def test_the_face_parser_halves_its_chunk_when_memory_runs_out(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_face_parser_halves_its_chunk_when_memory_runs_out(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scope = scope_of(host, "FacePasteBack")
     network = scope["ParseNet"]().eval()
     labels = torch.linspace(-1, 1, 19)[:, None, None]
@@ -214,8 +310,12 @@ def test_memory_that_does_not_hold_one_is_told_and_the_next_run_works(
     wanted = restored(host, group)
     with monkeypatch.context() as patch:
         module = (
-            host.host.network(host.host.find("detection_mobilenet0.25_Final.pth"), scope_of(host, "FaceDetectAlign")["build_detector"])
-            if network == "detector" else host.host.embedder("builtin", 1)[0]
+            host.host.network(
+                host.host.find("detection_mobilenet0.25_Final.pth"),
+                scope_of(host, "FaceDetectAlign")["build_detector"],
+            )
+            if network == "detector"
+            else host.host.embedder("builtin", 1)[0]
         )
 
         def never(*_: Any) -> Any:
@@ -233,7 +333,9 @@ def test_memory_that_does_not_hold_one_is_told_and_the_next_run_works(
 
 @pytest.fixture
 def lora(host: Any, given: SimpleNamespace) -> Iterator[dict[str, Tensor]]:
-    """A LoRA file on the small UNet's convolutions and queries; by weight, what it adds at strength 1."""
+    """A LoRA file on the small UNet's convolutions and queries; by weight, what it adds at strength
+    1.
+    """
     weights = given.model.model.diffusion_model.state_dict()
     rng, tensors, adds = torch.Generator().manual_seed(1), {}, {}
     for name in (name for name in weights if name.endswith(("to_q.weight", "in_layers.2.weight"))):
@@ -262,7 +364,9 @@ def test_a_lora_that_is_already_on_the_model_stays_and_leaves_nothing_behind(
     host: Any, given: SimpleNamespace, lora: dict[str, Tensor]
 ) -> None:
     plain = step(host, given)
-    with_lora = host.nodes["LoraLoaderModelOnly"]().load_lora_model_only(given.model, LORA_FILE, 1.0)[0]
+    with_lora = host.nodes["LoraLoaderModelOnly"]().load_lora_model_only(
+        given.model, LORA_FILE, 1.0
+    )[0]
     changed = step(host, given, with_lora)
     wanted = step(host, given, with_weights_of(host, lora))
     assert (changed - plain).abs().max() > 0.003
@@ -271,10 +375,14 @@ def test_a_lora_that_is_already_on_the_model_stays_and_leaves_nothing_behind(
     assert torch.equal(step(host, given, with_lora), changed)
 
 
-def test_our_lora_adds_to_one_that_is_already_on_the_model(host: Any, checkpoint: tuple[Any, Any]) -> None:
+def test_our_lora_adds_to_one_that_is_already_on_the_model(
+    host: Any, checkpoint: tuple[Any, Any]
+) -> None:
     model, path = checkpoint[0], host.host.find("pytorch_lora_weights.safetensors", "loras")
     key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    weight = (model.backup[key].weight if key in model.backup else model.model.state_dict()[key]).clone()
+    weight = (
+        model.backup[key].weight if key in model.backup else model.model.state_dict()[key]
+    ).clone()
     other = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.01
     before = model.clone()
     before.add_patches({key: ("diff", (other,))}, 1.0)
@@ -284,14 +392,20 @@ def test_our_lora_adds_to_one_that_is_already_on_the_model(host: Any, checkpoint
 
     ours = merged(host.host.with_lora(model, path, 1.0)) - weight
     assert ours.abs().max() > 1e-4
-    assert (merged(host.host.with_lora(before, path, 1.0)) - weight - other - ours).abs().max() < 1e-6
+    assert (
+        merged(host.host.with_lora(before, path, 1.0)) - weight - other - ours
+    ).abs().max() < 1e-6
     assert len(before.patches) == 1
 
 
-def test_a_lora_that_comes_as_a_hook_of_the_conditioning(host: Any, given: SimpleNamespace, lora: dict[str, Tensor]) -> None:
+def test_a_lora_that_comes_as_a_hook_of_the_conditioning(
+    host: Any, given: SimpleNamespace, lora: dict[str, Tensor]
+) -> None:
     plain = step(host, given)
     hooks = core("hooks", "CreateHookLoraModelOnly")().create_hook_model_only(LORA_FILE, 1.0)[0]
-    prompts = core("hooks", "ConditioningSetProperties")().set_properties(given.prompts, 1.0, "default", hooks=hooks)[0]
+    prompts = core("hooks", "ConditioningSetProperties")().set_properties(
+        given.prompts, 1.0, "default", hooks=hooks
+    )[0]
     changed = step(host, given, prompts=prompts)
     assert (changed - step(host, given, with_weights_of(host, lora))).abs().max() < 1e-5
     assert (changed - plain).abs().max() > 0.003
@@ -351,11 +465,21 @@ def patched(model: Any, what: str, seen: list[str]) -> Any:
 @pytest.mark.parametrize(
     "what",
     [
-        *("input block", "output block", "attention", "attention's output", "guidance", "after guidance", "around the UNet"),
+        *(
+            "input block",
+            "output block",
+            "attention",
+            "attention's output",
+            "guidance",
+            "after guidance",
+            "around the UNet",
+        ),
         *("wrapper of the model", "wrapper of the sampler", "wrapper of the whole"),
     ],
 )
-def test_patches_of_other_nodes_are_called_and_what_they_leave_alone_is_the_same(what: str, host: Any, given: SimpleNamespace) -> None:
+def test_patches_of_other_nodes_are_called_and_what_they_leave_alone_is_the_same(
+    what: str, host: Any, given: SimpleNamespace
+) -> None:
     plain = step(host, given)
     seen: list[str] = []
     changed = step(host, given, patched(given.model, what, seen))
@@ -375,17 +499,30 @@ def test_a_patch_of_another_node_has_its_effect(host: Any, given: SimpleNamespac
 @pytest.mark.parametrize(
     ("module", "node"),
     [
-        *(("freelunch", "FreeU_V2"), ("hypertile", "HyperTile"), ("tomesd", "TomePatchModel"), ("easycache", "EasyCacheNode")),
+        *(
+            ("freelunch", "FreeU_V2"),
+            ("hypertile", "HyperTile"),
+            ("tomesd", "TomePatchModel"),
+            ("easycache", "EasyCacheNode"),
+        ),
         *(("model_downscale", "PatchModelAddDownscale"), ("model_advanced", "RescaleCFG")),
     ],
 )
-def test_core_nodes_that_patch_a_model(module: str, node: str, host: Any, given: SimpleNamespace) -> None:
+def test_core_nodes_that_patch_a_model(
+    module: str, node: str, host: Any, given: SimpleNamespace
+) -> None:
     """Whatever they make of the picture, it is one; and the MODEL without them is as it was."""
     plain = step(host, given)
     kind = core(module, node)
     specs = kind.INPUT_TYPES()["required"]
-    widgets = {name: of[1]["default"] if "default" in of[1] else of[0][0] for name, of in specs.items() if name != "model"}
-    made = getattr(kind if hasattr(kind, "execute") else kind(), kind.FUNCTION)(model=given.model, **widgets)
+    widgets = {
+        name: of[1]["default"] if "default" in of[1] else of[0][0]
+        for name, of in specs.items()
+        if name != "model"
+    }
+    made = getattr(kind if hasattr(kind, "execute") else kind(), kind.FUNCTION)(
+        model=given.model, **widgets
+    )
     changed = step(host, given, (made.args if hasattr(made, "args") else made)[0])
     assert changed.shape == plain.shape
     assert bool(changed.isfinite().all())
@@ -393,7 +530,9 @@ def test_core_nodes_that_patch_a_model(module: str, node: str, host: Any, given:
 
 
 def test_a_compiled_model(host: Any, given: SimpleNamespace) -> None:
-    """With torch.compile's graph capture, but not its minutes of C++: benchmarks/modes.py --compiled runs that."""
+    """With torch.compile's graph capture, but not its minutes of C++: benchmarks/modes.py
+    --compiled runs that.
+    """
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     plain = step(host, given)
@@ -417,20 +556,33 @@ def test_weights_of_fewer_bits(dtype: str, host: Any, given: SimpleNamespace) ->
     assert issubclass(scope["host"].Operations, comfy.ops.manual_cast)
     error = (step(host, given, model) - plain).square().mean().sqrt()
     # The file's are of 16 bits.
-    assert float(error) <= {"float8_e4m3fn": 0.03, "float8_e5m2": 0.06, "bfloat16": 0.01, "float16": 0.0}[dtype]
+    assert (
+        float(error)
+        <= {"float8_e4m3fn": 0.03, "float8_e5m2": 0.06, "bfloat16": 0.01, "float16": 0.0}[dtype]
+    )
     assert (float(error) > 0) == (dtype != "float16")
 
 
 def test_a_checkpoint_in_fp8_with_our_lora(host: Any) -> None:
     """Full size, from ComfyUI's own loader, as its weight_dtype fp8_e4m3fn asks."""
-    path = host.folder_paths.get_full_path_or_raise("checkpoints", "v2-1_512-ema-pruned.safetensors")
+    path = host.folder_paths.get_full_path_or_raise(
+        "checkpoints", "v2-1_512-ema-pruned.safetensors"
+    )
     options = {"dtype": torch.float8_e4m3fn}
-    model, _, vae, _ = host.comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=False, model_options=options)
-    assert model.model.diffusion_model.input_blocks[1][1].proj_in.weight.dtype == torch.float8_e4m3fn
+    model, _, vae, _ = host.comfy.sd.load_checkpoint_guess_config(
+        path, output_vae=True, output_clip=False, model_options=options
+    )
+    assert (
+        model.model.diffusion_model.input_blocks[1][1].proj_in.weight.dtype == torch.float8_e4m3fn
+    )
     crops = torch.rand(1, 64, 72, 3, generator=torch.Generator().manual_seed(0))
     prompts = host.nodes["OSDFaceVRE"].execute(crops=crops, vre_name="associate_2.ckpt").args[0]
     lora = STEP | {"lora_name": "pytorch_lora_weights.safetensors"}
-    result = host.nodes["OSDFaceOneStep"].execute(model=model, vae=vae, crops=crops, conditioning=prompts, **lora).args[0]
+    result = (
+        host.nodes["OSDFaceOneStep"]
+        .execute(model=model, vae=vae, crops=crops, conditioning=prompts, **lora)
+        .args[0]
+    )
     assert result.shape == crops.shape
     assert bool(result.isfinite().all())
 
@@ -440,7 +592,12 @@ def test_a_checkpoint_in_fp8_with_our_lora(host: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["FUZZ_VRAM=NO_VRAM", "--fp16-vae", "--bf16-unet"])
 def test_a_server_that_was_started_in_another_way(
-    mode: str, small_server: Any, comfyui: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str,
+    small_server: Any,
+    comfyui: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three of benchmarks/modes.py's; the built-in networks stay in fp32 in each."""
     small_server.run(modes.small_graph("plain"))
@@ -451,14 +608,19 @@ def test_a_server_that_was_started_in_another_way(
         other = Prompts(address, tmp_path)
         other.run(modes.small_graph("other"))
     assert torch.equal(other.kept("other"), small_server.kept("plain"))
-    saved = [next((base / "output").glob(f"{name}_*.png")) for base, name in ((tmp_path, "other"), (small_server.base, "plain"))]
+    saved = [
+        next((base / "output").glob(f"{name}_*.png"))
+        for base, name in ((tmp_path, "other"), (small_server.base, "plain"))
+    ]
     pixels = [Image.open(path).tobytes() for path in saved]
     assert pixels[0] == pixels[1]
     if "=" in mode:
         assert "loaded partially" in (tmp_path / "log.txt").read_text()
 
 
-def test_two_prompts_in_the_queue_with_different_models(small_server: Any, host: Any, lora: dict[str, Tensor]) -> None:
+def test_two_prompts_in_the_queue_with_different_models(
+    small_server: Any, host: Any, lora: dict[str, Tensor]
+) -> None:
     """Queued at once: neither has anything of the other, and each is what it is alone."""
     save = small_server.base / "models" / "loras" / LORA_FILE
     save.write_bytes((host.base / "models" / "loras" / LORA_FILE).read_bytes())
@@ -468,7 +630,10 @@ def test_two_prompts_in_the_queue_with_different_models(small_server: Any, host:
         nodes = {
             "load": {"class_type": "LoadImage", "inputs": {"image": "astronaut.png"}},
             "model": {"class_type": "OSDFaceBuiltinModel", "inputs": {}},
-            "work": {"class_type": "OSDFaceRestore", "inputs": WIDGETS | {"image": ["load", 0], "model": model, "vae": ["model", 1]}},
+            "work": {
+                "class_type": "OSDFaceRestore",
+                "inputs": WIDGETS | {"image": ["load", 0], "model": model, "vae": ["model", 1]},
+            },
             "keep": {"class_type": "FuzzKeep", "inputs": {"image": ["work", 0], "name": name}},
         }
         if strength is not None:
@@ -482,7 +647,10 @@ def test_two_prompts_in_the_queue_with_different_models(small_server: Any, host:
         alone[name] = small_server.kept(name)
     assert not torch.equal(alone["plain"], alone["strong"])
     order = [("strong", 1.0), ("plain", None), ("weak", 0.3), ("strong", 1.0), ("plain", None)]
-    waiting = [small_server.queue(prompt(strength, f"{name}{i}")) for i, (name, strength) in enumerate(order)]
+    waiting = [
+        small_server.queue(prompt(strength, f"{name}{i}"))
+        for i, (name, strength) in enumerate(order)
+    ]
     for i, (mine, (name, _)) in enumerate(zip(waiting, order, strict=True)):
         small_server.finished(mine)
         assert torch.equal(small_server.kept(f"{name}{i}"), alone[name]), (i, name)

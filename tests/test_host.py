@@ -1,4 +1,6 @@
-"""The nodes inside a real ComfyUI, in this process, on full-size stand-in weights: the paper's numbers, and refusals."""
+"""The nodes inside a real ComfyUI, in this process, on full-size stand-in weights: the paper's
+numbers, and refusals.
+"""
 
 from __future__ import annotations
 
@@ -52,20 +54,28 @@ def truth(golden: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def crop(golden: Path, load_picture: Callable[[Path], torch.Tensor]) -> Callable[[str], torch.Tensor]:
+def crop(
+    golden: Path, load_picture: Callable[[Path], torch.Tensor]
+) -> Callable[[str], torch.Tensor]:
     return lambda name: load_picture(golden / "inputs" / f"{name}.png")
 
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_latent_prompts_and_x0_are_the_released_codes(
-    name: str, host: Any, checkpoint: tuple[Any, Any], truth: dict[str, torch.Tensor], crop: Callable[[str], torch.Tensor]
+    name: str,
+    host: Any,
+    checkpoint: tuple[Any, Any],
+    truth: dict[str, torch.Tensor],
+    crop: Callable[[str], torch.Tensor],
 ) -> None:
     model, vae = checkpoint
     crops = crop(name)
     prompts = prompts_of(host, crops)[0][0]
     wanted = truth[f"{name}.prompt"][0]
     assert (sorted_rows(prompts[0]) - sorted_rows(wanted)).abs().max() < 1e-5
-    backbone = host.host.HostBackbone(host.host.with_lora(model, host.host.find(LORA, "loras"), 1.0), vae)
+    backbone = host.host.HostBackbone(
+        host.host.with_lora(model, host.host.find(LORA, "loras"), 1.0), vae
+    )
     latents = backbone.encode(host.one_step.network_input(crops))
     assert (latents - truth[f"{name}.latent"]).abs().max() < 1e-5
     x0 = backbone.denoise(latents, prompts, 399)
@@ -74,10 +84,22 @@ def test_latent_prompts_and_x0_are_the_released_codes(
 
 @pytest.mark.parametrize("name", ["astronaut_lq", "portrait_severe_lq"])
 def test_the_restored_picture_is_the_released_codes(
-    name: str, host: Any, checkpoint: tuple[Any, Any], truth: dict[str, torch.Tensor], crop: Callable[[str], torch.Tensor]
+    name: str,
+    host: Any,
+    checkpoint: tuple[Any, Any],
+    truth: dict[str, torch.Tensor],
+    crop: Callable[[str], torch.Tensor],
 ) -> None:
     model, vae = checkpoint
-    restored = run(host, "OSDFaceOneStep", model=model, vae=vae, crops=crop(name), conditioning=prompts_of(host, crop(name)), **STEP)
+    restored = run(
+        host,
+        "OSDFaceOneStep",
+        model=model,
+        vae=vae,
+        crops=crop(name),
+        conditioning=prompts_of(host, crop(name)),
+        **STEP,
+    )
     assert (restored.movedim(-1, 1) - truth[f"{name}.image"]).abs().max() < 1e-4
 
 
@@ -85,13 +107,22 @@ def test_four_crops_at_once_are_each_alone_and_again_the_same(
     host: Any, checkpoint: tuple[Any, Any], crop: Callable[[str], torch.Tensor]
 ) -> None:
     model, vae = checkpoint
-    faces = torch.cat([crop("astronaut_lq"), crop("portrait_severe_lq"), crop("many_codes"), crop("astronaut_lq").flip(2)])
+    faces = torch.cat(
+        [
+            crop("astronaut_lq"),
+            crop("portrait_severe_lq"),
+            crop("many_codes"),
+            crop("astronaut_lq").flip(2),
+        ]
+    )
     crops = faces[:, 120:312, 150:350]
 
     def restored(crops: torch.Tensor, at_once: int) -> tuple[torch.Tensor, torch.Tensor]:
         conditioning = prompts_of(host, crops)
         given = {"model": model, "vae": vae, "crops": crops, "conditioning": conditioning}
-        return conditioning[0][0], run(host, "OSDFaceOneStep", **given, **STEP | {"faces_per_batch": at_once})
+        return conditioning[0][0], run(
+            host, "OSDFaceOneStep", **given, **STEP | {"faces_per_batch": at_once}
+        )
 
     prompts, together = restored(crops, 4)
     for i in range(4):
@@ -107,7 +138,9 @@ def test_no_crops_give_no_restored(host: Any, checkpoint: tuple[Any, Any]) -> No
     crops = torch.zeros(0, 512, 512, 3)
     conditioning = prompts_of(host, crops)
     assert conditioning[0][0].shape == (0, 77, 1024)
-    assert run(host, "OSDFaceOneStep", model=model, vae=vae, crops=crops, conditioning=conditioning, **STEP).shape == (0, 512, 512, 3)
+    assert run(
+        host, "OSDFaceOneStep", model=model, vae=vae, crops=crops, conditioning=conditioning, **STEP
+    ).shape == (0, 512, 512, 3)
 
 
 def test_the_lora_lands_on_278_weights_of_a_clone(host: Any, checkpoint: tuple[Any, Any]) -> None:
@@ -115,12 +148,17 @@ def test_the_lora_lands_on_278_weights_of_a_clone(host: Any, checkpoint: tuple[A
     before = {key: list(value) for key, value in model.patches.items()}, model.patches_uuid
     clone = host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5)
     assert len(clone.patches) == 278
-    assert ({key: list(value) for key, value in model.patches.items()}, model.patches_uuid) == before
+    assert (
+        {key: list(value) for key, value in model.patches.items()},
+        model.patches_uuid,
+    ) == before
     assert host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5) is clone
     assert host.host.with_lora(model, host.host.find(LORA, "loras"), 0.6) is not clone
 
 
-def test_the_clone_with_the_lora_goes_with_its_model(host: Any, checkpoint: tuple[Any, Any]) -> None:
+def test_the_clone_with_the_lora_goes_with_its_model(
+    host: Any, checkpoint: tuple[Any, Any]
+) -> None:
     model = checkpoint[0].clone()
     clone = weakref.ref(host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5))
     assert clone() is not None
@@ -132,7 +170,9 @@ def test_the_clone_with_the_lora_goes_with_its_model(host: Any, checkpoint: tupl
 def test_a_changed_strength_leaves_nothing_behind(host: Any, checkpoint: tuple[Any, Any]) -> None:
     management, (model, _) = host.comfy.model_management, checkpoint
     for strength in (0.5, 0.6):
-        management.load_models_gpu([host.host.with_lora(model, host.host.find(LORA, "loras"), strength)])
+        management.load_models_gpu(
+            [host.host.with_lora(model, host.host.find(LORA, "loras"), strength)]
+        )
         gc.collect()
         assert all(patcher is not None for patcher in management.loaded_models())
     management.load_models_gpu([model])
@@ -142,14 +182,18 @@ def test_a_changed_strength_leaves_nothing_behind(host: Any, checkpoint: tuple[A
 def test_the_lora_survives_a_model_that_is_unloaded_and_loaded_in_part(
     host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a card with little memory. Six layers stand for the UNet; ComfyUI's own classes do the loading."""
+    """On a card with little memory. Six layers stand for the UNet; ComfyUI's own classes do the
+    loading.
+    """
     import comfy.model_patcher
     import comfy.ops
 
     class Layers(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = torch.nn.ModuleList(comfy.ops.disable_weight_init.Linear(64, 64) for _ in range(6))
+            self.layers = torch.nn.ModuleList(
+                comfy.ops.disable_weight_init.Linear(64, 64) for _ in range(6)
+            )
             for parameter in self.parameters():
                 torch.nn.init.normal_(parameter, std=0.1)
 
@@ -173,7 +217,11 @@ def test_the_lora_survives_a_model_that_is_unloaded_and_loaded_in_part(
     management.load_models_gpu([host.host.with_lora(model, file, 1.0)])
     first = module(x).clone()
     gc.collect()
-    loaded = next(m for m in management.current_loaded_models if m.model is not None and m.model.model is module)
+    loaded = next(
+        m
+        for m in management.current_loaded_models
+        if m.model is not None and m.model.model is module
+    )
     loaded.model_unload(model.model_size() // 2)
     host.host.with_lora(model, file, 1.0).partially_load(cpu, extra_memory=model.model_size() // 6)
     assert (module(x) - first).abs().max() < 1e-5
@@ -186,10 +234,17 @@ def test_a_merged_weight_is_base_plus_strength_times_up_times_down(
     clone = host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5)
     lora, base = seeded.lora(), model.model.state_dict()
     for name, ldm in (
-        ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "input_blocks.1.1.transformer_blocks.0.attn2.to_k"),
+        (
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
+            "input_blocks.1.1.transformer_blocks.0.attn2.to_k",
+        ),
         ("up_blocks.1.upsamplers.0.conv", "output_blocks.5.2.conv"),
     ):
-        down, up = (".lora.down.weight", ".lora.up.weight") if "attn" in name else (".lora_A.weight", ".lora_B.weight")
+        down, up = (
+            (".lora.down.weight", ".lora.up.weight")
+            if "attn" in name
+            else (".lora_A.weight", ".lora_B.weight")
+        )
         delta = lora[f"unet.{name}{up}"].flatten(1) @ lora[f"unet.{name}{down}"].flatten(1)
         key = f"diffusion_model.{ldm}.weight"
         plain = model.backup[key].weight if key in model.backup else base[key]
@@ -213,9 +268,16 @@ def test_a_lora_that_does_not_fit_is_refused_and_the_model_untouched(
     name = f"{harm.replace(' ', '_')}.safetensors"
     save_file(tensors, host.base / "models" / "loras" / name)
     before = model.patches_uuid, len(model.patches)
-    with pytest.raises(host.error, match="conv_out" if harm == "too many" else "mid_block.resnets.0.conv1"):
+    with pytest.raises(
+        host.error, match="conv_out" if harm == "too many" else "mid_block.resnets.0.conv1"
+    ):
         run(
-            host, "OSDFaceOneStep", model=model, vae=vae, crops=torch.zeros(1, 64, 64, 3), conditioning=[[torch.zeros(1, 77, 1024), {}]],
+            host,
+            "OSDFaceOneStep",
+            model=model,
+            vae=vae,
+            crops=torch.zeros(1, 64, 64, 3),
+            conditioning=[[torch.zeros(1, 77, 1024), {}]],
             **STEP | {"lora_name": name},
         )
     assert (model.patches_uuid, len(model.patches)) == before
@@ -250,13 +312,18 @@ def test_a_truncated_file_is_named(name: str, host: Any, checkpoint: tuple[Any, 
 
 
 def test_a_file_that_is_not_there_is_named_with_the_remedy(host: Any) -> None:
-    says = r"^`vre_name`: osdface_vre.safetensors is missing .*install.py --only osdface_vre.safetensors .* or allow downloads"
+    says = (
+        r"^`vre_name`: osdface_vre.safetensors is missing "
+        r".*install.py --only osdface_vre.safetensors .* or allow downloads"
+    )
     with pytest.raises(host.error, match=says):
         run(host, "OSDFaceVRE", crops=torch.zeros(1, 64, 64, 3), vre_name="osdface_vre.safetensors")
 
 
 def test_menus_offer_what_a_shared_workflow_names_present_or_not(host: Any) -> None:
-    """So that it validates on a fresh install; the file that is missing is asked for when it is needed."""
+    """So that it validates on a fresh install; the file that is missing is asked for when it is
+    needed.
+    """
     for node, menu, name in (
         ("OSDFaceVRE", "vre_name", "osdface_vre.safetensors"),
         ("OSDFaceOneStep", "lora_name", LORA),
@@ -278,7 +345,9 @@ def test_a_missing_file_is_fetched_only_where_the_user_allowed_it(
     monkeypatch.setenv("OSDFACE_DOWNLOAD", "1" if how == "variable" else "")
     asked = {}
 
-    def ensure(name: str, folders: Any, *, allow_download: bool, progress: Callable[[int, int], None]) -> Path:
+    def ensure(
+        name: str, folders: Any, *, allow_download: bool, progress: Callable[[int, int], None]
+    ) -> Path:
         asked.update(name=name, folders=folders, allowed=allow_download)
         progress(10, 100)
         return Path(name)
@@ -293,18 +362,35 @@ def test_a_missing_file_is_fetched_only_where_the_user_allowed_it(
 
 
 @pytest.mark.parametrize(
-    "crops", [torch.zeros(2, 16, 16, 1), torch.zeros(2, 16, 16, 4), torch.zeros(16, 16, 3), torch.full((1, 16, 16, 3), torch.nan)]
+    "crops",
+    [
+        torch.zeros(2, 16, 16, 1),
+        torch.zeros(2, 16, 16, 4),
+        torch.zeros(16, 16, 3),
+        torch.full((1, 16, 16, 3), torch.nan),
+    ],
 )
 @pytest.mark.parametrize("node", ["OSDFaceVRE", "OSDFaceOneStep"])
 def test_crops_that_do_not_fit_are_refused_by_both_nodes(
     node: str, crops: torch.Tensor, host: Any, checkpoint: tuple[Any, Any]
 ) -> None:
-    step = {"model": checkpoint[0], "vae": checkpoint[1], "conditioning": [[torch.zeros(1, 77, 1024), {}]]} | STEP
+    step = {
+        "model": checkpoint[0],
+        "vae": checkpoint[1],
+        "conditioning": [[torch.zeros(1, 77, 1024), {}]],
+    } | STEP
     with pytest.raises(host.error, match="`crops`"):
-        run(host, node, crops=crops, **({"vre_name": "associate_2.ckpt"} if node == "OSDFaceVRE" else step))
+        run(
+            host,
+            node,
+            crops=crops,
+            **({"vre_name": "associate_2.ckpt"} if node == "OSDFaceVRE" else step),
+        )
 
 
-def test_importing_the_pack_reaches_no_network_and_leaves_the_path_alone(host: Any, comfyui: Path) -> None:
+def test_importing_the_pack_reaches_no_network_and_leaves_the_path_alone(
+    host: Any, comfyui: Path
+) -> None:
     script = f"""
 import sys
 sys.argv = ["main.py", "--cpu", "--base-directory", {str(host.base)!r}]
@@ -322,11 +408,14 @@ for node in ("FaceDetectAlign", "OSDFaceVRE", "OSDFaceOneStep", "FacePasteBack")
     nodes.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()
 assert sys.path == before, sys.path
 assert not reached, reached
-unwanted = {{"cv2", "facexlib", "peft", "diffusers", "numba", "huggingface_hub", "pooch"}} & set(sys.modules) - before_modules
+never = {{"cv2", "facexlib", "peft", "diffusers", "numba", "huggingface_hub", "pooch"}}
+unwanted = never & set(sys.modules) - before_modules
 assert not unwanted, unwanted
 print("fine")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip().endswith("fine"), done.stderr
 
 
@@ -334,22 +423,66 @@ def test_a_text_prompt_is_refused(host: Any, checkpoint: tuple[Any, Any]) -> Non
     model, vae = checkpoint
     conditioning = [[torch.randn(1, 77, 1024), {"pooled_output": torch.randn(1, 1024)}]]
     with pytest.raises(host.error, match="not made by OSDFace's visual embedder"):
-        run(host, "OSDFaceOneStep", model=model, vae=vae, crops=torch.zeros(1, 64, 64, 3), conditioning=conditioning, **STEP)
+        run(
+            host,
+            "OSDFaceOneStep",
+            model=model,
+            vae=vae,
+            crops=torch.zeros(1, 64, 64, 3),
+            conditioning=conditioning,
+            **STEP,
+        )
     with pytest.raises(host.error, match="holds 2 prompts that were combined"):
-        run(host, "OSDFaceOneStep", model=model, vae=vae, crops=torch.zeros(1, 64, 64, 3), conditioning=conditioning * 2, **STEP)
+        run(
+            host,
+            "OSDFaceOneStep",
+            model=model,
+            vae=vae,
+            crops=torch.zeros(1, 64, 64, 3),
+            conditioning=conditioning * 2,
+            **STEP,
+        )
 
 
 # Other bases, as ComfyUI's own detection describes them; their UNets are not built.
 
-UNET = {"image_size": 32, "use_spatial_transformer": True, "legacy": False, "num_classes": None, "adm_in_channels": None,
-        "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_temporal_attention": False, "use_temporal_resblock": False}
+UNET = {
+    "image_size": 32,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "num_classes": None,
+    "adm_in_channels": None,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+}
 BASES = {
-    "SD15": UNET | {"context_dim": 768, "use_linear_in_transformer": False, "num_heads": 8, "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0]},
-    "SDXL": UNET | {"context_dim": 2048, "use_linear_in_transformer": True, "adm_in_channels": 2816, "num_classes": "sequential",
-                    "transformer_depth": [0, 0, 2, 2, 10, 10]},
+    "SD15": UNET
+    | {
+        "context_dim": 768,
+        "use_linear_in_transformer": False,
+        "num_heads": 8,
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    },
+    "SDXL": UNET
+    | {
+        "context_dim": 2048,
+        "use_linear_in_transformer": True,
+        "adm_in_channels": 2816,
+        "num_classes": "sequential",
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+    },
     "SD20": UNET | {"context_dim": 1024, "use_linear_in_transformer": True},
     "inpainting": UNET | {"context_dim": 1024, "use_linear_in_transformer": True, "in_channels": 9},
-    "Lotus": UNET | {"context_dim": 1024, "use_linear_in_transformer": True, "adm_in_channels": 4, "num_classes": "sequential"},
+    "Lotus": UNET
+    | {
+        "context_dim": 1024,
+        "use_linear_in_transformer": True,
+        "adm_in_channels": 4,
+        "num_classes": "sequential",
+    },
 }
 
 
@@ -361,7 +494,9 @@ def base_model(host: Any, kind: str, model_type: str = "EPS") -> Any:
     config = comfy.model_detection.model_config_from_unet_config(dict(BASES[kind]))
     assert config is not None, kind
     config.unet_config["disable_unet_model_creation"] = True
-    base = comfy.model_base.BaseModel(config, comfy.model_base.ModelType[model_type], device=torch.device("cpu"))
+    base = comfy.model_base.BaseModel(
+        config, comfy.model_base.ModelType[model_type], device=torch.device("cpu")
+    )
     return comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
 
 
@@ -386,38 +521,81 @@ def with_zero_terminal_snr(host: Any) -> Any:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda host: base_model(host, "SD15"), r"`model` is SD15 \(text width 768, UNet width 320\)"),
-        (lambda host: base_model(host, "SDXL"), r"`model` is SDXL \(text width 2048, UNet width 320\)"),
-        (lambda host: base_model(host, "SD20", "V_PREDICTION"), "`model` is SD20 predicting v, such as Stable Diffusion 2.1 768-v"),
-        (lambda host: base_model(host, "inpainting"), "`model` is SD20 with 9 input channels, such as an inpainting"),
-        (lambda host: base_model(host, "Lotus"), "`model` is LotusD, a variant of Stable Diffusion 2 with another UNet"),
-        (patched_to_v, "`model` is SD20 predicting v, .* or patched to do so by a node before this one"),
+        (
+            lambda host: base_model(host, "SD15"),
+            r"`model` is SD15 \(text width 768, UNet width 320\)",
+        ),
+        (
+            lambda host: base_model(host, "SDXL"),
+            r"`model` is SDXL \(text width 2048, UNet width 320\)",
+        ),
+        (
+            lambda host: base_model(host, "SD20", "V_PREDICTION"),
+            "`model` is SD20 predicting v, such as Stable Diffusion 2.1 768-v",
+        ),
+        (
+            lambda host: base_model(host, "inpainting"),
+            "`model` is SD20 with 9 input channels, such as an inpainting",
+        ),
+        (
+            lambda host: base_model(host, "Lotus"),
+            "`model` is LotusD, a variant of Stable Diffusion 2 with another UNet",
+        ),
+        (
+            patched_to_v,
+            "`model` is SD20 predicting v, .* or patched to do so by a node before this one",
+        ),
         (with_zero_terminal_snr, "`model` is SD20 with a changed noise schedule"),
     ],
 )
-def test_a_wrong_base_is_refused(make: Callable[[Any], Any], says: str, host: Any, checkpoint: tuple[Any, Any]) -> None:
-    with pytest.raises(host.error, match=says + ".*OSDFace needs Stable Diffusion 2.1-base.*Load .*v2-1_512-ema-pruned.safetensors"):
+def test_a_wrong_base_is_refused(
+    make: Callable[[Any], Any], says: str, host: Any, checkpoint: tuple[Any, Any]
+) -> None:
+    with pytest.raises(
+        host.error,
+        match=says
+        + ".*OSDFace needs Stable Diffusion 2.1-base.*Load .*v2-1_512-ema-pruned.safetensors",
+    ):
         run(
-            host, "OSDFaceOneStep", model=make(host), vae=checkpoint[1], crops=torch.zeros(1, 64, 64, 3),
-            conditioning=[[torch.zeros(1, 77, 1024), {}]], **STEP,
+            host,
+            "OSDFaceOneStep",
+            model=make(host),
+            vae=checkpoint[1],
+            crops=torch.zeros(1, 64, 64, 3),
+            conditioning=[[torch.zeros(1, 77, 1024), {}]],
+            **STEP,
         )
 
 
 def test_a_vae_of_another_family_is_refused(host: Any, checkpoint: tuple[Any, Any]) -> None:
     vae = copy.copy(checkpoint[1])
     vae.latent_channels = 16
-    with pytest.raises(host.error, match=r"`vae` makes latents of 16 channels at 1/8 of the size; OSDFace needs 4 at 1/8"):
+    with pytest.raises(
+        host.error,
+        match=r"`vae` makes latents of 16 channels at 1/8 of the size; OSDFace needs 4 at 1/8",
+    ):
         run(
-            host, "OSDFaceOneStep", model=checkpoint[0], vae=vae, crops=torch.zeros(1, 64, 64, 3),
-            conditioning=[[torch.zeros(1, 77, 1024), {}]], **STEP,
+            host,
+            "OSDFaceOneStep",
+            model=checkpoint[0],
+            vae=vae,
+            crops=torch.zeros(1, 64, 64, 3),
+            conditioning=[[torch.zeros(1, 77, 1024), {}]],
+            **STEP,
         )
 
 
-def test_our_networks_leave_when_comfyui_needs_room_and_come_back(host: Any, crop: Callable[[str], torch.Tensor]) -> None:
+def test_our_networks_leave_when_comfyui_needs_room_and_come_back(
+    host: Any, crop: Callable[[str], torch.Tensor]
+) -> None:
     management = host.comfy.model_management
 
     def embedder_is_loaded() -> bool:
-        return any(type(patcher.model).__name__ == "VisualEmbedder" for patcher in management.loaded_models() if patcher)
+        return any(
+            type(patcher.model).__name__ == "VisualEmbedder"
+            for patcher in management.loaded_models()
+            if patcher
+        )
 
     first = prompts_of(host, crop("astronaut_lq"))[0][0]
     assert embedder_is_loaded()
@@ -433,17 +611,30 @@ def test_another_projector_beside_the_checkpoint_is_noticed(host: Any, seeded: M
     (folder / "associate_2.ckpt").symlink_to(host.host.find("associate_2.ckpt", "osdface"))
     crops, inputs = torch.rand(1, 64, 64, 3), {"vre_name": "other/associate_2.ckpt"}
     torch.save(seeded.embedding_change(), folder / "embedding_change_weights.pth")
-    before = run(host, "OSDFaceVRE", crops=crops, **inputs)[0][0], host.nodes["OSDFaceVRE"].fingerprint_inputs(**inputs)
+    before = (
+        run(host, "OSDFaceVRE", crops=crops, **inputs)[0][0],
+        host.nodes["OSDFaceVRE"].fingerprint_inputs(**inputs),
+    )
     torch.save(seeded.embedding_change(salt="other"), folder / "embedding_change_weights.pth")
-    after = run(host, "OSDFaceVRE", crops=crops, **inputs)[0][0], host.nodes["OSDFaceVRE"].fingerprint_inputs(**inputs)
+    after = (
+        run(host, "OSDFaceVRE", crops=crops, **inputs)[0][0],
+        host.nodes["OSDFaceVRE"].fingerprint_inputs(**inputs),
+    )
     assert before[1] != after[1]
     assert not torch.equal(before[0], after[0])
 
 
-def test_faces_that_come_out_as_nan_are_told(host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faces_that_come_out_as_nan_are_told(
+    host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, vae = checkpoint
     crops = torch.rand(2, 64, 72, 3)
-    given = {"model": model, "vae": vae, "crops": crops, "conditioning": prompts_of(host, crops)} | STEP
+    given = {
+        "model": model,
+        "vae": vae,
+        "crops": crops,
+        "conditioning": prompts_of(host, crops),
+    } | STEP
     decode, broken = vae.decode, [True, False]
 
     def decode_to_nan(latents: torch.Tensor) -> torch.Tensor:
@@ -456,16 +647,23 @@ def test_faces_that_come_out_as_nan_are_told(host: Any, checkpoint: tuple[Any, A
     assert result.args[0][1].isfinite().all()
     assert "Crops 0 came out as NaN and are left as they were" in result.ui.as_dict()["text"][0]
     broken[:] = [True, True]
-    with pytest.raises(host.error, match=r"Every face \(crops 0, 1\) came out as NaN: start ComfyUI with --fp32-vae"):
+    with pytest.raises(
+        host.error,
+        match=r"Every face \(crops 0, 1\) came out as NaN: start ComfyUI with --fp32-vae",
+    ):
         host.nodes["OSDFaceOneStep"].execute(**given)
 
 
-def test_what_overflows_in_an_fp16_vae_is_decoded_in_fp32(host: Any, checkpoint: tuple[Any, Any]) -> None:
+def test_what_overflows_in_an_fp16_vae_is_decoded_in_fp32(
+    host: Any, checkpoint: tuple[Any, Any]
+) -> None:
     """A VAE whose activations leave fp16's range, as SDXL's do: there only NaN comes out."""
     model, vae = checkpoint
     tensors = {name: tensor.clone() for name, tensor in vae.get_sd().items()}
     tensors["decoder.conv_in.weight"] *= 65000 / tensors["decoder.conv_in.weight"].abs().max()
-    wide, narrow = (host.comfy.sd.VAE(sd=dict(tensors), dtype=dtype) for dtype in (torch.float32, torch.float16))
+    wide, narrow = (
+        host.comfy.sd.VAE(sd=dict(tensors), dtype=dtype) for dtype in (torch.float32, torch.float16)
+    )
     crops = torch.rand(2, 64, 72, 3)
     given = {"model": model, "crops": crops, "conditioning": prompts_of(host, crops)} | STEP
     assert narrow.decode(torch.ones(1, 4, 8, 8)).isnan().any()
@@ -473,7 +671,9 @@ def test_what_overflows_in_an_fp16_vae_is_decoded_in_fp32(host: Any, checkpoint:
     exact = run(host, "OSDFaceOneStep", vae=wide, **given)
     assert (result.args[0] - exact).abs().max() < 0.05
     says = result.ui.as_dict()["text"][0]
-    assert says.startswith("Crops 0, 1 came out as NaN in half precision and were computed again in fp32")
+    assert says.startswith(
+        "Crops 0, 1 came out as NaN in half precision and were computed again in fp32"
+    )
     assert narrow.vae_dtype == torch.float16
 
 
@@ -482,7 +682,11 @@ def test_memory_that_runs_out_in_the_unet_halves_the_chunk(
 ) -> None:
     model, vae = checkpoint
     crops = torch.rand(4, 64, 72, 3)
-    given = {"model": model, "vae": vae, "crops": crops, "conditioning": prompts_of(host, crops)} | STEP | {"faces_per_batch": 4}
+    given = (
+        {"model": model, "vae": vae, "crops": crops, "conditioning": prompts_of(host, crops)}
+        | STEP
+        | {"faces_per_batch": 4}
+    )
     wanted = run(host, "OSDFaceOneStep", **given)
     usual, sizes = host.host.HostBackbone.denoise, []
 
@@ -499,12 +703,21 @@ def test_memory_that_runs_out_in_the_unet_halves_the_chunk(
 
 @pytest.mark.parametrize("half", ["encode", "decode"])
 def test_memory_that_runs_out_in_the_vae_does_not_end_the_run(
-    half: str, host: Any, checkpoint: tuple[Any, Any], crop: Callable[[str], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    half: str,
+    host: Any,
+    checkpoint: tuple[Any, Any],
+    crop: Callable[[str], torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """ComfyUI then works in tiles by itself, which is near what the whole gives."""
     model, vae = checkpoint
     crops = crop("astronaut_lq")[:, 100:300, 100:308]
-    given = {"model": model, "vae": vae, "crops": crops, "conditioning": prompts_of(host, crops)} | STEP
+    given = {
+        "model": model,
+        "vae": vae,
+        "crops": crops,
+        "conditioning": prompts_of(host, crops),
+    } | STEP
     wanted = run(host, "OSDFaceOneStep", **given)
     vae.osdface_latents.clear()
     network, failed = vae.first_stage_model, []
@@ -523,10 +736,17 @@ def test_memory_that_runs_out_in_the_vae_does_not_end_the_run(
     assert -10 * error.log10() > 25
 
 
-def test_the_same_crops_are_encoded_once(host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_crops_are_encoded_once(
+    host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, vae = checkpoint
     crops = torch.rand(2, 64, 72, 3)
-    given = {"model": model, "vae": vae, "crops": crops, "conditioning": prompts_of(host, crops)} | STEP
+    given = {
+        "model": model,
+        "vae": vae,
+        "crops": crops,
+        "conditioning": prompts_of(host, crops),
+    } | STEP
     usual, encoded = vae.encode, []
     monkeypatch.setattr(vae, "encode", lambda pixels: encoded.append(len(pixels)) or usual(pixels))
     first = run(host, "OSDFaceOneStep", **given)
@@ -538,7 +758,9 @@ def test_the_same_crops_are_encoded_once(host: Any, checkpoint: tuple[Any, Any],
     run(host, "OSDFaceOneStep", **given)
     assert encoded == [1, 1, 1]
     again = host.comfy.sd.VAE(sd=vae.get_sd())
-    monkeypatch.setattr(again, "encode", lambda pixels: encoded.append(len(pixels)) or usual(pixels))
+    monkeypatch.setattr(
+        again, "encode", lambda pixels: encoded.append(len(pixels)) or usual(pixels)
+    )
     run(host, "OSDFaceOneStep", **given | {"vae": again})
     assert encoded == [1, 1, 1, 1, 1]
     monkeypatch.setattr(host.host, "MOST_LATENTS", 3)
@@ -553,7 +775,9 @@ def test_attention_on_a_cpu_is_torchs_own_unless_another_is_chosen(
     fused = host.host._with_fused_attention
 
     def chosen(options: dict[str, Any]) -> Any:
-        return fused(model, options).get("transformer_options", {}).get("optimized_attention_override")
+        return (
+            fused(model, options).get("transformer_options", {}).get("optimized_attention_override")
+        )
 
     assert chosen({}) is not None
     options = {"transformer_options": {"patches": {}}}
@@ -567,14 +791,23 @@ def test_attention_on_a_cpu_is_torchs_own_unless_another_is_chosen(
 def test_a_bf16_unet_computes_in_bf16_on_a_processor_that_can(
     host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ComfyUI would cast every weight to fp32. Only where the user has asked for bf16, and the MODEL itself is not changed."""
+    """ComfyUI would cast every weight to fp32. Only where the user has asked for bf16, and the
+    MODEL itself is not changed.
+    """
     model = checkpoint[0].clone()
 
     def merged(weights: torch.dtype, computes: bool) -> Any:
         monkeypatch.setattr(host.host, "computes_in_bf16", lambda: computes)
         monkeypatch.setattr(model.model, "get_dtype", lambda: weights)
-        monkeypatch.setattr(model.model, "manual_cast_dtype", None if weights == torch.float32 else torch.float32)
-        clone = host.host._merged(model, host.host.parse_lora(host.host.read_tensors(host.host.find(LORA, "loras")), LORA), LORA, 1.0)
+        monkeypatch.setattr(
+            model.model, "manual_cast_dtype", None if weights == torch.float32 else torch.float32
+        )
+        clone = host.host._merged(
+            model,
+            host.host.parse_lora(host.host.read_tensors(host.host.find(LORA, "loras")), LORA),
+            LORA,
+            1.0,
+        )
         return clone.object_patches.get("manual_cast_dtype")
 
     assert merged(torch.bfloat16, True) == torch.bfloat16
@@ -592,14 +825,24 @@ def test_a_network_is_read_once_while_its_file_stays(
     prompts_of(host, crop("astronaut_lq"))
 
 
-def test_an_interrupt_stops_the_step(host: Any, checkpoint: tuple[Any, Any], crop: Callable[[str], torch.Tensor]) -> None:
+def test_an_interrupt_stops_the_step(
+    host: Any, checkpoint: tuple[Any, Any], crop: Callable[[str], torch.Tensor]
+) -> None:
     management = host.comfy.model_management
     model, vae = checkpoint
     conditioning = prompts_of(host, crop("astronaut_lq"))
     management.interrupt_current_processing(True)
     try:
         with pytest.raises(management.InterruptProcessingException):
-            run(host, "OSDFaceOneStep", model=model, vae=vae, crops=crop("astronaut_lq"), conditioning=conditioning, **STEP)
+            run(
+                host,
+                "OSDFaceOneStep",
+                model=model,
+                vae=vae,
+                crops=crop("astronaut_lq"),
+                conditioning=conditioning,
+                **STEP,
+            )
     finally:
         management.interrupt_current_processing(False)
 
@@ -623,4 +866,6 @@ def test_interfaces_are_for_ever(host: Any) -> None:
 def test_the_pack_loads_through_the_entry_point(host: Any) -> None:
     pack = next(m for name, m in sys.modules.items() if name.endswith("custom_nodes/osdface"))
     extension = asyncio.run(pack.comfy_entrypoint())
-    assert {n.define_schema().node_id for n in asyncio.run(extension.get_node_list())} <= set(host.nodes)
+    assert {n.define_schema().node_id for n in asyncio.run(extension.get_node_list())} <= set(
+        host.nodes
+    )

@@ -28,7 +28,11 @@ from tests.weight_server import Server, running, stall
 
 ROOT = Path(install.__file__).parent
 HUB = "alecccdd/OSDFace"
-VRE, LORA, KOHYA = "osdface_vre.safetensors", "pytorch_lora_weights.safetensors", "osdface_lora_kohya.safetensors"
+VRE, LORA, KOHYA = (
+    "osdface_vre.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "osdface_lora_kohya.safetensors",
+)
 BIG, PROJECTOR = "associate_2.ckpt", "embedding_change_weights.pth"
 SMALL = "detection_mobilenet0.25_Final.pth"
 
@@ -45,7 +49,15 @@ def released(seeded: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", *install.MANAGER_VARIABLES):
+    for variable in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        *install.MANAGER_VARIABLES,
+    ):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     with running() as state:
@@ -56,13 +68,17 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def full(server: Server, released: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """The server with every file; the catalogue knows the stand-ins of the face networks as it knows the real ones."""
+    """The server with every file; the catalogue knows the stand-ins of the face networks as it
+    knows the real ones.
+    """
     for path in released.iterdir():
         server.hub(HUB, path.name, path.read_bytes())
     for entry in CATALOGUE:
         if entry.sha256 is not None and entry.needed:
             content = entry.name.encode() * 1000
-            address = server.release(entry.addresses[0].removeprefix("https://github.com/"), content)
+            address = server.release(
+                entry.addresses[0].removeprefix("https://github.com/"), content
+            )
             probe = released.parent / "probe"
             probe.write_bytes(server.files[address])
             monkeypatch.setitem(entry.__dict__, "sha256", sha256_of(probe))
@@ -78,10 +94,16 @@ def models(tmp_path: Path) -> Path:
 
 
 def held(models: Path) -> set[str]:
-    return {path.name for path in models.rglob("*") if path.is_file() and path.suffix not in (".sha256", ".lock")}
+    return {
+        path.name
+        for path in models.rglob("*")
+        if path.is_file() and path.suffix not in (".sha256", ".lock")
+    }
 
 
-def test_a_full_install_then_nothing_to_do(full: Server, models: Path, released: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_install_then_nothing_to_do(
+    full: Server, models: Path, released: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--models-dir", str(models)]
     assert install.main([*arguments, "--check"]) == 1
     assert full.gets == [] and held(models) == set()
@@ -114,7 +136,9 @@ def test_what_was_downloaded_to_be_converted_is_kept_when_asked(full: Server, mo
     assert held(models) == {VRE, BIG, PROJECTOR}
 
 
-def test_what_the_user_put_there_is_used_and_stays(server: Server, models: Path, released: Path) -> None:
+def test_what_the_user_put_there_is_used_and_stays(
+    server: Server, models: Path, released: Path
+) -> None:
     (models / "osdface").mkdir()
     for name in (BIG, PROJECTOR):
         shutil.copyfile(released / name, models / "osdface" / name)
@@ -122,14 +146,19 @@ def test_what_the_user_put_there_is_used_and_stays(server: Server, models: Path,
     assert held(models) == {VRE, BIG, PROJECTOR} and server.gets == []
 
 
-def test_files_downloaded_by_hand_are_known_by_content(server: Server, models: Path, released: Path, data: Path, tmp_path: Path) -> None:
+def test_files_downloaded_by_hand_are_known_by_content(
+    server: Server, models: Path, released: Path, data: Path, tmp_path: Path
+) -> None:
     downloads = tmp_path / "Downloads"
     downloads.mkdir()
     for number, path in enumerate([*released.iterdir(), data / "weights" / SMALL]):
         shutil.copyfile(path, downloads / f"download ({number})")
     (downloads / "page.html").write_text("<html>")
     chosen = [argument for name in (VRE, LORA, KOHYA, SMALL) for argument in ("--only", name)]
-    assert install.main(["--models-dir", str(models), "--from", str(downloads), "--offline", *chosen]) == 0
+    assert (
+        install.main(["--models-dir", str(models), "--from", str(downloads), "--offline", *chosen])
+        == 0
+    )
     assert held(models) == {VRE, LORA, KOHYA, SMALL} and server.gets == []
     assert len(list(downloads.iterdir())) == 5
 
@@ -143,17 +172,30 @@ def test_the_wrong_detector_is_told_from_one_that_works(
     assert install.main(arguments) == 0
     out = capsys.readouterr().out
     assert "accepted" in out and "not the official file" in out and "finds one face" in out
-    shutil.copyfile(data / "weights" / "wrong_anchors_mobilenet0.25_Final.pth", models / "facedetection" / SMALL)
+    shutil.copyfile(
+        data / "weights" / "wrong_anchors_mobilenet0.25_Final.pth", models / "facedetection" / SMALL
+    )
     assert install.main(arguments) == 1
     out = capsys.readouterr().out
     assert "wrong" in out and "other anchors" in out
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper() and not name.startswith("COMFYUI")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if "PROXY" not in name.upper() and not name.startswith("COMFYUI")
+    }
     command = [sys.executable, str(ROOT / "install.py"), *arguments]
     return subprocess.run(
-        command, env=clean | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, timeout=120, cwd="/"
+        command,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+        timeout=120,
+        cwd="/",
     )
 
 
@@ -165,7 +207,11 @@ def test_with_nothing_reachable_one_paragraph_says_what_to_do(models: Path) -> N
     paragraph = done.stderr.strip().splitlines()[-1]
     for name in (BIG, PROJECTOR, LORA, SMALL, "parsing_parsenet.pth"):
         assert name in paragraph
-    assert str(models / "osdface") in paragraph and "Google Drive" in paragraph and "--from" in paragraph
+    assert (
+        str(models / "osdface") in paragraph
+        and "Google Drive" in paragraph
+        and "--from" in paragraph
+    )
     assert held(models) == set()
 
 
@@ -175,16 +221,23 @@ def test_offline_asks_nobody(server: Server, models: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
-def test_ctrl_c_in_the_middle_then_a_second_run(server: Server, models: Path, released: Path) -> None:
+def test_ctrl_c_in_the_middle_then_a_second_run(
+    server: Server, models: Path, released: Path
+) -> None:
     content = (released / LORA).read_bytes()
     path = server.hub(HUB, LORA, content)
     server.answers[path] = [stall]
     arguments = ["--models-dir", str(models), "--only", LORA]
     environment = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()}
-    # A shell that runs the tests in the background has the signal ignored, which children inherit; a handler they do not.
+    # A shell that runs the tests in the background has the signal ignored, which children inherit;
+    # a handler they do not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     first = subprocess.Popen(
-        [sys.executable, str(ROOT / "install.py"), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(ROOT / "install.py"), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     signal.signal(signal.SIGINT, before)
     part = models / "osdface" / ".incomplete"
@@ -194,7 +247,11 @@ def test_ctrl_c_in_the_middle_then_a_second_run(server: Server, models: Path, re
         time.sleep(0.05)
     first.send_signal(signal.SIGINT)
     _, errors = first.communicate(timeout=30)
-    assert first.returncode == install.INTERRUPTED and "Traceback" not in errors and "run this again" in errors
+    assert (
+        first.returncode == install.INTERRUPTED
+        and "Traceback" not in errors
+        and "run this again" in errors
+    )
     assert held(models) - {file.name for file in part.iterdir()} == set()
     assert install.main(arguments) == 0
     assert (models / "osdface" / LORA).read_bytes() == content
@@ -204,8 +261,18 @@ def test_ctrl_c_in_the_middle_then_a_second_run(server: Server, models: Path, re
 
 def test_two_at_once_fetch_a_file_once(server: Server, models: Path, released: Path) -> None:
     server.hub(HUB, LORA, (released / LORA).read_bytes())
-    arguments = [sys.executable, str(ROOT / "install.py"), "--models-dir", str(models), "--only", LORA]
-    both = [subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    arguments = [
+        sys.executable,
+        str(ROOT / "install.py"),
+        "--models-dir",
+        str(models),
+        "--only",
+        LORA,
+    ]
+    both = [
+        subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
     assert [process.wait(60) for process in both] == [0, 0]
     assert len(server.gets) == 1
     assert (models / "osdface" / LORA).read_bytes() == (released / LORA).read_bytes()
@@ -224,7 +291,9 @@ def manager(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("host", [webui, manager])
-def test_a_host_s_installer_gets_one_line_and_no_download(host: Callable[[Path], dict[str, str]], server: Server, models: Path) -> None:
+def test_a_host_s_installer_gets_one_line_and_no_download(
+    host: Callable[[Path], dict[str, str]], server: Server, models: Path
+) -> None:
     environment = host(models.parent) | {"HF_ENDPOINT": server.url, "OSDFACE_RELEASES": server.url}
     done = run(**environment)
     assert done.returncode == 0 and done.stderr == ""
@@ -245,9 +314,19 @@ def test_a_host_is_not_failed_even_by_a_broken_configuration(models: Path) -> No
 
 
 def test_a_run_by_a_host_loads_nothing_heavy(models: Path) -> None:
-    code = "import sys, install; install.main([]); print({'torch', 'numpy', 'huggingface_hub', 'safetensors'} & set(sys.modules))"
+    code = (
+        "import sys, install; install.main([]); "
+        "print({'torch', 'numpy', 'huggingface_hub', 'safetensors'} & set(sys.modules))"
+    )
     environment = os.environ | manager(models.parent)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
     assert done.stdout.splitlines()[-1] == "set()"
 
 
@@ -263,10 +342,13 @@ def test_comfyui_path_alone_in_a_terminal_is_a_run_by_hand(monkeypatch: pytest.M
     assert not install.run_by_host(["--check"])
 
 
-def test_extra_model_paths_are_searched_and_the_default_ones_filled(tmp_path: Path, models: Path) -> None:
+def test_extra_model_paths_are_searched_and_the_default_ones_filled(
+    tmp_path: Path, models: Path
+) -> None:
     shared, archive = tmp_path / "shared", tmp_path / "archive"
     (models.parent / "extra_model_paths.yaml").write_text(
-        f"comfyui:\n  base_path: {shared}\n  is_default: true\n  osdface: weights/osdface\n  loras: |\n    a\n    b\n"
+        f"comfyui:\n  base_path: {shared}\n  is_default: true\n  osdface: weights/osdface\n  "
+        f"loras: |\n    a\n    b\n"
         f"old:\n  facedetection: {archive}\n"
     )
     folders = install.model_folders(models)
@@ -278,7 +360,9 @@ def test_extra_model_paths_are_searched_and_the_default_ones_filled(tmp_path: Pa
     assert store.find(BY_NAME[SMALL], folders) == archive / SMALL
 
 
-def test_no_host_in_sight_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_host_in_sight_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(install, "hosts", lambda: iter(()))
     assert install.main(["--check"]) == 2
     assert "--models-dir" in capsys.readouterr().err
@@ -291,14 +375,21 @@ def folders(models: Path) -> dict[str, list[Path]]:
     return {name: [models / name] for name in ("osdface", "facedetection", "loras", "checkpoints")}
 
 
-def test_a_missing_file_is_one_sentence_unless_downloads_are_allowed(full: Server, models: Path) -> None:
+def test_a_missing_file_is_one_sentence_unless_downloads_are_allowed(
+    full: Server, models: Path
+) -> None:
     for name in (VRE, SMALL):
         with pytest.raises(OSDFaceError, match=rf"install\.py --only {name}") as raised:
             store.ensure(name, folders(models))
         assert "OSDFACE_DOWNLOAD=1" in str(raised.value)
     assert full.gets == []
     seen = []
-    path = store.ensure(VRE, folders(models), allow_download=True, progress=lambda done, total: seen.append((done, total)))
+    path = store.ensure(
+        VRE,
+        folders(models),
+        allow_download=True,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert path == models / "osdface" / VRE and path.is_file() and seen
     assert held(models) == {VRE}
     with pytest.raises(OSDFaceError, match="put it there"):
@@ -318,12 +409,17 @@ import sys, json
 sys.argv = ["main.py", "--cpu"]
 import comfy.options
 comfy.options.enable_args_parsing()
-import torch, comfy.lora, comfy.lora_convert, comfy.model_base, comfy.model_patcher, comfy.sd, comfy.supported_models, comfy.utils
+import torch, comfy.lora, comfy.lora_convert, comfy.model_base, comfy.model_patcher, comfy.sd
+import comfy.supported_models, comfy.utils
 config = comfy.supported_models.SD20({
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3,
-    "transformer_depth_middle": 1, "context_dim": 1024, "use_linear_in_transformer": True, "num_head_channels": 64, "adm_in_channels": None,
-    "use_temporal_attention": False, "use_spatial_transformer": True, "legacy": False, "num_heads": -1, "use_checkpoint": False,
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0] * 2,
+    "transformer_depth_output": [1] * 9 + [0] * 3,
+    "transformer_depth_middle": 1, "context_dim": 1024, "use_linear_in_transformer": True,
+    "num_head_channels": 64, "adm_in_channels": None,
+    "use_temporal_attention": False, "use_spatial_transformer": True, "legacy": False,
+    "num_heads": -1, "use_checkpoint": False,
     "dtype": torch.float32,
 })
 with torch.device("meta"):
@@ -333,22 +429,48 @@ results = {}
 for path in sys.stdin.read().split("\\n"):
     lora = comfy.utils.load_torch_file(path, safe_load=True)
     patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)
-    results[path] = {name: [float(p[1].weights[2]) / p[1].weights[1].shape[0] if p[1].weights[2] is not None else 1.0 for p in patches]
+    def scale(w): return float(w[2]) / w[1].shape[0] if w[2] is not None else 1.0
+    results[path] = {name: [scale(p[1].weights) for p in patches]
                      for name, patches in patched.patches.items()}
 print(json.dumps(results))
 """
 
 
 @pytest.mark.host
-def test_comfyui_s_own_load_lora_applies_all_of_the_converted_file(comfyui: Path, server: Server, models: Path, released: Path) -> None:
-    assert install.main(["--models-dir", str(models), "--from", str(released), "--offline", "--only", LORA, "--only", KOHYA]) == 0
+def test_comfyui_s_own_load_lora_applies_all_of_the_converted_file(
+    comfyui: Path, server: Server, models: Path, released: Path
+) -> None:
+    assert (
+        install.main(
+            [
+                "--models-dir",
+                str(models),
+                "--from",
+                str(released),
+                "--offline",
+                "--only",
+                LORA,
+                "--only",
+                KOHYA,
+            ]
+        )
+        == 0
+    )
     original, converted = models / "osdface" / LORA, models / "loras" / KOHYA
     paths = f"{original}\n{converted}"
     done = subprocess.run(
-        [sys.executable, "-c", STOCK], input=paths, capture_output=True, text=True, check=False, cwd=comfyui, timeout=120
+        [sys.executable, "-c", STOCK],
+        input=paths,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=comfyui,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results[str(original)]) == 150, "ComfyUI now reads the released spelling: the converted copy is no longer needed"
+    assert len(results[str(original)]) == 150, (
+        "ComfyUI now reads the released spelling: the converted copy is no longer needed"
+    )
     assert len(results[str(converted)]) == 278
     assert all(scales == [1.0] for scales in results[str(converted)].values())

@@ -1,4 +1,6 @@
-"""What installing the pack does to a ComfyUI environment that holds opencv-python-headless: nothing, and the pack loads."""
+"""What installing the pack does to a ComfyUI environment that holds opencv-python-headless:
+nothing, and the pack loads.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,32 @@ def test_installing_changes_no_package_and_the_pack_loads(comfyui: Path, tmp_pat
         pytest.skip("opencv-python-headless is not installed here")
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-    python = str(next(path for path in (environment / "bin" / "python", environment / "Scripts" / "python.exe") if path.exists()))
-    # The packages at hand, seen as installed: what pip would add or replace would land in the new environment before them.
-    site = subprocess.run([python, "-c", "import site; print(site.getsitepackages()[-1])"], check=True, capture_output=True, text=True)
-    (Path(site.stdout.strip()) / "host.pth").write_text(os.path.dirname(os.path.dirname(pytest.__file__)))
+    python = str(
+        next(
+            path
+            for path in (environment / "bin" / "python", environment / "Scripts" / "python.exe")
+            if path.exists()
+        )
+    )
+    # The packages at hand, seen as installed: what pip would add or replace would land in the new
+    # environment before them.
+    site = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[-1])"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    (Path(site.stdout.strip()) / "host.pth").write_text(
+        os.path.dirname(os.path.dirname(pytest.__file__))
+    )
 
     def packages() -> dict[str, str]:
-        listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], check=True, capture_output=True, text=True)
+        listed = subprocess.run(
+            [python, "-m", "pip", "list", "--format=json"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         return {package["name"]: package["version"] for package in json.loads(listed.stdout)}
 
     before = packages()
@@ -45,20 +66,43 @@ def test_installing_changes_no_package_and_the_pack_loads(comfyui: Path, tmp_pat
     for line in (pack / "requirements.txt").read_text(encoding="utf-8").splitlines():
         if (wanted := line.split("#")[0].strip()) != "":
             subprocess.run([python, "-m", "pip", "install", wanted], check=True)
-    subprocess.run([python, "-m", "pip", "install", "-r", str(pack / "requirements.txt")], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-r", str(pack / "requirements.txt")], check=True
+    )
     manager = os.environ | {"COMFYUI_PATH": str(base), "COMFYUI_FOLDERS_BASE_PATH": str(base)}
-    done = subprocess.run([python, "install.py"], check=True, capture_output=True, text=True, cwd=pack, env=manager)
+    done = subprocess.run(
+        [python, "install.py"], check=True, capture_output=True, text=True, cwd=pack, env=manager
+    )
     assert len(done.stdout.splitlines()) == 1
 
     assert packages() == before
-    flavours = "import importlib.metadata as m; print(sorted(d for d in m.packages_distributions()['cv2']))"
-    assert "['opencv-python-headless']" in subprocess.run([python, "-c", flavours], check=True, capture_output=True, text=True).stdout
+    flavours = (
+        "import importlib.metadata as m; "
+        "print(sorted(d for d in m.packages_distributions()['cv2']))"
+    )
+    assert (
+        "['opencv-python-headless']"
+        in subprocess.run(
+            [python, "-c", flavours], check=True, capture_output=True, text=True
+        ).stdout
+    )
 
     command = [
-        python, "main.py", "--cpu", "--quick-test-for-ci", "--disable-api-nodes", "--base-directory", str(base),
-        "--user-directory", str(base / "user"), "--database-url", f"sqlite:///{base / 'user' / 'test.db'}",
-    ]  # fmt: skip
-    started = subprocess.run(command, capture_output=True, text=True, cwd=comfyui, check=False, timeout=180)
+        python,
+        "main.py",
+        "--cpu",
+        "--quick-test-for-ci",
+        "--disable-api-nodes",
+        "--base-directory",
+        str(base),
+        "--user-directory",
+        str(base / "user"),
+        "--database-url",
+        f"sqlite:///{base / 'user' / 'test.db'}",
+    ]
+    started = subprocess.run(
+        command, capture_output=True, text=True, cwd=comfyui, check=False, timeout=180
+    )
     log = started.stdout + started.stderr
     assert started.returncode == 0, log[-2000:]
     (line,) = [line for line in log.splitlines() if line.strip().endswith(str(pack))]

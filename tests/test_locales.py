@@ -15,11 +15,23 @@ LANGUAGES = ("en", "zh", "ja", "ko", "fr", "de", "es")
 TRANSLATIONS = LANGUAGES[1:]
 INTERFACES = json.loads((ROOT / "tests" / "interfaces.json").read_text(encoding="utf-8"))
 # Words of the widgets' menus, which the frontend does not translate.
-OPTIONS = ("parsing", "ellipse", "box", "mean-std", "wavelet", "none", "builtin", "resnet50", "mobile0.25")
+OPTIONS = (
+    "parsing",
+    "ellipse",
+    "box",
+    "mean-std",
+    "wavelet",
+    "none",
+    "builtin",
+    "resnet50",
+    "mobile0.25",
+)
 
 
 def read(language: str, name: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((ROOT / "locales" / language / f"{name}.json").read_text(encoding="utf-8"))
+    loaded: dict[str, Any] = json.loads(
+        (ROOT / "locales" / language / f"{name}.json").read_text(encoding="utf-8")
+    )
     return loaded
 
 
@@ -38,7 +50,11 @@ def shape(value: Any) -> set[tuple[str, ...]]:
 def test_there_is_a_folder_for_each_language() -> None:
     assert {path.name for path in (ROOT / "locales").iterdir()} == set(LANGUAGES)
     for language in LANGUAGES:
-        assert {path.name for path in (ROOT / "locales" / language).iterdir()} == {"nodeDefs.json", "main.json", "settings.json"}
+        assert {path.name for path in (ROOT / "locales" / language).iterdir()} == {
+            "nodeDefs.json",
+            "main.json",
+            "settings.json",
+        }
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -47,7 +63,11 @@ def test_every_node_input_and_output_is_there_and_no_other(language: str) -> Non
     for node, (inputs, outputs) in INTERFACES.items():
         wanted |= {(node, "display_name"), (node, "description")}
         wanted |= {(node, "inputs", name, part) for name in inputs for part in ("name", "tooltip")}
-        wanted |= {(node, "outputs", str(i), part) for i in range(len(outputs)) for part in ("name", "tooltip")}
+        wanted |= {
+            (node, "outputs", str(i), part)
+            for i in range(len(outputs))
+            for part in ("name", "tooltip")
+        }
     assert shape(read(language, "nodeDefs")) == wanted
 
 
@@ -82,13 +102,23 @@ def test_translations_keep_numbers_files_options_and_names(language: str) -> Non
         if path[-1] == "display_name":
             assert ("OSDFace" in text) == ("OSDFace" in source), path
             continue
-        kept = set(re.findall(r"(?<![\w.])\d+(?:[.,-]\d+)*", source)) | set(re.findall(r'"([^"]+)"', source))
+        kept = set(re.findall(r"(?<![\w.])\d+(?:[.,-]\d+)*", source)) | set(
+            re.findall(r'"([^"]+)"', source)
+        )
         kept |= set(re.findall(r"\w+/\w+|\w+\.(?:pth|safetensors)", source))
-        kept |= {option for option in OPTIONS if re.search(rf"(?:^|[.;] ){re.escape(option)}\b[: ]|; {option} ", source)}
+        kept |= {
+            option
+            for option in OPTIONS
+            if re.search(rf"(?:^|[.;] ){re.escape(option)}\b[: ]|; {option} ", source)
+        }
         kept |= {names[name] for name in names if name in source}
         # An input that the text names goes by the label which is on the screen.
         inputs = own[path[0]].get("inputs", {})
-        kept |= {inputs[name]["name"] for name in inputs if "_" in name and re.search(rf"\b{name}\b", source)}
+        kept |= {
+            inputs[name]["name"]
+            for name in inputs
+            if "_" in name and re.search(rf"\b{name}\b", source)
+        }
         missing = sorted(part for part in kept if part not in text)
         assert not missing, (path, missing)
 
@@ -99,19 +129,28 @@ def _settings() -> dict[str, dict[str, str]]:
     found = {}
     for block in re.findall(r"\{\s*id: \"[^}]+\}", source):
         fields = dict(re.findall(r'^\s*(\w+): "([^"]*)"', block, re.M))
-        found[fields["id"]] = fields | {"categories": re.search(r"category: \[([^\]]*)\]", block)[1]}  # type: ignore[index]
+        found[fields["id"]] = fields | {
+            "categories": re.search(r"category: \[([^\]]*)\]", block)[1]
+        }  # type: ignore[index]
     return found
 
 
 def test_the_setting_is_named_in_every_language() -> None:
     settings = _settings()
-    wanted = {id.replace(".", "_"): {part: fields[part] for part in ("name", "tooltip")} for id, fields in settings.items()}
+    wanted = {
+        id.replace(".", "_"): {part: fields[part] for part in ("name", "tooltip")}
+        for id, fields in settings.items()
+    }
     assert read("en", "settings") == wanted
     for language in TRANSLATIONS:
         assert shape(read(language, "settings")) == shape(wanted)
         for path, text in texts(read(language, "settings")):
             assert text != wanted[path[0]][path[1]]
-            assert all(kept in text for kept in ("SHA-256", "install.py") if kept in wanted[path[0]][path[1]])
+            assert all(
+                kept in text
+                for kept in ("SHA-256", "install.py")
+                if kept in wanted[path[0]][path[1]]
+            )
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -121,8 +160,11 @@ def test_categories_are_named(language: str) -> None:
     for fields in _settings().values():
         # The last part of a category is the place of the setting itself, which is not shown.
         assert set(json.loads(f"[{fields['categories']}]")[:-1]) == set(main["settingsCategories"])
-    # ComfyUI-Manager installs into a folder of the project's name, which is what the template browser shows.
-    assert f'name = "{next(iter(main["templateWorkflows"]["category"]))}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    # ComfyUI-Manager installs into a folder of the project's name, which is what the template
+    # browser shows.
+    assert f'name = "{next(iter(main["templateWorkflows"]["category"]))}"' in (
+        ROOT / "pyproject.toml"
+    ).read_text(encoding="utf-8")
 
 
 @pytest.mark.host
@@ -132,9 +174,12 @@ def test_english_is_what_the_schemas_say(host: Any) -> None:
         schema = host.nodes[node].define_schema()
         english[node] = {"display_name": schema.display_name, "description": schema.description}
         if schema.inputs:
-            english[node]["inputs"] = {item.id: {"name": item.id, "tooltip": item.tooltip} for item in schema.inputs}
+            english[node]["inputs"] = {
+                item.id: {"name": item.id, "tooltip": item.tooltip} for item in schema.inputs
+            }
         english[node]["outputs"] = {
-            str(i): {"name": output.display_name, "tooltip": output.tooltip} for i, output in enumerate(schema.outputs)
+            str(i): {"name": output.display_name, "tooltip": output.tooltip}
+            for i, output in enumerate(schema.outputs)
         }
         assert schema.category in read("en", "main")["nodeCategories"]
     assert all(text for _, text in texts(english)), "every input and output has a tooltip"
@@ -143,5 +188,9 @@ def test_english_is_what_the_schemas_say(host: Any) -> None:
 
 @pytest.mark.host
 def test_every_node_of_the_pack_is_known_to_the_translations(host: Any) -> None:
-    ours = {name for name, node in host.nodes.items() if getattr(node, "RELATIVE_PYTHON_MODULE", "") == "custom_nodes.osdface"}
+    ours = {
+        name
+        for name, node in host.nodes.items()
+        if getattr(node, "RELATIVE_PYTHON_MODULE", "") == "custom_nodes.osdface"
+    }
     assert ours == set(INTERFACES)

@@ -1,4 +1,6 @@
-"""What ComfyUI changed after 0.3.64, as small stand-ins of its new interfaces put into the real 0.3.64."""
+"""What ComfyUI changed after 0.3.64, as small stand-ins of its new interfaces put into the real
+0.3.64.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,32 @@ from torch import Tensor, nn
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
 
-NODES = ("FaceDetectAlign", "OSDFaceVRE", "OSDFaceOneStep", "FacePasteBack", "FaceSelect", "OSDFaceRestore", "OSDFaceBuiltinModel")
+NODES = (
+    "FaceDetectAlign",
+    "OSDFaceVRE",
+    "OSDFaceOneStep",
+    "FacePasteBack",
+    "FaceSelect",
+    "OSDFaceRestore",
+    "OSDFaceBuiltinModel",
+)
 BUILTIN = {
-    "vre_name": "builtin", "lora_name": "none", "detector": "retinaface_mobile0.25", "select": "all", "order": "left to right",
-    "indices": "0", "max_faces": 0, "min_size": 24, "confidence": 0.9, "any_angle": False, "crop_size": 512, "smoothing": 0.0,
-    "strength": 1.0, "mask_type": "ellipse", "feather": 0.1, "color_match": "none",
+    "vre_name": "builtin",
+    "lora_name": "none",
+    "detector": "retinaface_mobile0.25",
+    "select": "all",
+    "order": "left to right",
+    "indices": "0",
+    "max_faces": 0,
+    "min_size": 24,
+    "confidence": 0.9,
+    "any_angle": False,
+    "crop_size": 512,
+    "smoothing": 0.0,
+    "strength": 1.0,
+    "mask_type": "ellipse",
+    "feather": 0.1,
+    "color_match": "none",
 }
 
 
@@ -53,10 +76,16 @@ def test_the_host_that_is_run_gets_no_word_that_it_does_not_know(host: Any) -> N
     assert "advanced" not in inspect.signature(io.Int.Input.__init__).parameters
     for node in NODES:
         given = host.nodes[node].INPUT_TYPES()
-        assert not any("advanced" in options for kind in ("required", "optional") for _, options in given.get(kind, {}).values())
+        assert not any(
+            "advanced" in options
+            for kind in ("required", "optional")
+            for _, options in given.get(kind, {}).values()
+        )
 
 
-def test_newer_hosts_get_search_words_and_rarely_turned_widgets(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newer_hosts_get_search_words_and_rarely_turned_widgets(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from comfy_api.latest import io
 
     @dataclass
@@ -87,7 +116,9 @@ def test_newer_hosts_get_search_words_and_rarely_turned_widgets(host: Any, monke
 
 
 def waiting(layer: type[nn.Module], plain: type[nn.Module]) -> Any:
-    """A layer as newer hosts have it where they page: no weight until one is loaded, unless a subclass reads the file's itself."""
+    """A layer as newer hosts have it where they page: no weight until one is loaded, unless a
+    subclass reads the file's itself.
+    """
 
     class Waiting(layer):
         def __init__(self, *sizes: int, **options: Any) -> None:
@@ -108,7 +139,11 @@ def waiting(layer: type[nn.Module], plain: type[nn.Module]) -> Any:
 def test_layers_that_wait_for_their_weights_are_filled(host: Any) -> None:
     import comfy.ops
 
-    networks = next(module for name, module in sys.modules.items() if name.endswith("osdface.osdface_core.layers"))
+    networks = next(
+        module
+        for name, module in sys.modules.items()
+        if name.endswith("osdface.osdface_core.layers")
+    )
     late = {
         "Linear": waiting(comfy.ops.manual_cast.Linear, nn.Linear),
         "Embedding": waiting(comfy.ops.manual_cast.Embedding, nn.Embedding),
@@ -130,7 +165,9 @@ def test_layers_that_wait_for_their_weights_are_filled(host: Any) -> None:
 
     with pytest.raises(host.error, match="left over"):
         filled(SimpleNamespace(**late))
-    complete = SimpleNamespace(**{name: host.host._complete(late[name], getattr(nn, name)) for name in late})
+    complete = SimpleNamespace(
+        **{name: host.host._complete(late[name], getattr(nn, name)) for name in late}
+    )
     x = torch.tensor([0, 4, 2])
     assert torch.equal(filled(complete)(x), plain(x))
     assert torch.equal(filled(host.host.Operations)(x), plain(x))
@@ -138,7 +175,9 @@ def test_layers_that_wait_for_their_weights_are_filled(host: Any) -> None:
 
 @pytest.fixture
 def paging(host: Any, nothing_made: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Weights of ComfyUI's layers are nowhere but while they are used, as with dynamic VRAM. The names of the networks that were so."""
+    """Weights of ComfyUI's layers are nowhere but while they are used, as with dynamic VRAM. The
+    names of the networks that were so.
+    """
     import comfy.model_patcher
     import comfy.ops
 
@@ -148,7 +187,9 @@ def paging(host: Any, nothing_made: None, monkeypatch: pytest.MonkeyPatch) -> li
         def is_dynamic(self) -> bool:
             return True
 
-        def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> float:
+        def partially_load(
+            self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False
+        ) -> float:
             assert not force_patch_weights
             for layer in self.model.modules():
                 if hasattr(layer, "comfy_cast_weights") and not hasattr(layer, "page"):
@@ -156,7 +197,9 @@ def paging(host: Any, nothing_made: None, monkeypatch: pytest.MonkeyPatch) -> li
                     layer.comfy_cast_weights = True
                     for name, tensor in zip(("weight", "bias"), layer.page, strict=True):
                         if tensor is not None:
-                            setattr(layer, name, nn.Parameter(tensor.to("meta"), requires_grad=False))
+                            setattr(
+                                layer, name, nn.Parameter(tensor.to("meta"), requires_grad=False)
+                            )
             self.model.device = device_to
             paged.append(type(self.model).__name__)
             return 0
@@ -183,10 +226,16 @@ def paging(host: Any, nothing_made: None, monkeypatch: pytest.MonkeyPatch) -> li
 
 def restored(host: Any, image: Tensor, **changed: Any) -> Any:
     model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
-    return host.nodes["OSDFaceRestore"].execute(image=image, model=model, vae=vae, **BUILTIN | changed).args
+    return (
+        host.nodes["OSDFaceRestore"]
+        .execute(image=image, model=model, vae=vae, **BUILTIN | changed)
+        .args
+    )
 
 
-def test_all_networks_work_while_their_weights_are_paged(host: Any, portrait: Tensor, request: pytest.FixtureRequest) -> None:
+def test_all_networks_work_while_their_weights_are_paged(
+    host: Any, portrait: Tensor, request: pytest.FixtureRequest
+) -> None:
     wanted = restored(host, portrait.clone())[0]
     assert not torch.equal(wanted, portrait)
     paged = request.getfixturevalue("paging")
@@ -194,17 +243,25 @@ def test_all_networks_work_while_their_weights_are_paged(host: Any, portrait: Te
     assert {"RetinaFace", "VisualEmbedder", "BaseModel"} <= set(paged)
 
 
-def test_the_face_parser_works_where_its_buffers_are(host: Any, paging: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_face_parser_works_where_its_buffers_are(
+    host: Any, paging: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     scope = vars(sys.modules[host.nodes["FacePasteBack"].__module__])
     with torch.inference_mode(False):
         tensors = scope["ParseNet"]().state_dict()
     network = host.host.network(
-        host.host.find("detection_mobilenet0.25_Final.pth"), scope["build_parser"], read=lambda path: tensors
+        host.host.find("detection_mobilenet0.25_Final.pth"),
+        scope["build_parser"],
+        read=lambda path: tensors,
     )
     assert paging == ["ParseNet"]
     assert next(network.parameters()).device.type == "meta"
     seen = []
-    monkeypatch.setattr(type(network), "forward", lambda self, x: seen.append(x.device.type) or torch.zeros(1, 19, 512, 512))
+    monkeypatch.setattr(
+        type(network),
+        "forward",
+        lambda self, x: seen.append(x.device.type) or torch.zeros(1, 19, 512, 512),
+    )
     scope["face_maps"](torch.zeros(1, 512, 512, 3), network)
     assert seen == ["cpu"]
 
@@ -224,7 +281,11 @@ def test_pictures_and_latents_of_half_precision(host: Any, portrait: Tensor) -> 
         backbone = host.host.HostBackbone(model, vae, {host.host.BUILTIN_MARK: True})
         assert backbone.encode(torch.rand(2, 3, 64, 64)).dtype == torch.float32
         assert [latent.dtype for latent in latents] == [torch.float16] * 2
-        out, mask, both, _ = host.nodes["OSDFaceRestore"].execute(image=portrait.half(), model=model, vae=vae, **BUILTIN).args
+        out, mask, both, _ = (
+            host.nodes["OSDFaceRestore"]
+            .execute(image=portrait.half(), model=model, vae=vae, **BUILTIN)
+            .args
+        )
     finally:
         del vae.encode, vae.decode
     assert out.dtype == torch.float16
@@ -236,19 +297,27 @@ def test_pictures_and_latents_of_half_precision(host: Any, portrait: Tensor) -> 
 # Memory
 
 
-def test_out_of_memory_in_any_of_the_hosts_spellings(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_any_of_the_hosts_spellings(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert host.host.out_of_memory(torch.OutOfMemoryError())
     assert not host.host.out_of_memory(RuntimeError("CUDA error: out of memory"))
     management = host.comfy.model_management
-    monkeypatch.setattr(management, "is_oom", lambda error: "out of memory" in str(error), raising=False)
+    monkeypatch.setattr(
+        management, "is_oom", lambda error: "out of memory" in str(error), raising=False
+    )
     assert host.host.out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert not host.host.out_of_memory(RuntimeError("no"))
 
 
-def test_what_a_host_keeps_free_is_counted_once_and_not_for_each_face(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_host_keeps_free_is_counted_once_and_not_for_each_face(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     management, gib = host.comfy.model_management, 1024**3
     model = SimpleNamespace(
-        load_device=torch.device("meta"), model_size=lambda: 2 * gib, memory_required=lambda shape: gib + shape[0] * 0.5 * gib
+        load_device=torch.device("meta"),
+        model_size=lambda: 2 * gib,
+        memory_required=lambda shape: gib + shape[0] * 0.5 * gib,
     )
     monkeypatch.setattr(management, "get_free_memory", lambda device: 6 * gib)
     monkeypatch.setattr(management, "loaded_models", lambda: [])
@@ -266,11 +335,18 @@ def test_a_file_that_the_hosts_keeper_forbids_is_not_read(
     refused: str, host: Any, nothing_made: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    governance = SimpleNamespace(model_allowed=lambda path: asked.append(Path(path).name) or Path(path).name != refused)
+    governance = SimpleNamespace(
+        model_allowed=lambda path: asked.append(Path(path).name) or Path(path).name != refused
+    )
     monkeypatch.setitem(sys.modules, "app.governance", governance)
     monkeypatch.setattr(host.host, "read_embedder", lambda path: pytest.fail("read all the same"))
-    with pytest.raises(host.error, match=f"^`vre_name`: {refused} is not among the files that this ComfyUI may load"):
-        host.nodes["OSDFaceVRE"].execute(crops=torch.zeros(1, 64, 64, 3), vre_name="associate_2.ckpt")
+    with pytest.raises(
+        host.error,
+        match=f"^`vre_name`: {refused} is not among the files that this ComfyUI may load",
+    ):
+        host.nodes["OSDFaceVRE"].execute(
+            crops=torch.zeros(1, 64, 64, 3), vre_name="associate_2.ckpt"
+        )
     assert asked[-1] == refused
 
 
@@ -278,17 +354,25 @@ def test_a_file_that_the_hosts_keeper_allows_is_asked_for_once(
     host: Any, nothing_made: None, monkeypatch: pytest.MonkeyPatch, portrait: Tensor
 ) -> None:
     asked = []
-    monkeypatch.setitem(sys.modules, "app.governance", SimpleNamespace(model_allowed=lambda path: asked.append(Path(path).name) or True))
+    monkeypatch.setitem(
+        sys.modules,
+        "app.governance",
+        SimpleNamespace(model_allowed=lambda path: asked.append(Path(path).name) or True),
+    )
     for _ in range(2):
         restored(host, portrait.clone(), strength=0.0)
     assert sorted(asked) == sorted({*asked})
     assert "detection_mobilenet0.25_Final.pth" in asked
 
 
-def test_a_detector_in_the_hosts_own_folder_is_found(host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_detector_in_the_hosts_own_folder_is_found(
+    host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = "detection_Resnet50_Final.pth"
     save_file({"x": torch.zeros(1)}, tmp_path / name)
     with pytest.raises(host.error, match="is missing"):
         host.host.find(name)
-    monkeypatch.setitem(host.folder_paths.folder_names_and_paths, "detection", ([str(tmp_path)], {".pth"}))
+    monkeypatch.setitem(
+        host.folder_paths.folder_names_and_paths, "detection", ([str(tmp_path)], {".pth"})
+    )
     assert host.host.find(name) == tmp_path / name

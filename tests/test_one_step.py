@@ -1,4 +1,6 @@
-"""The restoration around the networks: sizes, chunks, memory, progress, and input that does not fit."""
+"""The restoration around the networks: sizes, chunks, memory, progress, and input that does not
+fit.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class OutOfMemory(RuntimeError):
 
 @dataclass
 class Pixels:
-    """A Backbone without networks: what goes in comes out, as far as an eighth of the resolution lets it. Memory holds `room` faces."""
+    """A Backbone without networks: what goes in comes out, as far as an eighth of the resolution
+    lets it. Memory holds `room` faces.
+    """
 
     room: int = 100
     fit: int = 8
@@ -68,14 +72,18 @@ def prompts(count: int) -> Tensor:
     return torch.rand(count, 77, 1024)
 
 
-@pytest.mark.parametrize("size", [(512, 512), (576, 576), (512, 640), (1000, 203), (513, 513), (8, 9)])
+@pytest.mark.parametrize(
+    "size", [(512, 512), (576, 576), (512, 640), (1000, 203), (513, 513), (8, 9)]
+)
 def test_a_crop_comes_back_at_its_own_size(size: tuple[int, int]) -> None:
     given = crops(2, *size)
     assert torch.equal(restore(given, prompts(2), Pixels()).crops, given)
 
 
 def test_a_small_square_comes_back_at_512_with_its_corners_aligned() -> None:
-    """As the released code enlarges it: a ramp stays one ramp from edge to edge, where other conventions flatten both ends."""
+    """As the released code enlarges it: a ramp stays one ramp from edge to edge, where other
+    conventions flatten both ends.
+    """
     ramp = torch.linspace(0, 1, 64)[None, None, :, None].expand(1, 64, 64, 3)
     out = restore(ramp, prompts(1), Pixels()).crops
     assert (out - torch.linspace(0, 1, 512)[None, None, :, None]).abs().max() < 1e-6
@@ -112,7 +120,12 @@ def test_out_of_memory_with_one_face_is_raised() -> None:
 
 def test_each_face_is_reported_with_its_picture() -> None:
     given, seen = crops(5, 16, 24), []
-    restore(given, prompts(5), Pixels(fit=2), progress=lambda done, picture=None: seen.append(picture) if done else None)
+    restore(
+        given,
+        prompts(5),
+        Pixels(fit=2),
+        progress=lambda done, picture=None: seen.append(picture) if done else None,
+    )
     assert torch.equal(torch.stack(seen).movedim(1, -1), given)
 
 
@@ -147,7 +160,9 @@ def test_a_face_that_comes_out_as_nan_is_left_as_it_was() -> None:
 
 @dataclass
 class Narrow(Pixels):
-    """Half precision that has no number for the darkest crop; what `mends` says is whether fp32 has one."""
+    """Half precision that has no number for the darkest crop; what `mends` says is whether fp32 has
+    one.
+    """
 
     half: bool = True
     mends: bool = True
@@ -155,7 +170,9 @@ class Narrow(Pixels):
     def decode(self, latents: Tensor) -> Tensor:
         out = super().decode(latents)
         dark = out.amax((1, 2, 3)) < 0.5
-        return torch.where((dark & (self.half or not self.mends))[:, None, None, None], torch.nan, out)
+        return torch.where(
+            (dark & (self.half or not self.mends))[:, None, None, None], torch.nan, out
+        )
 
 
 def test_a_face_that_half_precision_has_no_numbers_for_is_computed_again_in_fp32() -> None:
@@ -197,8 +214,14 @@ def test_the_schedule_is_stable_diffusions() -> None:
         (torch.zeros(2, 16, 16, 4), "`crops` has 4 colour channels; 3 .* are wanted"),
         (torch.zeros(16, 16, 3), r"`crops` has 3 dimensions \(16, 16, 3\); a batch of pictures"),
         (torch.zeros(2, 3, 16, 3), "`crops` are 16 x 3 px; at least 8 x 8 are wanted"),
-        (torch.full((2, 16, 16, 3), torch.nan), "`crops` number 0 holds values that are not numbers"),
-        (torch.stack([torch.zeros(16, 16, 3), torch.full((16, 16, 3), torch.inf)]), "`crops` number 1 holds values"),
+        (
+            torch.full((2, 16, 16, 3), torch.nan),
+            "`crops` number 0 holds values that are not numbers",
+        ),
+        (
+            torch.stack([torch.zeros(16, 16, 3), torch.full((16, 16, 3), torch.inf)]),
+            "`crops` number 1 holds values",
+        ),
     ],
 )
 def test_crops_that_do_not_fit_are_refused(given: Tensor, says: str) -> None:
@@ -210,9 +233,15 @@ def test_crops_that_do_not_fit_are_refused(given: Tensor, says: str) -> None:
     ("given", "says"),
     [
         (torch.rand(3, 77, 1024), "prompts for 3 faces and `crops` holds 2"),
-        (torch.rand(2, 77, 768), r"`conditioning` is \(2, 77, 768\); OSDFace's visual prompts \(N,77,1024\) are wanted"),
+        (
+            torch.rand(2, 77, 768),
+            r"`conditioning` is \(2, 77, 768\); OSDFace's visual prompts \(N,77,1024\) are wanted",
+        ),
         (torch.randn(2, 77, 1024), "`conditioning` was not made by OSDFace's visual embedder"),
-        (torch.full((2, 77, 1024), torch.nan), "`conditioning` was not made by OSDFace's visual embedder"),
+        (
+            torch.full((2, 77, 1024), torch.nan),
+            "`conditioning` was not made by OSDFace's visual embedder",
+        ),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused(given: Tensor, says: str) -> None:
@@ -222,10 +251,15 @@ def test_prompts_that_do_not_fit_are_refused(given: Tensor, says: str) -> None:
 
 @pytest.mark.parametrize("timestep", [-1, 1000])
 def test_a_timestep_outside_the_schedule_is_refused(timestep: int) -> None:
-    with pytest.raises(OSDFaceError, match=f"`timestep` is {timestep}; a whole number from 0 to 999 is wanted"):
+    with pytest.raises(
+        OSDFaceError, match=f"`timestep` is {timestep}; a whole number from 0 to 999 is wanted"
+    ):
         restore(crops(1, 16, 24), prompts(1), Pixels(), timestep=timestep)
 
 
 def test_a_negative_number_of_faces_at_once_is_refused() -> None:
-    with pytest.raises(OSDFaceError, match="`faces_per_batch` is -1; a number of faces, or 0 for as many as fit, is wanted"):
+    with pytest.raises(
+        OSDFaceError,
+        match="`faces_per_batch` is -1; a number of faces, or 0 for as many as fit, is wanted",
+    ):
         restore(crops(3, 16, 24), prompts(3), Pixels(), faces_per_batch=-1)

@@ -32,15 +32,21 @@ WEIGHTS = {".ckpt", ".pth", ".pt", ".bin", ".onnx", ".pkl", ".pickle", ".npy", "
 
 
 def archive() -> list[str]:
-    """The files of the archive as `comfy node pack` makes it: those that git tracks without those that .comfyignore names."""
+    """The files of the archive as `comfy node pack` makes it: those that git tracks without those
+    that .comfyignore names.
+    """
     lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
     patterns = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     try:
-        tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        tracked = subprocess.run(
+            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no git checkout: the archive is made from the files that git tracks")
     for pattern in patterns:
-        assert any(GitIgnoreSpec.from_lines([pattern]).match_files(tracked)), f".comfyignore names {pattern}, which is not there"
+        assert any(GitIgnoreSpec.from_lines([pattern]).match_files(tracked)), (
+            f".comfyignore names {pattern}, which is not there"
+        )
     ignored = set(GitIgnoreSpec.from_lines(patterns).match_files(tracked))
     return [path for path in tracked if path not in ignored and (ROOT / path).exists()]
 
@@ -48,11 +54,27 @@ def archive() -> list[str]:
 def test_the_archive_holds_what_a_user_needs_and_no_more() -> None:
     files = archive()
     kept = {path.split("/")[0] for path in files}
-    assert kept >= {"__init__.py", "nodes", "osdface_core", "web", "locales", "workflows", "docs", "install.py", "pyproject.toml"}
+    assert kept >= {
+        "__init__.py",
+        "nodes",
+        "osdface_core",
+        "web",
+        "locales",
+        "workflows",
+        "docs",
+        "install.py",
+        "pyproject.toml",
+    }
     assert kept >= {"LICENSE", "README.md", "CHANGELOG.md", "requirements.txt"}
     assert not kept & {"tests", "benchmarks", ".ci", ".github", "assets", "requirements-dev.txt"}
-    sources = [str(path.relative_to(ROOT)) for name in ("nodes", "osdface_core") for path in (ROOT / name).rglob("*.py")]
-    tracked = subprocess.run(["git", "ls-files", *sources], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    sources = [
+        str(path.relative_to(ROOT))
+        for name in ("nodes", "osdface_core")
+        for path in (ROOT / name).rglob("*.py")
+    ]
+    tracked = subprocess.run(
+        ["git", "ls-files", *sources], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert not set(tracked) - set(files), "a module of the pack is left out"
 
 
@@ -65,7 +87,10 @@ def test_the_archive_is_small_and_holds_no_pickle_link_or_bytecode() -> None:
 
 
 def test_the_built_in_model_is_part_of_the_archive() -> None:
-    wanted = {path.relative_to(ROOT).as_posix() for path in (builtin.AUTOENCODER, builtin.UNET, builtin.VRE, builtin.DETECTOR)}
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for path in (builtin.AUTOENCODER, builtin.UNET, builtin.VRE, builtin.DETECTOR)
+    }
     assert not wanted - set(archive())
 
 
@@ -76,10 +101,31 @@ def test_a_server_loads_the_nodes_from_the_archive_alone(comfyui: Path, tmp_path
         (pack / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, pack / path)
     (tmp_path / "user").mkdir()
-    command = [sys.executable, "main.py", "--cpu", "--quick-test-for-ci", "--disable-api-nodes", "--base-directory", str(tmp_path)]
-    command += ["--user-directory", str(tmp_path / "user"), "--database-url", f"sqlite:///{tmp_path}/user/t.db"]
+    command = [
+        sys.executable,
+        "main.py",
+        "--cpu",
+        "--quick-test-for-ci",
+        "--disable-api-nodes",
+        "--base-directory",
+        str(tmp_path),
+    ]
+    command += [
+        "--user-directory",
+        str(tmp_path / "user"),
+        "--database-url",
+        f"sqlite:///{tmp_path}/user/t.db",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run(command, cwd=comfyui, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    run = subprocess.run(
+        command,
+        cwd=comfyui,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
     loaded = [line for line in run.stderr.splitlines() if line.endswith(str(pack))]
     assert len(loaded) == 1 and "IMPORT FAILED" not in loaded[0], run.stderr
     assert "Traceback" not in run.stderr
@@ -88,7 +134,9 @@ def test_a_server_loads_the_nodes_from_the_archive_alone(comfyui: Path, tmp_path
 def test_the_readme_shows_no_picture_that_the_archive_lacks() -> None:
     files = set(archive())
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text) + re.findall(r'<img[^>]+src="([^"]+)"', text)
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text) + re.findall(
+        r'<img[^>]+src="([^"]+)"', text
+    )
     assert not [name for name in pictures if not name.startswith("https://") and name not in files]
 
 
@@ -104,8 +152,9 @@ def test_python_files_can_be_shown_on_windows() -> None:
 
 
 def test_devices_and_layers_are_the_hosts() -> None:
-    """comfy-test's rules: devices, half precision and the layers of networks come from ComfyUI. Training, which it never runs, imports
-    its layers by name."""
+    """comfy-test's rules: devices, half precision and the layers of networks come from ComfyUI.
+    Training, which it never runs, imports its layers by name.
+    """
     forbidden = re.compile(
         r"\.cuda\s*\(|\.to\s*\(\s*[\"']cuda|torch\.(?:cuda\.)?(?:amp\.)?autocast"
         r"|(?<![\w.])(?:torch\.)?nn\.(?:Linear|Conv\w*|LayerNorm|GroupNorm|Embedding)\s*\("
@@ -113,20 +162,32 @@ def test_devices_and_layers_are_the_hosts() -> None:
     for name in ("nodes", "osdface_core", "tests", "benchmarks"):
         for path in (ROOT / name).rglob("*.py"):
             lines = path.read_text(encoding="utf-8").splitlines()
-            assert not [line for line in lines if forbidden.search(line) and not line.lstrip().startswith("#")], path
+            assert not [
+                line
+                for line in lines
+                if forbidden.search(line) and not line.lstrip().startswith("#")
+            ], path
 
 
 def test_the_browser_extension_can_clash_with_no_other() -> None:
     for path in (ROOT / "web").glob("*.js"):
-        names = re.findall(r'registerExtension\(\{\s*name: "([^"]+)"', path.read_text(encoding="utf-8"))
+        names = re.findall(
+            r'registerExtension\(\{\s*name: "([^"]+)"', path.read_text(encoding="utf-8")
+        )
         assert names and all(name.startswith("osdface.") for name in names)
 
 
 def test_one_version_everywhere() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", VERSION)
-    newest = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    newest = re.findall(
+        r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$",
+        (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        re.M,
+    )
     assert newest[0] == VERSION
-    assert newest == sorted(newest, key=lambda version: [int(n) for n in version.split(".")], reverse=True)
+    assert newest == sorted(
+        newest, key=lambda version: [int(n) for n in version.split(".")], reverse=True
+    )
 
 
 def _nodes(graph: Any) -> list[dict[str, Any]]:
@@ -137,7 +198,9 @@ def _nodes(graph: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "path", [p for name in ("workflows", "subgraphs") for p in sorted((ROOT / name).glob("*.json"))], ids=lambda path: path.stem
+    "path",
+    [p for name in ("workflows", "subgraphs") for p in sorted((ROOT / name).glob("*.json"))],
+    ids=lambda path: path.stem,
 )
 def test_workflows_name_the_version_that_they_are_made_with(path: Path) -> None:
     versions = {
@@ -150,8 +213,15 @@ def test_workflows_name_the_version_that_they_are_made_with(path: Path) -> None:
 
 def test_metadata_that_the_registry_wants() -> None:
     project, comfy = PYPROJECT["project"], PYPROJECT["tool"]["comfy"]
-    assert re.fullmatch(r"[a-z][a-z0-9_-]{0,98}", project["name"]) and "comfy" not in project["name"]
-    assert (ROOT / project["license"]["file"]).read_text(encoding="utf-8").lstrip().startswith("GNU GENERAL PUBLIC LICENSE")
+    assert (
+        re.fullmatch(r"[a-z][a-z0-9_-]{0,98}", project["name"]) and "comfy" not in project["name"]
+    )
+    assert (
+        (ROOT / project["license"]["file"])
+        .read_text(encoding="utf-8")
+        .lstrip()
+        .startswith("GNU GENERAL PUBLIC LICENSE")
+    )
     assert project["dependencies"] == []
     assert comfy["PublisherId"] and comfy["DisplayName"]
     assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
@@ -169,7 +239,10 @@ def test_every_address_is_of_one_repository() -> None:
 
 
 def test_icon_and_banner_have_the_registrys_shape() -> None:
-    with Image.open(ROOT / "assets" / "icon.png") as icon, Image.open(ROOT / "assets" / "banner.png") as banner:
+    with (
+        Image.open(ROOT / "assets" / "icon.png") as icon,
+        Image.open(ROOT / "assets" / "banner.png") as banner,
+    ):
         assert icon.width == icon.height <= 400
         assert banner.width * 9 == banner.height * 21
 
@@ -179,7 +252,11 @@ def test_models_are_the_catalogues() -> None:
         _, folder, name = model["location"].split("/")
         entry = BY_NAME[name]
         assert folder == entry.folder
-        owner, repository, file = entry.addresses[0].removeprefix(HUB).split("/", 2) if entry.addresses[0].startswith(HUB) else ("", "", "")
+        owner, repository, file = (
+            entry.addresses[0].removeprefix(HUB).split("/", 2)
+            if entry.addresses[0].startswith(HUB)
+            else ("", "", "")
+        )
         hub = f"https://huggingface.co/{owner}/{repository}/resolve/main/{file}"
         assert model["model_url"] == (hub if owner else entry.addresses[0])
 
@@ -190,11 +267,21 @@ def test_publishing_stops_outside_of_the_named_repository() -> None:
     assert guard and steps.index(guard[0]) < steps.index("publish-node-action")
     named = PYPROJECT["project"]["urls"]["Repository"].removeprefix("https://github.com/")
     for repository, code in ((named, 0), ("someone/else", 1)):
-        assert subprocess.run(["bash", "-c", guard[1]], cwd=ROOT, env={"GITHUB_REPOSITORY": repository}, check=False).returncode == code
+        assert (
+            subprocess.run(
+                ["bash", "-c", guard[1]],
+                cwd=ROOT,
+                env={"GITHUB_REPOSITORY": repository},
+                check=False,
+            ).returncode
+            == code
+        )
 
 
 def test_tools_can_read_the_nodes_off_the_source() -> None:
-    """comfy-test's coverage does, and whatever looks for the pack of a missing node without running it: by plain text."""
+    """comfy-test's coverage does, and whatever looks for the pack of a missing node without running
+    it: by plain text.
+    """
     text = (ROOT / "nodes" / "__init__.py").read_text(encoding="utf-8")
     table = re.search(r"^NODE_CLASS_MAPPINGS = \{([^}]*)\}", text, re.M)
     assert table
@@ -203,7 +290,11 @@ def test_tools_can_read_the_nodes_off_the_source() -> None:
     declared = re.findall(r'node_id="(\w+)"', sources)
     assert sorted(named) == sorted(declared)
     assert all(name == kind for name, kind in named.items())
-    used = {node["type"] for path in (ROOT / "workflows").glob("*.json") for node in _nodes(json.loads(path.read_text(encoding="utf-8")))}
+    used = {
+        node["type"]
+        for path in (ROOT / "workflows").glob("*.json")
+        for node in _nodes(json.loads(path.read_text(encoding="utf-8")))
+    }
     assert set(named) <= used
     # In the root it would make ComfyUI take the pack for one of the old kind.
     assert "NODE_CLASS_MAPPINGS" not in (ROOT / "__init__.py").read_text(encoding="utf-8")

@@ -24,13 +24,18 @@ cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 
 
 def placed(side: float, degrees: float, centre: tuple[float, float]) -> Affine:
-    """From a picture to a crop of 512 px that shows a square of `side` px around `centre`, turned."""
-    a, b = 512 / side * math.cos(math.radians(degrees)), 512 / side * math.sin(math.radians(degrees))
+    """From a picture to a 512 px crop that shows a square of `side` px around `centre`, turned."""
+    a, b = (
+        512 / side * math.cos(math.radians(degrees)),
+        512 / side * math.sin(math.radians(degrees)),
+    )
     x, y = centre
     return (a, -b, 256 - a * x + b * y), (b, a, 256 - b * x - a * y)
 
 
-def found(images: Tensor, matrices: list[Affine], frames: list[int] | None = None, crop: int = 512) -> Faces:
+def found(
+    images: Tensor, matrices: list[Affine], frames: list[int] | None = None, crop: int = 512
+) -> Faces:
     """Faces at matrices that lead to crops of 512 px, with crops of `crop` px."""
     frames = frames or [0] * len(matrices)
     matrices = [compose(scaling(crop / 512, crop / 512), matrix) for matrix in matrices]
@@ -38,7 +43,9 @@ def found(images: Tensor, matrices: list[Affine], frames: list[int] | None = Non
         Face(frame, (0, 0, 9, 9), ((0.0, 0.0),) * 5, 0.99, number, matrix)
         for number, (frame, matrix) in enumerate(zip(frames, matrices, strict=True))
     )
-    crops = cut_all(images, frames, matrices, crop) if len(images) else torch.zeros(0, crop, crop, 3)
+    crops = (
+        cut_all(images, frames, matrices, crop) if len(images) else torch.zeros(0, crop, crop, 3)
+    )
     return Faces(faces, crops, len(images), images.shape[1], images.shape[2], crop)
 
 
@@ -69,64 +76,97 @@ def noise() -> Tensor:
 
 
 def there_and_back(picture: np.ndarray, matrix: Affine, scale: float) -> tuple[float, float, float]:
-    """PSNR of ours and of OpenCV's, and our shift in pixels, inside of the mask, pasting into the picture resized by `scale`."""
+    """PSNR of ours and of OpenCV's, and our shift in pixels, inside of the mask, pasting into the
+    picture resized by `scale`.
+    """
     height, width = picture.shape[:2]
     if scale == 1:
         truth = picture
     else:
         size = round(width * scale), round(height * scale)
-        truth = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+        truth = cv2.resize(
+            picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        )
     images = torch.from_numpy(picture)[None]
     faces = found(images, [matrix])
     target = torch.from_numpy(truth)[None]
     out, mask = paste(target, faces, faces.crops, mask_type="box", feather=0, skip_unchanged=False)
     assert torch.equal(out[mask == 0], target[mask == 0])
-    crop = cv2.warpAffine(picture, to_opencv(matrix), (512, 512), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    crop = cv2.warpAffine(
+        picture,
+        to_opencv(matrix),
+        (512, 512),
+        flags=cv2.INTER_CUBIC,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
     (a, b, c), (d, e, f) = inverse(matrix)
     exact = to_opencv(((a * scale, b * scale, c * scale), (d * scale, e * scale, f * scale)))
-    theirs = cv2.warpAffine(crop, exact, truth.shape[1::-1], flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    theirs = cv2.warpAffine(
+        crop, exact, truth.shape[1::-1], flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+    )
     # A margin of 4 % of the crop: at its border neither has the picture beyond.
     inner = paste(target, faces, white(faces), mask_type="box", feather=0.04)[1][0].numpy() == 1
     ours = out[0].numpy()
-    return psnr(ours[inner], truth[inner]), psnr(theirs[inner], truth[inner]), shift_between(ours, truth, inner)
+    return (
+        psnr(ours[inner], truth[inner]),
+        psnr(theirs[inner], truth[inner]),
+        shift_between(ours, truth, inner),
+    )
 
 
 def shift_between(one: np.ndarray, other: np.ndarray, inner: np.ndarray) -> float:
-    """Pixels by which `one` is shifted, in the largest upright square of the mask: phase correlation, its plane of phases fitted by
-    least squares over the low frequencies, which every crop holds (Stone et al. 2001)."""
+    """Pixels by which `one` is shifted, in the largest upright square of the mask: phase
+    correlation, its plane of phases fitted by least squares over the low frequencies, which every
+    crop holds (Stone et al. 2001).
+    """
     rows, columns = np.flatnonzero(inner.any(1)), np.flatnonzero(inner.any(0))
     y, x, half = int(rows.mean()), int(columns.mean()), int(len(rows) * 0.24)
     window = np.hanning(2 * half)[:, None] * np.hanning(2 * half)
     first, second = (
         np.fft.fft2(window * (square - square.mean()))
-        for square in (picture[y - half : y + half, x - half : x + half, 1].astype(np.float64) for picture in (one, other))
+        for square in (
+            picture[y - half : y + half, x - half : x + half, 1].astype(np.float64)
+            for picture in (one, other)
+        )
     )
     cross = first * second.conj()
     v, u = np.meshgrid(np.fft.fftfreq(2 * half), np.fft.fftfreq(2 * half), indexing="ij")
     low = (np.abs(u) < 0.125) & (np.abs(v) < 0.125)
     weight = np.sqrt(np.abs(cross[low]))
     plane = np.stack([u[low], v[low]], 1) * (2 * np.pi * weight[:, None])
-    return float(np.linalg.norm(np.linalg.lstsq(plane, np.angle(cross[low]) * weight, rcond=None)[0]))
+    return float(
+        np.linalg.norm(np.linalg.lstsq(plane, np.angle(cross[low]) * weight, rcond=None)[0])
+    )
 
 
 def test_the_measure_of_shift_finds_one(portrait: Tensor) -> None:
     picture = cv2.GaussianBlur(portrait[0, 300:700, 300:700].numpy(), (0, 0), 1)
-    moved = cv2.warpAffine(picture, np.array([[1, 0, 0.5], [0, 1, 0]]), (400, 400), flags=cv2.INTER_CUBIC)
+    moved = cv2.warpAffine(
+        picture, np.array([[1, 0, 0.5], [0, 1, 0]]), (400, 400), flags=cv2.INTER_CUBIC
+    )
     assert shift_between(moved, picture, np.ones((400, 400), bool)) == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize(
     ("side", "degrees", "scale"),
     [
-        *((side, degrees, 1) for side in (128, 256, 400, 512, 700, 1000) for degrees in (0, 7, -50)),
+        *(
+            (side, degrees, 1)
+            for side in (128, 256, 400, 512, 700, 1000)
+            for degrees in (0, 7, -50)
+        ),
         *((side, 20, scale) for side in (128, 300, 900) for scale in (0.5, 1.5)),
         (512, 20, 0.5),
         (300, 170, 2),
         (128, -7, 4),
     ],
 )
-def test_identity_comes_back_no_worse_than_through_opencv(side: float, degrees: float, scale: float, portrait: Tensor) -> None:
-    ours, theirs, shift = there_and_back(portrait[0].numpy(), placed(side, degrees, (512.3, 511.9)), scale)
+def test_identity_comes_back_no_worse_than_through_opencv(
+    side: float, degrees: float, scale: float, portrait: Tensor
+) -> None:
+    ours, theirs, shift = there_and_back(
+        portrait[0].numpy(), placed(side, degrees, (512.3, 511.9)), scale
+    )
     assert ours > theirs - 0.01
     assert shift < 0.02
 
@@ -137,10 +177,13 @@ def test_identity_comes_back_no_worse_than_through_opencv(side: float, degrees: 
 def test_a_smooth_face_comes_back_no_worse_than_through_opencv(
     name: str, side: float, degrees: float, data: Path, load_picture: Callable[[Path], Tensor]
 ) -> None:
-    """Turned little and enlarged 1.3 to 1.6 times, the waves that cubic interpolation leaves on smooth skin are aliased to ones that
-    the picture may have."""
+    """Turned little and enlarged 1.3 to 1.6 times, the waves that cubic interpolation leaves on
+    smooth skin are aliased to ones that the picture may have.
+    """
     smooth = load_picture(data / "images" / "portraits" / f"{name}.jpg")
-    ours, theirs, shift = there_and_back(smooth[0].numpy(), placed(side, degrees, (512.3, 511.9)), 1)
+    ours, theirs, shift = there_and_back(
+        smooth[0].numpy(), placed(side, degrees, (512.3, 511.9)), 1
+    )
     assert ours > theirs - 0.01
     assert shift < 0.02
 
@@ -164,8 +207,16 @@ def test_a_face_of_2000_px_comes_back_no_worse_than_through_opencv(portrait: Ten
 
 
 @settings(deadline=None, max_examples=5)
-@given(st.floats(100, 700), st.floats(-180, 180), st.floats(450, 570), st.floats(450, 570), st.sampled_from([0.5, 1, 1.5]))
-def test_any_similarity_comes_back(portrait: Tensor, side: float, degrees: float, x: float, y: float, scale: float) -> None:
+@given(
+    st.floats(100, 700),
+    st.floats(-180, 180),
+    st.floats(450, 570),
+    st.floats(450, 570),
+    st.sampled_from([0.5, 1, 1.5]),
+)
+def test_any_similarity_comes_back(
+    portrait: Tensor, side: float, degrees: float, x: float, y: float, scale: float
+) -> None:
     ours, theirs, shift = there_and_back(portrait[0].numpy(), placed(side, degrees, (x, y)), scale)
     assert ours > theirs - 0.01
     assert shift < 0.02
@@ -247,7 +298,9 @@ def test_a_face_that_is_not_finite_is_left_and_named_and_the_others_are_pasted(
     assert out[0, 120, 160].allclose(torch.tensor(1.0))
 
 
-def test_a_face_without_a_place_is_left_out(noise: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_face_without_a_place_is_left_out(
+    noise: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
     faces = found(noise, [placed(60, 0, (60, 60))], crop=64)
     for matrix in (((0.0, 0.0, 5.0), (0.0, 0.0, 5.0)), ((math.nan, 0.0, 0.0), (0.0, 1.0, 0.0))):
         lost = replace(faces, faces=(replace(faces.faces[0], matrix=matrix),))
@@ -270,10 +323,19 @@ def test_the_type_of_the_picture_stays(dtype: torch.dtype, noise: Tensor) -> Non
 
 @pytest.mark.parametrize("mask_type", ["ellipse", "box", "parsing"])
 @pytest.mark.parametrize("feather", [0.0, 0.1, 0.5])
-def test_result_is_the_mask_s_mixture_and_fades_to_nothing_at_the_crops_border(mask_type: str, feather: float) -> None:
+def test_result_is_the_mask_s_mixture_and_fades_to_nothing_at_the_crops_border(
+    mask_type: str, feather: float
+) -> None:
     image = torch.full((1, 300, 300, 3), 0.25)
     faces = found(image, [placed(160, 25, (150, 140))], crop=256)
-    out, mask = paste(image, faces, white(faces), mask_type=mask_type, feather=feather, parse=lambda crops: torch.ones(len(crops), 64, 64))
+    out, mask = paste(
+        image,
+        faces,
+        white(faces),
+        mask_type=mask_type,
+        feather=feather,
+        parse=lambda crops: torch.ones(len(crops), 64, 64),
+    )
     torch.testing.assert_close(out, 0.25 + 0.75 * mask[..., None].expand_as(out), atol=1e-5, rtol=0)
     assert mask.max() == pytest.approx(1, abs=1e-4) if feather < 0.5 else mask.max() > 0.5
     (a, b, c), (d, e, f) = faces.faces[0].matrix
@@ -282,7 +344,8 @@ def test_result_is_the_mask_s_mixture_and_fades_to_nothing_at_the_crops_border(m
     border = torch.stack([u, 1 - u, v, 1 - v]).amin(0)
     assert not mask[0][border < 0].any()
     if feather:
-        # No step that an eye could see: from a pixel to the next the weight changes by no more than a ramp of that width has.
+        # No step that an eye could see: from a pixel to the next the weight changes by no more than
+        # a ramp of that width has.
         steps = torch.stack([mask[0].diff(dim=0)[:, :-1], mask[0].diff(dim=1)[:-1]]).abs().max()
         assert steps < 2.2 / (feather * 160)
 
@@ -333,12 +396,21 @@ def test_overlapping_faces_share_by_weight_in_any_order(noise: Tensor) -> None:
     results = []
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
         faces = found(noise, [matrices[i] for i in order], crop=64)
-        results.append(paste(noise, faces, shades[order][:, None, None, None].expand(3, 64, 64, 3), mask_type="ellipse"))
+        results.append(
+            paste(
+                noise,
+                faces,
+                shades[order][:, None, None, None].expand(3, 64, 64, 3),
+                mask_type="ellipse",
+            )
+        )
     for out, mask in results[1:]:
         torch.testing.assert_close(out, results[0][0], atol=1e-6, rtol=0)
         torch.testing.assert_close(mask, results[0][1], atol=1e-6, rtol=0)
     twins = found(noise, matrices[:1] * 2, crop=64)
-    halves, _ = paste(noise, twins, torch.stack([torch.zeros(64, 64, 3), torch.ones(64, 64, 3)]), mask_type="box")
+    halves, _ = paste(
+        noise, twins, torch.stack([torch.zeros(64, 64, 3), torch.ones(64, 64, 3)]), mask_type="box"
+    )
     assert halves[0, 100, 100].allclose(torch.tensor(0.5), atol=1e-6)
 
 
@@ -349,7 +421,9 @@ def test_frames_are_pasted_in_a_batch_as_they_are_alone() -> None:
     out, _mask = paste(images, faces, white(faces), mask_type="ellipse")
     assert torch.equal(out[1:3], images[1:3])
     alone = found(images[3:], [matrices[0], matrices[2]], crop=64)
-    torch.testing.assert_close(out[3:], paste(images[3:], alone, white(alone), mask_type="ellipse")[0], atol=0, rtol=0)
+    torch.testing.assert_close(
+        out[3:], paste(images[3:], alone, white(alone), mask_type="ellipse")[0], atol=0, rtol=0
+    )
 
 
 def test_grey_takes_the_brightness_and_alpha_stays() -> None:
@@ -448,10 +522,16 @@ def test_a_picture_8000_px_wide(portrait: Tensor) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"images": torch.zeros(2, 200, 240, 3)}, r"`image` holds 2 pictures and `faces` come from 1"),
+        (
+            {"images": torch.zeros(2, 200, 240, 3)},
+            r"`image` holds 2 pictures and `faces` come from 1",
+        ),
         ({"images": torch.zeros(1, 240, 200, 3)}, r"`image` is 200 x 240 px .* 240 x 200 px"),
         ({"images": torch.zeros(200, 240, 3)}, r"`image` has 3 dimensions"),
-        ({"images": torch.zeros(1, 200, 240, 0)}, r"`image` is \(1, 200, 240, 0\), which holds no colour channel"),
+        (
+            {"images": torch.zeros(1, 200, 240, 0)},
+            r"`image` is \(1, 200, 240, 0\), which holds no colour channel",
+        ),
         ({"restored": torch.zeros(2, 64, 64, 3)}, r"`restored` holds 2 crops and `faces` 1 faces"),
         ({"restored": torch.zeros(1, 64, 64, 4)}, r"`restored` is \(1, 64, 64, 4\)"),
         ({"mask_type": "round"}, r"`mask_type` is 'round'"),
@@ -459,13 +539,24 @@ def test_a_picture_8000_px_wide(portrait: Tensor) -> None:
         ({"color_match": "hue"}, r"`color_match` is 'hue'"),
         ({"keep": torch.zeros(3, 200, 240)}, r"`keep` is \(3, 200, 240\) for 1 pictures"),
         ({"keep": torch.zeros(1, 0, 240)}, r"`keep` is \(1, 0, 240\) for 1 pictures"),
-        ({"restored": torch.zeros(1, 0, 0, 3)}, r"`restored` is \(1, 0, 0, 3\), which holds no pixel"),
+        (
+            {"restored": torch.zeros(1, 0, 0, 3)},
+            r"`restored` is \(1, 0, 0, 3\), which holds no pixel",
+        ),
         ({"images": torch.zeros(1, 200, 0, 3)}, r"`image` is 0 x 200 px"),
     ],
 )
-def test_what_does_not_fit_is_said_in_one_sentence(changes: dict[str, object], sentence: str, noise: Tensor) -> None:
+def test_what_does_not_fit_is_said_in_one_sentence(
+    changes: dict[str, object], sentence: str, noise: Tensor
+) -> None:
     faces = found(noise, [placed(60, 0, (60, 60))], crop=64)
-    arguments = {"images": noise, "faces": faces, "restored": white(faces), "mask_type": "box", **changes}
+    arguments = {
+        "images": noise,
+        "faces": faces,
+        "restored": white(faces),
+        "mask_type": "box",
+        **changes,
+    }
     with pytest.raises(OSDFaceError, match=sentence):
         paste(**arguments)  # type: ignore[arg-type]
 
@@ -473,13 +564,18 @@ def test_what_does_not_fit_is_said_in_one_sentence(changes: dict[str, object], s
 @pytest.mark.parametrize(
     ("harm", "sentence"),
     [
-        ({"crops": torch.zeros(3, 64, 64, 3)}, r"`faces` hold 1 faces and crops \(3, 64, 64, 3\); \(1, 64, 64, 3\) are wanted"),
+        (
+            {"crops": torch.zeros(3, 64, 64, 3)},
+            r"`faces` hold 1 faces and crops \(3, 64, 64, 3\); \(1, 64, 64, 3\) are wanted",
+        ),
         ({"crop_size": 0, "crops": torch.zeros(1, 0, 0, 3)}, r"in crops of 0 px; no face does"),
         ({"frames": 0}, r"`faces` name picture 0 of a batch of 0"),
         ({"width": 0}, r"`faces` come from a picture of 0 x 200 px"),
     ],
 )
-def test_faces_that_are_not_whole_are_refused(harm: dict[str, object], sentence: str, noise: Tensor) -> None:
+def test_faces_that_are_not_whole_are_refused(
+    harm: dict[str, object], sentence: str, noise: Tensor
+) -> None:
     faces = replace(found(noise, [placed(60, 0, (60, 60))], crop=64), **harm)  # type: ignore[arg-type]
     with pytest.raises(OSDFaceError, match=sentence):
         paste(noise, faces, torch.zeros(1, 64, 64, 3), mask_type="box")
@@ -487,9 +583,13 @@ def test_faces_that_are_not_whole_are_refused(harm: dict[str, object], sentence:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e-4, 1e4, 1e9, 1e30, 1e200])
 @pytest.mark.parametrize("color_match", ["none", "wavelet"])
-def test_a_face_of_no_possible_size_takes_neither_time_nor_memory(scale: float, color_match: str, noise: Tensor) -> None:
+def test_a_face_of_no_possible_size_takes_neither_time_nor_memory(
+    scale: float, color_match: str, noise: Tensor
+) -> None:
     faces = found(noise, [placed(60, 0, (60, 60))], crop=64)
-    faces = replace(faces, faces=(replace(faces.faces[0], matrix=((scale, 0.0, 30.0), (0.0, scale, 40.0))),))
+    faces = replace(
+        faces, faces=(replace(faces.faces[0], matrix=((scale, 0.0, 30.0), (0.0, scale, 40.0))),)
+    )
     out, mask = paste(noise, faces, white(faces), mask_type="box", color_match=color_match)
     assert out is noise
     assert not mask.any()
@@ -510,7 +610,9 @@ def test_pixels_that_are_not_numbers_spoil_no_others(color_match: str, noise: Te
     image = noise.clone()
     image[0, 50, 50], image[0, 70, 60] = torch.nan, torch.inf
     faces = found(noise, [placed(60, 0, (60, 60))], crop=64)
-    out, mask = paste(image, faces, white(faces), mask_type="box", color_match=color_match, keep_detail=0.5)
+    out, mask = paste(
+        image, faces, white(faces), mask_type="box", color_match=color_match, keep_detail=0.5
+    )
     assert (out.isfinite() == image.isfinite()).all()
     assert bool(mask.isfinite().all())
 
@@ -520,7 +622,13 @@ def test_progress_counts_every_face_and_can_stop_the_job(noise: Tensor) -> None:
     restored = white(faces)
     restored[0] = faces.crops[0]
     done: list[int] = []
-    paste(noise, faces, restored, mask_type="box", progress=lambda count, picture=None: done.append(count))
+    paste(
+        noise,
+        faces,
+        restored,
+        mask_type="box",
+        progress=lambda count, picture=None: done.append(count),
+    )
     assert sum(done) == 2
 
     def stop(count: int, picture: Tensor | None = None) -> None:

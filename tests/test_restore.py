@@ -1,4 +1,6 @@
-"""OSDFaceRestore in a real ComfyUI, with small networks in place of the embedder, the UNet and the VAE; detection is the real one."""
+"""OSDFaceRestore in a real ComfyUI, with small networks in place of the embedder, the UNet and the
+VAE; detection is the real one.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,22 @@ pytestmark = [pytest.mark.host, pytest.mark.full]
 
 VRE, LORA, PARSER = "associate_2.ckpt", "pytorch_lora_weights.safetensors", "parsing_parsenet.pth"
 WIDGETS = {
-    "vre_name": VRE, "lora_name": LORA, "detector": "retinaface_mobile0.25", "select": "all", "order": "left to right", "indices": "0",
-    "max_faces": 0, "min_size": 24, "confidence": 0.9, "any_angle": False, "crop_size": 512, "smoothing": 0.0, "strength": 1.0,
-    "mask_type": "ellipse", "feather": 0.1, "color_match": "none",
+    "vre_name": VRE,
+    "lora_name": LORA,
+    "detector": "retinaface_mobile0.25",
+    "select": "all",
+    "order": "left to right",
+    "indices": "0",
+    "max_faces": 0,
+    "min_size": 24,
+    "confidence": 0.9,
+    "any_angle": False,
+    "crop_size": 512,
+    "smoothing": 0.0,
+    "strength": 1.0,
+    "mask_type": "ellipse",
+    "feather": 0.1,
+    "color_match": "none",
 }
 CHOICE = ("select", "order", "indices", "max_faces", "min_size")
 
@@ -44,8 +59,12 @@ def no_gradients() -> Any:
 
 @pytest.fixture
 def small(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Networks of a few operations that see the whole crop and the prompts; `calls` says which ran, `broken` which crop comes out NaN."""
-    seen = SimpleNamespace(calls=[], broken=None, half=False, model=Model(), vae=Model(), hook=lambda name: None)
+    """Networks of a few operations that see the whole crop and the prompts; `calls` says which ran,
+    `broken` which crop comes out NaN.
+    """
+    seen = SimpleNamespace(
+        calls=[], broken=None, half=False, model=Model(), vae=Model(), hook=lambda name: None
+    )
 
     def ran(name: str) -> None:
         seen.calls.append(name)
@@ -67,7 +86,10 @@ def small(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
         def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
             ran("denoise")
-            return latents.flip(1) * 0.7 + prompts.mean((1, 2))[:, None, None, None] * self.strength * timestep / 999
+            return (
+                latents.flip(1) * 0.7
+                + prompts.mean((1, 2))[:, None, None, None] * self.strength * timestep / 999
+            )
 
         def decode(self, latents: Tensor) -> Tensor:
             ran("decode")
@@ -83,7 +105,9 @@ def small(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         def out_of_memory(self, error: BaseException) -> bool:
             return False
 
-    monkeypatch.setattr(host.host, "embedder", lambda name, faces: (Embedder(), torch.device("cpu")))
+    monkeypatch.setattr(
+        host.host, "embedder", lambda name, faces: (Embedder(), torch.device("cpu"))
+    )
     monkeypatch.setattr(host.host, "HostBackbone", Backbone)
     return seen
 
@@ -97,15 +121,24 @@ def portrait(data: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
 def group(data: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
     """Two faces side by side, at (1,270,640,3)."""
     picture = load_picture(data / "images" / "cc0_mosaic_6faces_1080p.png")
-    return F.interpolate(picture[:, :540, :1280].movedim(-1, 1), scale_factor=0.5, mode="area").movedim(1, -1).contiguous()
+    return (
+        F.interpolate(picture[:, :540, :1280].movedim(-1, 1), scale_factor=0.5, mode="area")
+        .movedim(1, -1)
+        .contiguous()
+    )
 
 
 @pytest.fixture
 def parser(host: Any, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A face parser's file of noise; in place of its minutes on a CPU, what is bright is taken for face."""
+    """A face parser's file of noise; in place of its minutes on a CPU, what is bright is taken for
+    face.
+    """
     scope = vars(sys.modules[host.nodes["FacePasteBack"].__module__])
     with torch.inference_mode(False):
-        torch.save(scope["ParseNet"]().state_dict(), path := host.base / "models" / "facedetection" / PARSER)
+        torch.save(
+            scope["ParseNet"]().state_dict(),
+            path := host.base / "models" / "facedetection" / PARSER,
+        )
 
     def bright(crops: Tensor, network: Any, out_of_memory: Any) -> Tensor:
         assert isinstance(network, scope["ParseNet"])
@@ -120,26 +153,41 @@ def parser(host: Any, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -
 
 
 def restore(host: Any, small: SimpleNamespace, image: Tensor, **changed: Any) -> Any:
-    return host.nodes["OSDFaceRestore"].execute(image=image, model=small.model, vae=small.vae, **WIDGETS | changed)
+    return host.nodes["OSDFaceRestore"].execute(
+        image=image, model=small.model, vae=small.vae, **WIDGETS | changed
+    )
 
 
-def four_nodes(host: Any, small: SimpleNamespace, image: Tensor, **changed: Any) -> tuple[Tensor, Tensor, str]:
+def four_nodes(
+    host: Any, small: SimpleNamespace, image: Tensor, **changed: Any
+) -> tuple[Tensor, Tensor, str]:
     widgets = WIDGETS | changed
 
     def some(*names: str) -> dict[str, Any]:
         return {name: widgets[name] for name in names}
 
     found = host.nodes["FaceDetectAlign"].execute(
-        image=image, max_size=0, **some(*CHOICE, "detector", "confidence", "any_angle", "crop_size", "smoothing")
+        image=image,
+        max_size=0,
+        **some(*CHOICE, "detector", "confidence", "any_angle", "crop_size", "smoothing"),
     )
     faces, crops, _, _, report = found.args
     prompts = host.nodes["OSDFaceVRE"].execute(crops=crops, vre_name=widgets["vre_name"]).args[0]
     step = host.nodes["OSDFaceOneStep"].execute(
-        model=small.model, vae=small.vae, crops=crops, conditioning=prompts, lora_name=widgets["lora_name"], lora_strength=1.0,
-        timestep=399, faces_per_batch=0,
+        model=small.model,
+        vae=small.vae,
+        crops=crops,
+        conditioning=prompts,
+        lora_name=widgets["lora_name"],
+        lora_strength=1.0,
+        timestep=399,
+        faces_per_batch=0,
     )
     pasted = host.nodes["FacePasteBack"].execute(
-        image=image, faces=faces, restored=step.args[0], keep=widgets.get("keep"),
+        image=image,
+        faces=faces,
+        restored=step.args[0],
+        keep=widgets.get("keep"),
         **some("strength", "mask_type", "feather", "color_match"),
     )
     return (*pasted.args, report)
@@ -149,16 +197,37 @@ def four_nodes(host: Any, small: SimpleNamespace, image: Tensor, **changed: Any)
     "changed",
     [
         {},
-        {"select": "by index", "indices": "1", "crop_size": 576, "strength": 0.6, "feather": 0.3, "color_match": "wavelet"},
-        {"order": "largest first", "max_faces": 1, "min_size": 60, "mask_type": "box", "color_match": "mean-std"},
+        {
+            "select": "by index",
+            "indices": "1",
+            "crop_size": 576,
+            "strength": 0.6,
+            "feather": 0.3,
+            "color_match": "wavelet",
+        },
+        {
+            "order": "largest first",
+            "max_faces": 1,
+            "min_size": 60,
+            "mask_type": "box",
+            "color_match": "mean-std",
+        },
         {"mask_type": "parsing", "confidence": 0.5},
     ],
 )
-def test_the_picture_is_that_of_the_four_nodes(changed: dict[str, Any], host: Any, small: Any, group: Tensor, parser: Path) -> None:
+def test_the_picture_is_that_of_the_four_nodes(
+    changed: dict[str, Any], host: Any, small: Any, group: Tensor, parser: Path
+) -> None:
     """A video of three frames with an alpha channel, part of which is kept."""
     alpha = torch.rand(3, *group.shape[1:3], 1, generator=torch.Generator().manual_seed(1))
-    image = torch.cat([group.expand(3, -1, -1, -1) * torch.tensor([1.0, 0.9, 0.8])[:, None, None, None], alpha], -1)
-    changed = changed | {"smoothing": 0.5, "keep": (torch.arange(group.shape[2]) % 64 < 20).float().expand(1, *group.shape[1:3])}
+    image = torch.cat(
+        [group.expand(3, -1, -1, -1) * torch.tensor([1.0, 0.9, 0.8])[:, None, None, None], alpha],
+        -1,
+    )
+    changed = changed | {
+        "smoothing": 0.5,
+        "keep": (torch.arange(group.shape[2]) % 64 < 20).float().expand(1, *group.shape[1:3]),
+    }
     image_out, mask, both, report = restore(host, small, image, **changed).args
     wanted_image, wanted_mask, wanted_report = four_nodes(host, small, image, **changed)
     assert torch.equal(image_out, wanted_image)
@@ -168,10 +237,15 @@ def test_the_picture_is_that_of_the_four_nodes(changed: dict[str, Any], host: An
     assert both.shape[0] == 3
 
 
-def test_the_built_in_model_does_the_same_in_one_node_and_in_four(host: Any, portrait: Tensor) -> None:
+def test_the_built_in_model_does_the_same_in_one_node_and_in_four(
+    host: Any, portrait: Tensor
+) -> None:
     """No stand-ins: ComfyUI's own sampler, VAE and memory management."""
     model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
-    real, changed = SimpleNamespace(model=model, vae=vae), {"vre_name": "builtin", "lora_name": "none"}
+    real, changed = (
+        SimpleNamespace(model=model, vae=vae),
+        {"vre_name": "builtin", "lora_name": "none"},
+    )
     image, mask, _, report = restore(host, real, portrait, **changed).args
     wanted_image, wanted_mask, wanted_report = four_nodes(host, real, portrait, **changed)
     assert torch.equal(image, wanted_image)
@@ -185,7 +259,9 @@ def test_without_a_face_the_very_picture_comes_back_and_no_file_is_asked_for(
 ) -> None:
     asked = []
     find = host.host.find
-    monkeypatch.setattr(host.host, "find", lambda name, kind="facedetection": asked.append(name) or find(name, kind))
+    monkeypatch.setattr(
+        host.host, "find", lambda name, kind="facedetection": asked.append(name) or find(name, kind)
+    )
     image = torch.rand(1, 6, 8, 3).repeat_interleave(40, 1).repeat_interleave(40, 2)
     out, mask, both, report = restore(host, small, image, mask_type="parsing").args
     assert out is image
@@ -202,14 +278,19 @@ def test_at_no_strength_nothing_is_restored(host: Any, small: Any, portrait: Ten
     assert not small.calls
 
 
-def test_a_face_that_half_precision_fails_on_is_restored_and_named(host: Any, small: Any, group: Tensor) -> None:
+def test_a_face_that_half_precision_fails_on_is_restored_and_named(
+    host: Any, small: Any, group: Tensor
+) -> None:
     small.broken, small.half = 1, True
     out, mask, _, report = restore(host, small, group).args
     small.broken = None
     whole = restore(host, small, group.clone()).args
     assert torch.equal(out, whole[0])
     assert torch.equal(mask, whole[1])
-    assert "\npicture 0, face 1 came out as NaN in half precision and was computed again in fp32" in report
+    assert (
+        "\npicture 0, face 1 came out as NaN in half precision and was computed again in fp32"
+        in report
+    )
     assert "came out as NaN" not in whole[3]
 
 
@@ -221,15 +302,22 @@ def test_a_face_that_fails_is_left_and_named(host: Any, small: Any, group: Tenso
     assert not mask[..., half:].any()
     assert torch.equal(out[:, :, half:], group[:, :, half:])
     assert mask[..., :half].any()
-    assert "\npicture 0, face 1 came out as NaN and is left as it was: start ComfyUI with --fp32-vae" in report
+    assert (
+        "\npicture 0, face 1 came out as NaN and is left as it was: start ComfyUI with --fp32-vae"
+        in report
+    )
     assert "face 0 came out" not in report
     assert result.ui.as_dict()["text"] == (report,)
 
 
-def test_values_that_are_no_numbers_are_laid_to_the_picture(host: Any, small: Any, portrait: Tensor) -> None:
+def test_values_that_are_no_numbers_are_laid_to_the_picture(
+    host: Any, small: Any, portrait: Tensor
+) -> None:
     broken = portrait.clone()
     broken[0, 115, 222] = torch.nan
-    with pytest.raises(host.error, match=r"^`image` number 0 holds values that are not numbers .* at face 0"):
+    with pytest.raises(
+        host.error, match=r"^`image` number 0 holds values that are not numbers .* at face 0"
+    ):
         restore(host, small, broken)
 
 
@@ -238,8 +326,14 @@ def test_values_that_are_no_numbers_are_laid_to_the_picture(host: Any, small: An
     [
         ({"keep": torch.zeros(2, 512, 512)}, r"^`keep` is \(2, 512, 512\) for 1 pictures"),
         ({"mask_type": "parsing"}, "^`mask_type`: parsing_parsenet.pth is missing"),
-        ({"lora_name": "gone.safetensors"}, "^`lora_name`: gone.safetensors is in none of the model folders"),
-        ({"detector": "retinaface_resnet50"}, "^`detector`: detection_Resnet50_Final.pth is missing"),
+        (
+            {"lora_name": "gone.safetensors"},
+            "^`lora_name`: gone.safetensors is in none of the model folders",
+        ),
+        (
+            {"detector": "retinaface_resnet50"},
+            "^`detector`: detection_Resnet50_Final.pth is missing",
+        ),
         ({"select": "by index", "indices": "one"}, '^`indices` is "one"'),
     ],
 )
@@ -258,12 +352,16 @@ def bar(host: Any) -> Iterator[list[tuple[float, float, Any]]]:
 
     told: list[tuple[float, float, Any]] = []
     before = comfy.utils.PROGRESS_BAR_HOOK
-    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: told.append((value, total, preview)))
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, total, preview, **_: told.append((value, total, preview))
+    )
     yield told
     comfy.utils.set_progress_bar_global_hook(before)
 
 
-def test_one_bar_runs_over_all_stages_and_shows_each_crop(host: Any, small: Any, group: Tensor, bar: list[Any]) -> None:
+def test_one_bar_runs_over_all_stages_and_shows_each_crop(
+    host: Any, small: Any, group: Tensor, bar: list[Any]
+) -> None:
     restore(host, small, group.expand(2, -1, -1, -1))
     values = [value for value, _, _ in bar]
     assert values == sorted(values)
@@ -290,10 +388,15 @@ def test_a_stop_is_heeded_within_a_face_and_the_next_run_works(
     with pytest.raises(management.InterruptProcessingException):
         restore(host, small, image, mask_type="parsing")
     assert stopped == [len(small.calls)], "a network ran after the stop"
-    assert torch.equal(restore(host, small, image, mask_type="parsing").args[0], four_nodes(host, small, image, mask_type="parsing")[0])
+    assert torch.equal(
+        restore(host, small, image, mask_type="parsing").args[0],
+        four_nodes(host, small, image, mask_type="parsing")[0],
+    )
 
 
-def test_a_stop_is_heeded_between_pictures_that_are_searched(host: Any, small: Any, portrait: Tensor, bar: list[Any]) -> None:
+def test_a_stop_is_heeded_between_pictures_that_are_searched(
+    host: Any, small: Any, portrait: Tensor, bar: list[Any]
+) -> None:
     import comfy.utils
 
     management = host.comfy.model_management
@@ -315,14 +418,18 @@ def test_a_turned_widget_runs_anew_only_what_depends_on_it(
     looks = []
     scope = vars(sys.modules[host.nodes["FaceDetectAlign"].__module__])
     find_faces = scope["find_faces"]
-    monkeypatch.setitem(scope, "find_faces", lambda *given, **named: looks.append(1) or find_faces(*given, **named))
+    monkeypatch.setitem(
+        scope, "find_faces", lambda *given, **named: looks.append(1) or find_faces(*given, **named)
+    )
     first = restore(host, small, portrait)
     ran = list(small.calls)
     assert ran == ["embed", "encode", "denoise", "decode"]
     softer = restore(host, small, portrait, strength=0.5, feather=0.3)
     assert small.calls == ran
     assert not torch.equal(softer.args[0], first.args[0])
-    assert torch.equal(softer.args[0], four_nodes(host, small, portrait, strength=0.5, feather=0.3)[0])
+    assert torch.equal(
+        softer.args[0], four_nodes(host, small, portrait, strength=0.5, feather=0.3)[0]
+    )
     small.calls.clear()
     assert len(looks) == 2  # this node's and that of the four
     restore(host, small, portrait, crop_size=576)
@@ -334,7 +441,9 @@ def test_a_turned_widget_runs_anew_only_what_depends_on_it(
     assert (len(looks), small.calls) == (4, ran * 3)
 
 
-def test_a_picture_that_was_written_into_is_looked_at_anew(host: Any, small: Any, portrait: Tensor) -> None:
+def test_a_picture_that_was_written_into_is_looked_at_anew(
+    host: Any, small: Any, portrait: Tensor
+) -> None:
     image = portrait.clone()
     restore(host, small, image)
     image.copy_(image.flip(2))
@@ -344,15 +453,21 @@ def test_a_picture_that_was_written_into_is_looked_at_anew(host: Any, small: Any
     assert torch.equal(mask, truth[1])
 
 
-def test_two_nodes_on_one_picture_do_not_drive_each_other_out(host: Any, small: Any, portrait: Tensor) -> None:
+def test_two_nodes_on_one_picture_do_not_drive_each_other_out(
+    host: Any, small: Any, portrait: Tensor
+) -> None:
     for crop_size in (512, 576, 512, 576):
         restore(host, small, portrait, crop_size=crop_size)
     assert small.calls.count("denoise") == 2
 
 
-def test_if_every_face_fails_the_node_says_so_as_one_step_does(host: Any, small: Any, portrait: Tensor) -> None:
+def test_if_every_face_fails_the_node_says_so_as_one_step_does(
+    host: Any, small: Any, portrait: Tensor
+) -> None:
     small.broken = 0
-    with pytest.raises(host.error, match=r"^Every face \(crops 0\) came out as NaN: start ComfyUI with --fp32-vae"):
+    with pytest.raises(
+        host.error, match=r"^Every face \(crops 0\) came out as NaN: start ComfyUI with --fp32-vae"
+    ):
         restore(host, small, portrait)
 
 
@@ -384,7 +499,9 @@ def test_before_and_after_are_seen_at_once(shape: tuple[int, ...], wanted: tuple
     assert both[:, -10:, -10:].allclose(torch.tensor(0.75))
 
 
-@pytest.mark.parametrize("work", [lambda x, step: before_after(x, x, step), lambda x, step: draw(x, [], [], step)])
+@pytest.mark.parametrize(
+    "work", [lambda x, step: before_after(x, x, step), lambda x, step: draw(x, [], [], step)]
+)
 def test_a_stop_is_heeded_at_each_picture_that_is_drawn(work: Callable[..., Tensor]) -> None:
     seen = []
 
@@ -400,9 +517,15 @@ def test_a_stop_is_heeded_at_each_picture_that_is_drawn(work: Callable[..., Tens
 
 def test_a_changed_file_is_noticed(host: Any, parser: Path) -> None:
     node = host.nodes["OSDFaceRestore"]
-    before = node.fingerprint_inputs(**WIDGETS), node.fingerprint_inputs(**WIDGETS | {"mask_type": "parsing"})
+    before = (
+        node.fingerprint_inputs(**WIDGETS),
+        node.fingerprint_inputs(**WIDGETS | {"mask_type": "parsing"}),
+    )
     parser.write_bytes(parser.read_bytes() + b" ")
-    after = node.fingerprint_inputs(**WIDGETS), node.fingerprint_inputs(**WIDGETS | {"mask_type": "parsing"})
+    after = (
+        node.fingerprint_inputs(**WIDGETS),
+        node.fingerprint_inputs(**WIDGETS | {"mask_type": "parsing"}),
+    )
     assert before[0] == after[0]
     assert before[1] != after[1]
     assert before[0] != node.fingerprint_inputs(**WIDGETS | {"lora_name": "none"})

@@ -1,4 +1,6 @@
-"""The basic workflow and the one node on photographs, over HTTP, in a real ComfyUI server with full-size stand-in weights."""
+"""The basic workflow and the one node on photographs, over HTTP, in a real ComfyUI server with
+full-size stand-in weights.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,20 @@ pytestmark = [pytest.mark.host, pytest.mark.full]
 ROOT = Path(__file__).resolve().parents[1]
 PREVIEW, TEXT = bytes((0, 0, 0, 1)), bytes((0, 0, 0, 3))
 
-# Writes whatever comes in to a file, bit for bit, where a picture would have 8 bits; and notes which weight files are opened.
+# Writes whatever comes in to a file, bit for bit, where a picture would have 8 bits; and notes
+# which weight files are opened.
 KEEP_NODE = """
 import torch, folder_paths, os, safetensors, sys
 def note(path):
     if str(path).endswith((".safetensors", ".ckpt", ".pth")):
         with open(os.path.join(folder_paths.get_output_directory(), "opened.txt"), "a") as file:
             file.write(os.path.basename(path) + chr(10))
-sys.addaudithook(lambda event, args: note(args[0]) if event == "open" and isinstance(args[0], (str, os.PathLike)) else None)
+def opened(event, args):
+    if event == "open" and isinstance(args[0], (str, os.PathLike)):
+        note(args[0])
+
+
+sys.addaudithook(opened)
 safe_open = safetensors.safe_open
 safetensors.safe_open = lambda path, *args, **kwargs: note(path) or safe_open(path, *args, **kwargs)
 class KeepTensor:
@@ -47,7 +55,8 @@ class KeepTensor:
     def VALIDATE_INPUTS(cls, input_types):
         return True
     def keep(self, value, name):
-        torch.save(value.clone() if isinstance(value, torch.Tensor) else value, os.path.join(folder_paths.get_output_directory(), name))
+        kept = value.clone() if isinstance(value, torch.Tensor) else value
+        torch.save(kept, os.path.join(folder_paths.get_output_directory(), name))
         return {"ui": {}}
 NODE_CLASS_MAPPINGS = {"KeepTensor": KeepTensor}
 """
@@ -63,7 +72,14 @@ class Run:
 
     @property
     def error(self) -> str | None:
-        return next((m["data"]["exception_message"].strip() for m in self.messages if m["type"] == "execution_error"), None)
+        return next(
+            (
+                m["data"]["exception_message"].strip()
+                for m in self.messages
+                if m["type"] == "execution_error"
+            ),
+            None,
+        )
 
 
 @dataclass
@@ -71,11 +87,17 @@ class Server:
     address: str
     base: Path
 
-    def queue(self, prompt: dict[str, Any], heard: Callable[[dict[str, Any]], Any] = lambda event: None) -> Run:
+    def queue(
+        self, prompt: dict[str, Any], heard: Callable[[dict[str, Any]], Any] = lambda event: None
+    ) -> Run:
         """Runs a prompt to its end. heard: called with each message."""
         client = str(uuid.uuid4())
         link = websocket.create_connection(f"ws://{self.address}/ws?clientId={client}", timeout=900)
-        answer = requests.post(f"http://{self.address}/prompt", json={"prompt": prompt, "client_id": client}, timeout=60)
+        answer = requests.post(
+            f"http://{self.address}/prompt",
+            json={"prompt": prompt, "client_id": client},
+            timeout=60,
+        )
         assert answer.ok, answer.text
         executed, messages, pictures, texts, start = [], [], 0, {}, time.monotonic()
         while True:
@@ -108,7 +130,12 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(comfyui: Path, populate: Callable[[Path], None], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    comfyui: Path,
+    populate: Callable[[Path], None],
+    data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
     # A ComfyUI in this process, from tests before these, keeps gigabytes that the server wants.
     if management := sys.modules.get("comfy.model_management"):
         management.unload_all_models()
@@ -123,10 +150,16 @@ def server(comfyui: Path, populate: Callable[[Path], None], data: Path, tmp_path
 
 
 def basic(**changed: Any) -> dict[str, Any]:
-    """The shipped basic workflow in API format, with the files that are at hand and widgets `node.input` changed."""
+    """The shipped basic workflow in API format, with the files that are at hand and widgets
+    `node.input` changed.
+    """
     prompt = json.loads((ROOT / "tests" / "osdface_basic_api.json").read_text())
-    here = {"FaceDetectAlign.detector": "retinaface_mobile0.25", "OSDFaceVRE.vre_name": "associate_2.ckpt",
-            "FacePasteBack.mask_type": "ellipse", "LoadImage.image": "astronaut.png"}
+    here = {
+        "FaceDetectAlign.detector": "retinaface_mobile0.25",
+        "OSDFaceVRE.vre_name": "associate_2.ckpt",
+        "FacePasteBack.mask_type": "ellipse",
+        "LoadImage.image": "astronaut.png",
+    }
     for key, value in (here | changed).items():
         kind, name = key.split(".")
         node = next(n for n in prompt.values() if n["class_type"] == kind)
@@ -142,19 +175,27 @@ def node_of(prompt: dict[str, Any], kind: str) -> str:
 def keeping(prompt: dict[str, Any], **values: tuple[str, int]) -> dict[str, Any]:
     """The prompt with outputs written to files: name=(node kind, output)."""
     for name, (kind, output) in values.items():
-        prompt[f"keep_{name}"] = {"class_type": "KeepTensor", "inputs": {"value": [node_of(prompt, kind), output], "name": name}}
+        prompt[f"keep_{name}"] = {
+            "class_type": "KeepTensor",
+            "inputs": {"value": [node_of(prompt, kind), output], "name": name},
+        }
     return prompt
 
 
 @torch.inference_mode()
 def released_path(crops: Tensor, prompts: Tensor, seeded: ModuleType) -> Tensor:
-    """What the paper's formulas give for a crop on diffusers' networks with the LoRA added to the weights."""
+    """What the paper's formulas give for a crop on diffusers' networks with the LoRA added to the
+    weights.
+    """
     import diffusers
 
     _, unet_state, vae_state = seeded.sd21_base()
     lora = seeded.lora()
     for key, down in lora.items():
-        for down_part, up_part in ((".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight")):
+        for down_part, up_part in (
+            (".lora_A.weight", ".lora_B.weight"),
+            (".lora.down.weight", ".lora.up.weight"),
+        ):
             if key.endswith(down_part):
                 module = key.removesuffix(down_part).removeprefix("unet.")
                 up = lora[f"unet.{module}{up_part}"]
@@ -162,29 +203,48 @@ def released_path(crops: Tensor, prompts: Tensor, seeded: ModuleType) -> Tensor:
                 weight += (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(
-            sample_size=64, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True
+            sample_size=64,
+            cross_attention_dim=1024,
+            attention_head_dim=[5, 10, 20, 20],
+            use_linear_projection=True,
         )
         vae = diffusers.AutoencoderKL(
-            block_out_channels=[128, 256, 512, 512], layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4, sample_size=512,
+            block_out_channels=[128, 256, 512, 512],
+            layers_per_block=2,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            sample_size=512,
         )
     unet.load_state_dict(unet_state, assign=True)
     vae.load_state_dict(vae_state, assign=True)
-    # Channels first in memory, as the released code has it: the other order costs torch's group norm four digits on the CPU.
+    # Channels first in memory, as the released code has it: the other order costs torch's group
+    # norm four digits on the CPU.
     latents = vae.encode(crops.movedim(-1, 1).contiguous() * 2 - 1).latent_dist.mode() * 0.18215
     noise = unet(latents, 399, encoder_hidden_states=prompts).sample
-    abar = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod[399].double()
+    abar = (
+        diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        .alphas_cumprod[399]
+        .double()
+    )
     x0 = ((latents - (1 - abar).sqrt() * noise) / abar.sqrt()).float()
     return (vae.decode(x0 / 0.18215).sample.clamp(-1, 1) * 0.5 + 0.5).movedim(1, -1)
 
 
-def test_without_a_face_the_picture_passes_and_no_network_runs(server: Server, data: Path, load_picture: Callable[[Path], Tensor]) -> None:
+def test_without_a_face_the_picture_passes_and_no_network_runs(
+    server: Server, data: Path, load_picture: Callable[[Path], Tensor]
+) -> None:
     from PIL import Image
 
     rng = torch.Generator().manual_seed(0)
-    flat = F.interpolate(torch.rand(1, 3, 6, 6, generator=rng), (300, 401), mode="bilinear")[0].movedim(0, -1)
+    flat = F.interpolate(torch.rand(1, 3, 6, 6, generator=rng), (300, 401), mode="bilinear")[
+        0
+    ].movedim(0, -1)
     Image.fromarray((flat * 255).byte().numpy()).save(server.base / "input" / "flat.png")
-    prompt = keeping(basic(**{"LoadImage.image": "flat.png"}), image=("FacePasteBack", 0), mask=("FacePasteBack", 1))
+    prompt = keeping(
+        basic(**{"LoadImage.image": "flat.png"}),
+        image=("FacePasteBack", 0),
+        mask=("FacePasteBack", 1),
+    )
     run = server.queue(prompt)
     assert run.error is None
     assert torch.equal(server.kept("image"), load_picture(server.base / "input" / "flat.png"))
@@ -196,12 +256,18 @@ def test_without_a_face_the_picture_passes_and_no_network_runs(server: Server, d
 def photograph(**changed: Any) -> dict[str, Any]:
     return keeping(
         basic(**changed),
-        crops=("FaceDetectAlign", 1), count=("FaceDetectAlign", 3), prompts=("OSDFaceVRE", 0), restored=("OSDFaceOneStep", 0),
-        image=("FacePasteBack", 0), mask=("FacePasteBack", 1),
+        crops=("FaceDetectAlign", 1),
+        count=("FaceDetectAlign", 3),
+        prompts=("OSDFaceVRE", 0),
+        restored=("OSDFaceOneStep", 0),
+        image=("FacePasteBack", 0),
+        mask=("FacePasteBack", 1),
     )
 
 
-def test_a_photograph_is_restored(server: Server, data: Path, seeded: ModuleType, load_picture: Callable[[Path], Tensor]) -> None:
+def test_a_photograph_is_restored(
+    server: Server, data: Path, seeded: ModuleType, load_picture: Callable[[Path], Tensor]
+) -> None:
     pytest.importorskip("diffusers", reason="diffusers is the outside truth for the restored crop")
     assert server.queue(photograph()).error is None
     given = load_picture(data / "images" / "astronaut.png")
@@ -227,19 +293,29 @@ def test_a_photograph_is_restored(server: Server, data: Path, seeded: ModuleType
 
 def test_a_turned_widget_runs_what_depends_on_it_and_no_file_is_read_twice(server: Server) -> None:
     assert server.queue(photograph()).error is None
-    files = {"v2-1_512-ema-pruned.safetensors", "associate_2.ckpt", "pytorch_lora_weights.safetensors", "detection_mobilenet0.25_Final.pth"}
+    files = {
+        "v2-1_512-ema-pruned.safetensors",
+        "associate_2.ckpt",
+        "pytorch_lora_weights.safetensors",
+        "detection_mobilenet0.25_Final.pth",
+    }
     assert files <= server.opened()
 
     def ran(**changed: Any) -> set[str]:
         prompt = photograph(**changed)
         run = server.queue(prompt)
         assert run.error is None
-        return {node if node.startswith("keep") else prompt[node]["class_type"] for node in run.executed}
+        return {
+            node if node.startswith("keep") else prompt[node]["class_type"] for node in run.executed
+        }
 
     pasting = {"FacePasteBack", "SaveImage", "keep_image", "keep_mask"}
     assert ran() == set()
     assert ran(**{"FacePasteBack.strength": 0.5}) == pasting
-    assert ran(**{"OSDFaceOneStep.lora_strength": 0.5}) == pasting | {"OSDFaceOneStep", "keep_restored"}
+    assert ran(**{"OSDFaceOneStep.lora_strength": 0.5}) == pasting | {
+        "OSDFaceOneStep",
+        "keep_restored",
+    }
     assert not server.opened()
 
 
@@ -249,11 +325,19 @@ def test_the_one_node_gives_what_the_four_give_in_one_bar(server: Server) -> Non
         four: dict[str, Any] = {}
         for kind in ("FacePasteBack", "OSDFaceOneStep", "OSDFaceVRE", "FaceDetectAlign"):
             four |= prompt[node_of(prompt, kind)]["inputs"]
-        schema = requests.get(f"http://{server.address}/object_info/OSDFaceRestore", timeout=60).json()["OSDFaceRestore"]["input"]
+        schema = requests.get(
+            f"http://{server.address}/object_info/OSDFaceRestore", timeout=60
+        ).json()["OSDFaceRestore"]["input"]
         inputs = {name: four[name] for name in schema["required"]} | changed
         prompt["one"] = {"class_type": "OSDFaceRestore", "inputs": inputs}
-        prompt["keep_one"] = {"class_type": "KeepTensor", "inputs": {"value": ["one", 0], "name": "one"}}
-        prompt["keep_one_mask"] = {"class_type": "KeepTensor", "inputs": {"value": ["one", 1], "name": "one_mask"}}
+        prompt["keep_one"] = {
+            "class_type": "KeepTensor",
+            "inputs": {"value": ["one", 0], "name": "one"},
+        }
+        prompt["keep_one_mask"] = {
+            "class_type": "KeepTensor",
+            "inputs": {"value": ["one", 1], "name": "one_mask"},
+        }
         return prompt
 
     assert server.queue(photograph()).error is None
@@ -268,7 +352,11 @@ def test_the_one_node_gives_what_the_four_give_in_one_bar(server: Server) -> Non
     assert values[-1] == 100
     assert first.pictures == 3  # the crop, restored, and pasted
     assert not server.opened()
-    said = next(m["data"]["output"]["text"][0] for m in first.messages if m["type"] == "executed" and m["data"]["node"] == "one")
+    said = next(
+        m["data"]["output"]["text"][0]
+        for m in first.messages
+        if m["type"] == "executed" and m["data"]["node"] == "one"
+    )
     assert said.startswith("1 face found in 1 picture, 1 chosen.")
     assert first.texts == {"one": said}
 
@@ -279,7 +367,9 @@ def test_the_one_node_gives_what_the_four_give_in_one_bar(server: Server) -> Non
 
 
 def test_a_stop_is_heeded_within_a_face_and_the_next_run_works(server: Server, data: Path) -> None:
-    shutil.copy(data / "images" / "cc0_mosaic_6faces_1080p.png", server.base / "input" / "group.png")
+    shutil.copy(
+        data / "images" / "cc0_mosaic_6faces_1080p.png", server.base / "input" / "group.png"
+    )
     prompt = photograph(**{"LoadImage.image": "group.png"})
     embedder, times = node_of(prompt, "OSDFaceVRE"), []
 
@@ -298,35 +388,76 @@ def test_a_stop_is_heeded_within_a_face_and_the_next_run_works(server: Server, d
     assert server.queue(photograph(**{"LoadImage.image": "flat.png"})).error is None
 
 
-def test_only_the_people_who_were_chosen_change(server: Server, data: Path, load_picture: Callable[[Path], Tensor]) -> None:
-    """Two of the mosaic's six, by Face Select; their crops come back inverted, which anyone would see."""
-    shutil.copy(data / "images" / "cc0_mosaic_6faces_1080p.png", server.base / "input" / "group.png")
-    choice = {"select": "by index", "order": "left to right", "indices": "1,3-3", "max_faces": 0, "min_size": 24, "max_size": 0}
+def test_only_the_people_who_were_chosen_change(
+    server: Server, data: Path, load_picture: Callable[[Path], Tensor]
+) -> None:
+    """Two of the mosaic's six, by Face Select; their crops come back inverted, which anyone would
+    see.
+    """
+    shutil.copy(
+        data / "images" / "cc0_mosaic_6faces_1080p.png", server.base / "input" / "group.png"
+    )
+    choice = {
+        "select": "by index",
+        "order": "left to right",
+        "indices": "1,3-3",
+        "max_faces": 0,
+        "min_size": 24,
+        "max_size": 0,
+    }
     prompt = {
         "load": {"class_type": "LoadImage", "inputs": {"image": "group.png"}},
         "find": {
             "class_type": "FaceDetectAlign",
             "inputs": choice
-            | {"image": ["load", 0], "detector": "retinaface_mobile0.25", "confidence": 0.9, "select": "all", "indices": "0"}
+            | {
+                "image": ["load", 0],
+                "detector": "retinaface_mobile0.25",
+                "confidence": 0.9,
+                "select": "all",
+                "indices": "0",
+            }
             | {"any_angle": False, "crop_size": 512, "smoothing": 0.0},
         },
         "choose": {"class_type": "FaceSelect", "inputs": choice | {"faces": ["find", 0]}},
         "invert": {"class_type": "ImageInvert", "inputs": {"image": ["choose", 1]}},
         "paste": {
             "class_type": "FacePasteBack",
-            "inputs": {"image": ["load", 0], "faces": ["choose", 0], "restored": ["invert", 0], "strength": 1.0, "mask_type": "ellipse"}
+            "inputs": {
+                "image": ["load", 0],
+                "faces": ["choose", 0],
+                "restored": ["invert", 0],
+                "strength": 1.0,
+                "mask_type": "ellipse",
+            }
             | {"feather": 0.1, "color_match": "none"},
         },
-        "keep_group": {"class_type": "KeepTensor", "inputs": {"value": ["paste", 0], "name": "group"}},
-        "keep_rest": {"class_type": "KeepTensor", "inputs": {"value": ["choose", 3], "name": "rest"}},
+        "keep_group": {
+            "class_type": "KeepTensor",
+            "inputs": {"value": ["paste", 0], "name": "group"},
+        },
+        "keep_rest": {
+            "class_type": "KeepTensor",
+            "inputs": {"value": ["choose", 3], "name": "rest"},
+        },
     }
     assert server.queue(prompt).error is None
-    given, pasted = load_picture(data / "images" / "cc0_mosaic_6faces_1080p.png")[0], server.kept("group")[0]
+    given, pasted = (
+        load_picture(data / "images" / "cc0_mosaic_6faces_1080p.png")[0],
+        server.kept("group")[0],
+    )
     assert server.kept("rest").shape == (4, 512, 512, 3)
-    # Six portraits side by side in two rows of three: what is numbered from the left alternates between the rows.
+    # Six portraits side by side in two rows of three: what is numbered from the left alternates
+    # between the rows.
     height, width = given.shape[0] // 2, given.shape[1] // 3
     tiles = [(y * height, x * width) for y in range(2) for x in range(3)]
-    changed = [(pasted[y : y + height, x : x + width] != given[y : y + height, x : x + width]).any(-1).float().mean() for y, x in tiles]
+    changed = [
+        (pasted[y : y + height, x : x + width] != given[y : y + height, x : x + width])
+        .any(-1)
+        .float()
+        .mean()
+        for y, x in tiles
+    ]
     assert sum(float(c) > 0.05 for c in changed) == 2
     assert sum(float(c) == 0 for c in changed) == 4
 
@@ -334,10 +465,21 @@ def test_only_the_people_who_were_chosen_change(server: Server, data: Path, load
 def test_an_error_reaches_the_user_as_one_sentence(server: Server) -> None:
     prompt = basic()
     for key, node in {
-        "split": {"class_type": "ImageScale", "inputs": {
-            "image": [node_of(prompt, "LoadImage"), 0], "upscale_method": "bilinear", "width": 4, "height": 4, "crop": "disabled"}},
+        "split": {
+            "class_type": "ImageScale",
+            "inputs": {
+                "image": [node_of(prompt, "LoadImage"), 0],
+                "upscale_method": "bilinear",
+                "width": 4,
+                "height": 4,
+                "crop": "disabled",
+            },
+        },
         "end": {"class_type": "PreviewImage", "inputs": {"images": ["step", 0]}},
-        "step": {"class_type": "OSDFaceOneStep", "inputs": prompt[node_of(prompt, "OSDFaceOneStep")]["inputs"] | {"crops": ["split", 0]}},
+        "step": {
+            "class_type": "OSDFaceOneStep",
+            "inputs": prompt[node_of(prompt, "OSDFaceOneStep")]["inputs"] | {"crops": ["split", 0]},
+        },
     }.items():
         prompt[key] = node
     for kind in ("FacePasteBack", "SaveImage"):

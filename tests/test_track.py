@@ -30,7 +30,13 @@ SIDE = 400
 
 @pytest.fixture(scope="module")
 def network(data: Path) -> RetinaFace:
-    return build_retinaface(torch.load(data / "weights/detection_mobilenet0.25_Final.pth", map_location="cpu", weights_only=True))
+    return build_retinaface(
+        torch.load(
+            data / "weights/detection_mobilenet0.25_Final.pth",
+            map_location="cpu",
+            weights_only=True,
+        )
+    )
 
 
 def portrait(data: Path, number: int) -> Path:
@@ -48,7 +54,9 @@ def motion(t: float) -> Affine:
 
 def film(image: Tensor, frames: int) -> Tensor:
     """A noisy 8-bit video (frames,400,400,3) of a picture (1,H,W,3) moved by `motion`."""
-    pixels = torch.stack([warp(image[0].movedim(-1, 0), motion(t), SIDE, SIDE).movedim(0, -1) for t in range(frames)])
+    pixels = torch.stack(
+        [warp(image[0].movedim(-1, 0), motion(t), SIDE, SIDE).movedim(0, -1) for t in range(frames)]
+    )
     pixels = pixels + torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)) * 0.03
     return (pixels.clamp(0, 1) * 255).round() / 255
 
@@ -59,22 +67,31 @@ def corners(matrix: Affine) -> np.ndarray:
 
 
 def jitter_and_lag(matrices: list[Affine]) -> tuple[float, float]:
-    """Of a crop's corners against the place fixed to the moving picture: mean change of the error from frame to frame in pixels, and
-    how many frames it trails (regression of the error on the velocity)."""
+    """Of a crop's corners against the place fixed to the moving picture: mean change of the error
+    from frame to frame in pixels, and how many frames it trails (regression of the error on the
+    velocity).
+    """
     own = np.mean([corners(compose(m, motion(t))) for t, m in enumerate(matrices)], axis=0)
     true = np.array([[apply(motion(t), x, y) for x, y in own] for t in range(len(matrices))])
     error = np.array([corners(m) for m in matrices]) - true
     velocity = (true[2:] - true[:-2]) / 2
-    return float(np.linalg.norm(np.diff(error, axis=0), axis=-1).mean()), float(-(error[1:-1] * velocity).sum() / (velocity**2).sum())
+    return float(np.linalg.norm(np.diff(error, axis=0), axis=-1).mean()), float(
+        -(error[1:-1] * velocity).sum() / (velocity**2).sum()
+    )
 
 
 def seen(x: float, y: float, size: float = 100) -> Detection:
-    landmarks = tuple((x + size * u, y + size * v) for u, v in ((-0.2, -0.1), (0.2, -0.1), (0, 0.1), (-0.15, 0.3), (0.15, 0.3)))
+    landmarks = tuple(
+        (x + size * u, y + size * v)
+        for u, v in ((-0.2, -0.1), (0.2, -0.1), (0, 0.1), (-0.15, 0.3), (0.15, 0.3))
+    )
     return Detection((x - size / 2, y - size / 2, x + size / 2, y + size / 2), landmarks, 0.9)
 
 
 def test_two_people_keep_their_tracks_in_whatever_order_they_are_found() -> None:
-    found = [[seen(100 + 5 * t, 200), seen(500 - 3 * t, 210)][:: 1 if t % 2 else -1] for t in range(20)]
+    found = [
+        [seen(100 + 5 * t, 200), seen(500 - 3 * t, 210)][:: 1 if t % 2 else -1] for t in range(20)
+    ]
     tracks = follow(found, [0] * 20)
     assert len(tracks) == 2
     for track in tracks:
@@ -95,14 +112,21 @@ def test_a_short_miss_is_bridged_in_place(missed: tuple[int, ...]) -> None:
     assert track.bridged == set(missed) and list(track.detections) == list(range(12))
     for t in missed:
         assert track.detections[t].box == pytest.approx(seen(100 + 6 * t, 200 + t, 100 + t).box)
-        assert np.array(track.detections[t].landmarks) == pytest.approx(np.array(seen(100 + 6 * t, 200 + t, 100 + t).landmarks))
+        assert np.array(track.detections[t].landmarks) == pytest.approx(
+            np.array(seen(100 + 6 * t, 200 + t, 100 + t).landmarks)
+        )
 
 
 def test_a_long_miss_is_not_bridged_but_the_number_stays() -> None:
     found = [[] if 5 <= t < 10 else [seen(100, 200)] for t in range(15)]
     (track,) = follow(found, [0] * 15)
     assert list(track.detections) == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
-    assert steadied({t: ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)) for t in track.detections}, set(), 512, 1.0).keys() == track.detections.keys()
+    assert (
+        steadied(
+            {t: ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)) for t in track.detections}, set(), 512, 1.0
+        ).keys()
+        == track.detections.keys()
+    )
 
 
 def test_nobody_takes_the_place_of_a_face_that_was_missed() -> None:
@@ -125,21 +149,43 @@ def test_a_blank_frame_is_passed_over_and_stays_empty() -> None:
 
 
 def test_cuts_are_found_and_motion_and_light_are_none(data: Path, load_picture: Load) -> None:
-    faces = [F.avg_pool2d(load_picture(portrait(data, n)).movedim(-1, 1), 2).movedim(1, -1) for n in (3, 40, 77, 120, 160)]
-    assert shots(thumbnails(torch.cat([f for f in faces for _ in range(2)]))) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    faces = [
+        F.avg_pool2d(load_picture(portrait(data, n)).movedim(-1, 1), 2).movedim(1, -1)
+        for n in (3, 40, 77, 120, 160)
+    ]
+    assert shots(thumbnails(torch.cat([f for f in faces for _ in range(2)]))) == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+        4,
+        4,
+    ]
     moving = film(load_picture(portrait(data, 40)), 12)
     assert shots(thumbnails(moving)) == [0] * 12
-    assert shots(thumbnails(moving[::3] * torch.tensor([1, 0.8, 0.6, 0.8]).view(4, 1, 1, 1))) == [0] * 4
+    assert (
+        shots(thumbnails(moving[::3] * torch.tensor([1, 0.8, 0.6, 0.8]).view(4, 1, 1, 1)))
+        == [0] * 4
+    )
     flash = moving.clone()
     flash[5], flash[8:10] = 0.0, 1.0
     numbers = shots(thumbnails(flash))
     assert [n == 0 for n in numbers] == [t not in (5, 8, 9) for t in range(12)]
-    assert shots(thumbnails(torch.zeros(3, 9, 9, 3))) == [0, 0, 0] and shots(thumbnails(torch.zeros(0, 9, 9, 3))) == []
+    assert (
+        shots(thumbnails(torch.zeros(3, 9, 9, 3))) == [0, 0, 0]
+        and shots(thumbnails(torch.zeros(0, 9, 9, 3))) == []
+    )
 
 
 @given(st.floats(-5, 5), st.floats(-100, 100), st.integers(3, 40), st.floats(0.1, 1e4))
 @settings(deadline=None)
-def test_even_motion_passes_unchanged(speed: float, start: float, count: int, strength: float) -> None:
+def test_even_motion_passes_unchanged(
+    speed: float, start: float, count: int, strength: float
+) -> None:
     line = start + speed * np.arange(count)
     np.testing.assert_allclose(whittaker(line, np.ones(count), strength), line, atol=1e-3)
 
@@ -180,33 +226,49 @@ def test_no_smoothing_changes_nothing_and_a_turn_through_180_degrees_is_smooth()
         assert np.abs(corners(matrix) - corners(matrices[t])).max() < 12
 
 
-def test_a_steadied_crop_jitters_a_third_as_much_and_does_not_trail(data: Path, network: RetinaFace, load_picture: Load) -> None:
+def test_a_steadied_crop_jitters_a_third_as_much_and_does_not_trail(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
     images = film(load_picture(portrait(data, 5)), 40)
     measured = {}
     for smoothing in (0.0, 0.5):
         found = find_faces(images, network, smoothing=smoothing)
-        assert [face.frame for face in found.faces.faces] == list(range(40)) and {face.number for face in found.faces.faces} == {0}
+        assert [face.frame for face in found.faces.faces] == list(range(40)) and {
+            face.number for face in found.faces.faces
+        } == {0}
         measured[smoothing] = jitter_and_lag([face.matrix for face in found.faces.faces])
     assert measured[0.0][0] > 3 * measured[0.5][0]
     assert abs(measured[0.5][1]) < 1
 
 
-def test_a_cut_is_never_crossed_and_a_blank_frame_has_no_face(data: Path, network: RetinaFace, load_picture: Load) -> None:
+def test_a_cut_is_never_crossed_and_a_blank_frame_has_no_face(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
     first, second = (film(load_picture(portrait(data, n)), 12) for n in (5, 120))
     images = torch.cat([first, second])
     images[6] = 0.0
     options = {"smoothing": 0.8, "choice": Choice("by index", indices="0")}
     whole = find_faces(images, network, **options).faces.faces  # type: ignore[arg-type]
     assert sorted(face.frame for face in whole) == [t for t in range(24) if t != 6]
-    alone = [find_faces(part, network, **options).faces.faces for part in (images[:12], images[12:])]  # type: ignore[arg-type]
+    alone = [
+        find_faces(part, network, **options).faces.faces for part in (images[:12], images[12:])
+    ]  # type: ignore[arg-type]
     for part, faces in ((0, alone[0]), (12, alone[1])):
         by_frame: dict[int, Face] = {face.frame: face for face in whole}
         for face in faces:
-            np.testing.assert_allclose(corners(by_frame[face.frame + part].matrix), corners(face.matrix), atol=0.05)
+            np.testing.assert_allclose(
+                corners(by_frame[face.frame + part].matrix), corners(face.matrix), atol=0.05
+            )
 
 
-def test_a_steadied_faces_landmarks_give_its_matrix(data: Path, network: RetinaFace, load_picture: Load) -> None:
+def test_a_steadied_faces_landmarks_give_its_matrix(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
     from osdface_core.pictures.resampling import similarity
 
-    for face in find_faces(film(load_picture(portrait(data, 60)), 6), network, smoothing=0.7).everyone:
-        np.testing.assert_allclose(corners(similarity(face.landmarks, 512)), corners(face.matrix), atol=0.01)
+    for face in find_faces(
+        film(load_picture(portrait(data, 60)), 6), network, smoothing=0.7
+    ).everyone:
+        np.testing.assert_allclose(
+            corners(similarity(face.landmarks, 512)), corners(face.matrix), atol=0.01
+        )

@@ -23,7 +23,9 @@ from osdface_core.errors import OSDFaceError
 from osdface_core.faces.detector_check import drawn_face
 
 for needed in ("accelerate", "diffusers", "peft", "tensorboard"):
-    pytest.importorskip(needed, reason=f"training needs {needed}: pip install -r requirements-dev.txt")
+    pytest.importorskip(
+        needed, reason=f"training needs {needed}: pip install -r requirements-dev.txt"
+    )
 
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
@@ -63,7 +65,9 @@ VAE = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "scaling_factor": 1.0,
 }
-DEGRADATION = {"stages": [{"kernels": {"iso": 1}, "kernel_size": [5, 9], "sigma": [0.5, 2], "shrink": [1, 3]}]}
+DEGRADATION = {
+    "stages": [{"kernels": {"iso": 1}, "kernel_size": [5, 9], "sigma": [0.5, 2], "shrink": [1, 3]}]
+}
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +82,9 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight pictures."""
     folder = tmp_path_factory.mktemp("faces")
     for i in range(8):
-        pixels = drawn_face(22 + 4 * i, SIDE).roll((i % 3 - 1) * 5, dims=1) * torch.tensor([1.0, 0.5 + i / 16, 1 - i / 16])
+        pixels = drawn_face(22 + 4 * i, SIDE).roll((i % 3 - 1) * 5, dims=1) * torch.tensor(
+            [1.0, 0.5 + i / 16, 1 - i / 16]
+        )
         Image.fromarray((pixels * 255).byte().numpy()).save(folder / f"face_{i:03d}.png")
     return folder
 
@@ -95,7 +101,13 @@ def stage1(faces: Path, folder: Path, **changes: Any) -> Path:
             "part": "lq",
             "run": {"folder": str(folder / "run"), "steps": 4, "batch": 4, **QUIET},
             "data": {"folder": str(faces), "size": SIDE},
-            "vre": {"channels": 32, "multipliers": [1, 1], "features": 32, "codes": 96, "hidden": 32},
+            "vre": {
+                "channels": 32,
+                "multipliers": [1, 1],
+                "features": 32,
+                "codes": 96,
+                "hidden": 32,
+            },
             "optimiser": {"learning_rate": 2e-3, "weight_decay": 0.0},
             "losses": {"gan": 0, "lpips": {"weight": 0}},
             "degradation": DEGRADATION,
@@ -136,34 +148,68 @@ def run(config: Path, stage: str, *changes: str) -> Path:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     assert main([stage, "--config", str(config), *changes]) == 0
-    return Path(next((c.partition("=")[2] for c in changes if c.startswith("run.folder=")), str(config.parent / "run")))
+    return Path(
+        next(
+            (c.partition("=")[2] for c in changes if c.startswith("run.folder=")),
+            str(config.parent / "run"),
+        )
+    )
 
 
 def logged(caplog: pytest.LogCaptureFixture, name: str) -> list[float]:
     """A loss, step by step, from the log."""
-    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step ") and f" {name} " in r.getMessage()]
+    lines = [
+        r.getMessage()
+        for r in caplog.records
+        if r.getMessage().startswith("step ") and f" {name} " in r.getMessage()
+    ]
     return [float(line.split(f" {name} ")[1].split(",")[0]) for line in lines]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     state = torch.load(checkpoints(folder)[-1], weights_only=True)
-    return {f"{name}.{key}": t for name, tensors in state["networks"].items() for key, t in tensors.items()} | {
-        f"average.{name}.{i}": t for name, tensors in state["averages"].items() for i, t in enumerate(tensors)
+    return {
+        f"{name}.{key}": t
+        for name, tensors in state["networks"].items()
+        for key, t in tensors.items()
+    } | {
+        f"average.{name}.{i}": t
+        for name, tensors in state["averages"].items()
+        for i, t in enumerate(tensors)
     }
 
 
-def test_stage_1_learns_eight_pictures_by_heart(faces: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_stage_1_learns_eight_pictures_by_heart(
+    faces: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     config = stage1(faces, tmp_path, restart_every=10, degradation={"stages": []})
-    folder = run(config, "stage1", "run.steps=80", "run.batch=8", "run.log_every=10", "run.samples=4", "run.sample_every=80")
+    folder = run(
+        config,
+        "stage1",
+        "run.steps=80",
+        "run.batch=8",
+        "run.log_every=10",
+        "run.samples=4",
+        "run.sample_every=80",
+    )
     losses = logged(caplog, "lq_l1")
     assert losses[-1] < losses[0] / 3
     assert Image.open(folder / "samples" / "0000080.png").size == (4 * 32, 2 * 32)
 
 
-def test_stage_2_learns_eight_pictures_by_heart(faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_stage_2_learns_eight_pictures_by_heart(
+    faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
-    folder = run(stage2(faces, tmp_path, vre), "stage2", "run.steps=60", "run.batch=8", "run.log_every=10", "run.samples=4")
+    folder = run(
+        stage2(faces, tmp_path, vre),
+        "stage2",
+        "run.steps=60",
+        "run.batch=8",
+        "run.log_every=10",
+        "run.samples=4",
+    )
     losses = logged(caplog, "mse")
     assert losses[-1] < losses[0] / 4
     assert Image.open(folder / "samples" / "0000060.png").size == (4 * SIDE, 3 * SIDE)
@@ -172,11 +218,16 @@ def test_stage_2_learns_eight_pictures_by_heart(faces: Path, vre: Path, tmp_path
 
 OFF = {"ea_dists": {"weight": 0}, "identity": {"weight": 0}}
 PATCH_GAN = {**OFF, "gan": {"weight": 0.1, "discriminator": "patch", "channels": 8, "layers": 2}}
-UNET_GAN = {**OFF, "gan": {"weight": 0.1, "discriminator": "unet", "network": {"config": UNET}, "lora_rank": 2}}
+UNET_GAN = {
+    **OFF,
+    "gan": {"weight": 0.1, "discriminator": "unet", "network": {"config": UNET}, "lora_rank": 2},
+}
 
 
 @pytest.mark.parametrize("gan", [PATCH_GAN, UNET_GAN], ids=["patch", "unet"])
-def test_stage_2_that_was_stopped_goes_on_to_the_same_bits(faces: Path, vre: Path, tmp_path: Path, gan: dict[str, Any]) -> None:
+def test_stage_2_that_was_stopped_goes_on_to_the_same_bits(
+    faces: Path, vre: Path, tmp_path: Path, gan: dict[str, Any]
+) -> None:
     config = stage2(faces, tmp_path, vre, losses=gan, train="lora", lora={"rank": 4, "alpha": 4})
     extra = ("run.batch=2", "run.accumulate=2", "run.checkpoint_every=2")
     whole = weights(run(config, "stage2", f"run.folder={tmp_path / 'whole'}", *extra))
@@ -192,8 +243,20 @@ def test_stage_2_that_was_stopped_goes_on_to_the_same_bits(faces: Path, vre: Pat
 
 
 def test_stage_1_that_was_stopped_goes_on_to_the_same_bits(faces: Path, tmp_path: Path) -> None:
-    config = stage1(faces, tmp_path, part="associate", restart_every=3, losses={"gan": 0.8, "gan_start": 1, "lpips": {"weight": 0}})
-    extra = ("run.batch=2", "run.accumulate=2", "run.checkpoint_every=2", "discriminator_channels=8", "discriminator_layers=2")
+    config = stage1(
+        faces,
+        tmp_path,
+        part="associate",
+        restart_every=3,
+        losses={"gan": 0.8, "gan_start": 1, "lpips": {"weight": 0}},
+    )
+    extra = (
+        "run.batch=2",
+        "run.accumulate=2",
+        "run.checkpoint_every=2",
+        "discriminator_channels=8",
+        "discriminator_layers=2",
+    )
     whole = weights(run(config, "stage1", f"run.folder={tmp_path / 'whole'}", *extra))
     stopped = run(config, "stage1", f"run.folder={tmp_path / 'stopped'}", *extra)
     checkpoints(stopped)[-1].unlink()
@@ -213,7 +276,9 @@ def test_a_run_of_another_configuration_is_refused_and_its_own_stays_written(
     assert (folder / "config.yaml").read_bytes() == before
 
 
-def test_stage_1_keeps_only_the_faces_that_it_shows(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_1_keeps_only_the_faces_that_it_shows(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
@@ -232,20 +297,47 @@ def test_stage_1_keeps_only_the_faces_that_it_shows(faces: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_two_processes_give_what_one_gives(stage: str, faces: Path, vre: Path, tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(
+    stage: str, faces: Path, vre: Path, tmp_path: Path
+) -> None:
     if stage == "stage1":
         losses = {"gan": 0.8, "gan_start": 1, "lpips": {"weight": 0}}
-        config = stage1(faces, tmp_path, part="associate", losses=losses, discriminator_channels=8, restart_every=2)
+        config = stage1(
+            faces,
+            tmp_path,
+            part="associate",
+            losses=losses,
+            discriminator_channels=8,
+            restart_every=2,
+        )
     else:
         config = stage2(faces, tmp_path, vre, losses=UNET_GAN)
-    # Adam makes a step of full size out of a gradient that is rounding alone; with a large epsilon it does not.
+    # Adam makes a step of full size out of a gradient that is rounding alone; with a large epsilon
+    # it does not.
     common = ("run.steps=3", "optimiser.eps=1e-3")
     one = weights(run(config, stage, *common, "run.batch=4", f"run.folder={tmp_path / 'one'}"))
     two = tmp_path / "two"
-    # accelerate launch starts several processes on GPUs only; it takes torch's for the processor, and so do we
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "osdface_core.training"]
+    # accelerate launch starts several processes on GPUs only; it takes torch's for the processor,
+    # and so do we
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "osdface_core.training",
+    ]
     command = [*launch, stage, "--config", str(config), *common, "run.batch=2", f"run.folder={two}"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert torch.load(checkpoints(two)[-1], weights_only=True)["processes"] == 2
     both = weights(two)
@@ -253,16 +345,33 @@ def test_two_processes_give_what_one_gives(stage: str, faces: Path, vre: Path, t
     assert {name for name in one if (one[name] - both[name]).abs().max() > 1e-5} == set()
 
 
-def test_grain_alone_is_trained_where_nothing_else_is(faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_grain_alone_is_trained_where_nothing_else_is(
+    faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     torch.manual_seed(0)
     start = Autoencoder()
-    start.start(torch.stack([torch.from_numpy(np.array(Image.open(p))).movedim(-1, 0) / 127.5 - 1 for p in sorted(faces.iterdir())]))
+    start.start(
+        torch.stack(
+            [
+                torch.from_numpy(np.array(Image.open(p))).movedim(-1, 0) / 127.5 - 1
+                for p in sorted(faces.iterdir())
+            ]
+        )
+    )
     torch.nn.init.normal_(start.decoder.conv_grain.weight, std=1e-3)
     save_file(start.state_dict(), tmp_path / "start.safetensors")
     only = {"mse": 0.0, "energies": 1.0, "energy_lags": [1], **OFF}
     small = {"kind": "builtin", "weights": str(tmp_path / "start.safetensors"), "train": "grain"}
-    config = stage2(faces, tmp_path, vre, train="none", vae=small, losses=only, optimiser={"learning_rate": 1e-2})
+    config = stage2(
+        faces,
+        tmp_path,
+        vre,
+        train="none",
+        vae=small,
+        losses=only,
+        optimiser={"learning_rate": 1e-2},
+    )
     folder = run(config, "stage2", "run.steps=30", "run.batch=8", "run.log_every=10")
     losses = logged(caplog, "energies")
     assert losses[-1] < losses[0]
@@ -271,16 +380,37 @@ def test_grain_alone_is_trained_where_nothing_else_is(faces: Path, vre: Path, tm
     assert changed == {"decoder.conv_grain.weight", "decoder.conv_grain.bias"}
 
 
-def test_a_trained_decoder_keeps_undegraded_pictures_where_it_is_asked_to(faces: Path, vre: Path, tmp_path: Path) -> None:
-    pictures = torch.stack([torch.from_numpy(np.array(Image.open(p))).movedim(-1, 0) / 127.5 - 1 for p in sorted(faces.iterdir())])
+def test_a_trained_decoder_keeps_undegraded_pictures_where_it_is_asked_to(
+    faces: Path, vre: Path, tmp_path: Path
+) -> None:
+    pictures = torch.stack(
+        [
+            torch.from_numpy(np.array(Image.open(p))).movedim(-1, 0) / 127.5 - 1
+            for p in sorted(faces.iterdir())
+        ]
+    )
     file = ROOT / "osdface_core" / "osdface" / "builtin" / "autoencoder.safetensors"
     small = {"kind": "builtin", "weights": str(file), "train": "all"}
     # A degradation that leaves nothing: the decoder would learn that every picture is flat.
     flat = {"stages": [{"kernels": {"none": 1}, "shrink": [SIDE, SIDE], "jpeg_chance": 0.0}]}
 
     def error(weight: float) -> float:
-        config = stage2(faces, tmp_path, vre, vae=small, degradation=flat, losses={"mse": 1.0, "autoencoding": weight, **OFF})
-        folder = run(config, "stage2", "run.steps=20", "run.batch=8", "run.ema=0.0", f"run.folder={tmp_path / str(weight)}")
+        config = stage2(
+            faces,
+            tmp_path,
+            vre,
+            vae=small,
+            degradation=flat,
+            losses={"mse": 1.0, "autoencoding": weight, **OFF},
+        )
+        folder = run(
+            config,
+            "stage2",
+            "run.steps=20",
+            "run.batch=8",
+            "run.ema=0.0",
+            f"run.folder={tmp_path / str(weight)}",
+        )
         network = Autoencoder()
         network.load_state_dict(load_file(folder / "autoencoder.safetensors"))
         with torch.no_grad():
@@ -301,20 +431,30 @@ def test_nothing_to_train_or_grain_of_another_autoencoder_is_refused(
         assert says in capsys.readouterr().err
 
 
-def test_what_is_written_is_read_by_the_embedder_and_by_peft(faces: Path, vre: Path, tmp_path: Path) -> None:
+def test_what_is_written_is_read_by_the_embedder_and_by_peft(
+    faces: Path, vre: Path, tmp_path: Path
+) -> None:
     config = stage2(faces, tmp_path, vre, train="lora", lora={"rank": 4, "alpha": 8})
     folder = run(config, "stage2", "run.steps=2", "run.ema=0")
     embedder = build_embedder(read_embedder(folder / "osdface_vre.safetensors"))
     prompts = embedder(torch.rand(2, 3, SIDE, SIDE))
     assert prompts.shape == (2, 77, 1024)
     before = load_file(vre)
-    assert torch.equal(embedder.state_dict()["encoder.conv_in.weight"], before["vqvae_LQ.encoder.conv_in.weight"])
+    assert torch.equal(
+        embedder.state_dict()["encoder.conv_in.weight"], before["vqvae_LQ.encoder.conv_in.weight"]
+    )
     state = torch.load(checkpoints(folder)[-1], weights_only=True)["networks"]["generator"]
-    assert torch.equal(embedder.state_dict()["projector.conv1.weight"], state["projector.conv1.weight"])
+    assert torch.equal(
+        embedder.state_dict()["projector.conv1.weight"], state["projector.conv1.weight"]
+    )
     lora = load_file(folder / "pytorch_lora_weights.safetensors")
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
-    assert torch.equal(lora[f"unet.{name}.lora.down.weight"], state[f"unet.{name}.lora_A.default.weight"])
-    assert torch.equal(lora[f"unet.{name}.lora.up.weight"], 2 * state[f"unet.{name}.lora_B.default.weight"])
+    assert torch.equal(
+        lora[f"unet.{name}.lora.down.weight"], state[f"unet.{name}.lora_A.default.weight"]
+    )
+    assert torch.equal(
+        lora[f"unet.{name}.lora.up.weight"], 2 * state[f"unet.{name}.lora_B.default.weight"]
+    )
     assert "unet.down_blocks.0.resnets.0.conv1.lora_A.weight" in lora
 
 
@@ -343,7 +483,10 @@ def test_bf16_on_a_processor_without_it_is_warned_of(
         ("run.stepps=3", r"key `stepps` in `run` is unknown; known are folder, steps"),
         ("lamda=3", r"key `lamda` in the configuration is unknown"),
         ("run.steps=many", r"`run.steps` is 'many'; int is wanted"),
-        ("degradation.stages=[{shrimk: [1, 2]}]", r"key `shrimk` in `degradation.stages.0` is unknown"),
+        (
+            "degradation.stages=[{shrimk: [1, 2]}]",
+            r"key `shrimk` in `degradation.stages.0` is unknown",
+        ),
         ("run.precision=fp8", r"`run.precision` is 'fp8'; no or bf16 or fp16 is wanted"),
         ("steps", r"write key=value"),
     ],
@@ -365,15 +508,42 @@ def test_losses_without_their_networks_are_off_and_the_log_says_so(
 
 @pytest.mark.full
 @pytest.mark.parametrize("judge", ["", "unet"])
-def test_a_full_size_step_of_stage_2_fits_in_20_gib(judge: str, stand_ins: Path, data: Path, tmp_path: Path) -> None:
-    """The whole command with the full-size configuration; with a discriminator over Stable Diffusion's own UNet, too."""
+def test_a_full_size_step_of_stage_2_fits_in_20_gib(
+    judge: str, stand_ins: Path, data: Path, tmp_path: Path
+) -> None:
+    """The whole command with the full-size configuration; with a discriminator over Stable
+    Diffusion's own UNet, too.
+    """
     base = stand_ins / "sd21-diffusers"
     if not base.is_dir():
-        pytest.skip(f"no stand-in weights in diffusers' layout at {base}: make them with make_weights.py")
-    command = [sys.executable, "-m", "osdface_core.training", "stage2", "--config", str(CONFIGS / "stage2.yaml")]
-    command += [f"data.folder={data / 'images' / 'portraits'}", f"vre={stand_ins / 'osdface' / 'associate_2.ckpt'}"]
-    command += [f"unet.folder={base}", f"vae.folder={base}", f"lora.start={stand_ins / 'osdface' / 'pytorch_lora_weights.safetensors'}"]
-    command += [f"run.folder={tmp_path}", "run.steps=1", "run.batch=1", "run.cpu=true", "run.workers=0", "run.samples=0"]
+        pytest.skip(
+            f"no stand-in weights in diffusers' layout at {base}: make them with make_weights.py"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "osdface_core.training",
+        "stage2",
+        "--config",
+        str(CONFIGS / "stage2.yaml"),
+    ]
+    command += [
+        f"data.folder={data / 'images' / 'portraits'}",
+        f"vre={stand_ins / 'osdface' / 'associate_2.ckpt'}",
+    ]
+    command += [
+        f"unet.folder={base}",
+        f"vae.folder={base}",
+        f"lora.start={stand_ins / 'osdface' / 'pytorch_lora_weights.safetensors'}",
+    ]
+    command += [
+        f"run.folder={tmp_path}",
+        "run.steps=1",
+        "run.batch=1",
+        "run.cpu=true",
+        "run.workers=0",
+        "run.samples=0",
+    ]
     command += [f"losses.gan.network.folder={base}"] if judge else []
     # Without instructions for bf16 a processor takes hours over it.
     command += [] if computes_in_bf16() else ["run.precision=no", "frozen_precision=fp32"]
@@ -385,5 +555,11 @@ def test_a_full_size_step_of_stage_2_fits_in_20_gib(judge: str, stand_ins: Path,
     lora = parse_lora(load_file(tmp_path / "pytorch_lora_weights.safetensors"))
     before = parse_lora(load_file(stand_ins / "osdface" / "pytorch_lora_weights.safetensors"))
     assert len(lora) == 278
-    assert all(not torch.equal(lora[name].up * lora[name].scale, before[name].up * before[name].scale) for name in lora)
-    assert read_embedder(tmp_path / "osdface_vre.safetensors").keys() >= {"projector.conv1.weight", "encoder.conv_in.weight"}
+    assert all(
+        not torch.equal(lora[name].up * lora[name].scale, before[name].up * before[name].scale)
+        for name in lora
+    )
+    assert read_embedder(tmp_path / "osdface_vre.safetensors").keys() >= {
+        "projector.conv1.weight",
+        "encoder.conv_in.weight",
+    }

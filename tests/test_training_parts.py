@@ -1,4 +1,6 @@
-"""Losses, degradation, data and quantiser of the training, against their authors' code or closed forms."""
+"""Losses, degradation, data and quantiser of the training, against their authors' code or closed
+forms.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,22 @@ def pictures(seed: int, size: int = 48) -> torch.Tensor:
 
 
 def test_edges_are_sobels() -> None:
-    ramp = torch.arange(8.0).expand(1, 3, 8, 8) / 8  # rises by 1/8 a pixel to the right: gx = 8/8, gy = 0
+    ramp = (
+        torch.arange(8.0).expand(1, 3, 8, 8) / 8
+    )  # rises by 1/8 a pixel to the right: gx = 8/8, gy = 0
     inside = losses.edges(ramp)[0, 0, 1:-1, 1:-1]
     assert inside.sub(math.sqrt(1 + 1e-6)).abs().max() < 1e-6
     ndimage = pytest.importorskip("scipy.ndimage")
     x = pictures(1)
     grey = x.mean(1).numpy()
-    theirs = [np.sqrt(ndimage.sobel(g, 0, mode="constant") ** 2 + ndimage.sobel(g, 1, mode="constant") ** 2 + 1e-6) for g in grey]
+    theirs = [
+        np.sqrt(
+            ndimage.sobel(g, 0, mode="constant") ** 2
+            + ndimage.sobel(g, 1, mode="constant") ** 2
+            + 1e-6
+        )
+        for g in grey
+    ]
     assert np.abs(losses.edges(x)[:, 0].numpy() - np.stack(theirs)).max() < 1e-5
 
 
@@ -51,7 +62,9 @@ def test_the_coarse_error_sees_what_is_larger_than_its_squares_alone() -> None:
     assert float(losses.coarse(board, flat)) == pytest.approx(0, abs=1e-9)
     assert float(losses.coarse(flat + 0.1, flat)) == pytest.approx(2 * 0.1**2)
     squares = flat + 0.1 * ((torch.arange(16)[:, None] // 4 + torch.arange(16) // 4) % 2 * 2 - 1)
-    assert float(losses.coarse(squares, flat)) == pytest.approx(0.1**2), "squares of 4 px are gone in the means of 8"
+    assert float(losses.coarse(squares, flat)) == pytest.approx(0.1**2), (
+        "squares of 4 px are gone in the means of 8"
+    )
 
 
 def test_the_lattice_error_sees_what_repeats_with_the_blocks_alone() -> None:
@@ -85,7 +98,9 @@ def vgg_file(folder: Path, vgg: torch.nn.Module) -> Path:
 
 
 def test_dists_is_its_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs_module = pytest.importorskip("DISTS_pytorch", reason="no reference for DISTS: pip install --no-deps dists-pytorch")
+    theirs_module = pytest.importorskip(
+        "DISTS_pytorch", reason="no reference for DISTS: pip install --no-deps dists-pytorch"
+    )
     import torchvision
 
     torch.manual_seed(0)
@@ -95,22 +110,32 @@ def test_dists_is_its_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     theirs = theirs_module.DISTS()
     ours = losses.load_dists([file, Path(theirs_module.__file__).with_name("weights.pt")])
     x, y = pictures(1), pictures(2)
-    assert torch.allclose(ours(x, y), theirs(x, y, require_grad=True, batch_average=True), atol=1e-5)
+    assert torch.allclose(
+        ours(x, y), theirs(x, y, require_grad=True, batch_average=True), atol=1e-5
+    )
     assert abs(float(ours(x, x))) < 1e-5
     ex, ey = (losses.edges(v).expand(-1, 3, -1, -1) for v in (x, y))
     wanted = theirs(x, y, batch_average=True) + theirs(ex, ey, batch_average=True)
     assert torch.allclose(losses.edge_aware_dists(ours, x, y), wanted, atol=1e-5)
     given = x.clone().requires_grad_()
     losses.edge_aware_dists(ours, given, y).backward()
-    assert given.grad is not None and bool(given.grad.isfinite().all()) and float(given.grad.abs().sum()) > 0
+    assert (
+        given.grad is not None
+        and bool(given.grad.isfinite().all())
+        and float(given.grad.abs().sum()) > 0
+    )
 
 
 def test_lpips_is_its_authors(tmp_path: Path) -> None:
-    lpips = pytest.importorskip("lpips", reason="no reference for LPIPS: pip install --no-deps lpips")
+    lpips = pytest.importorskip(
+        "lpips", reason="no reference for LPIPS: pip install --no-deps lpips"
+    )
     torch.manual_seed(0)
     theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
     file = tmp_path / "vgg16.pth"
-    slices = {k: v for i in range(1, 6) for k, v in getattr(theirs.net, f"slice{i}").state_dict().items()}
+    slices = {
+        k: v for i in range(1, 6) for k, v in getattr(theirs.net, f"slice{i}").state_dict().items()
+    }
     torch.save({f"features.{key}": value for key, value in slices.items()}, file)
     ours = losses.load_lpips([file, Path(lpips.__file__).with_name("weights") / "v0.1" / "vgg.pth"])
     x, y = pictures(1), pictures(2)
@@ -118,7 +143,9 @@ def test_lpips_is_its_authors(tmp_path: Path) -> None:
 
 
 def test_identity_is_arcfaces(tmp_path: Path) -> None:
-    theirs_module = pytest.importorskip("facexlib.recognition.arcface_arch", reason="no reference for ArcFace: facexlib is absent")
+    theirs_module = pytest.importorskip(
+        "facexlib.recognition.arcface_arch", reason="no reference for ArcFace: facexlib is absent"
+    )
     torch.manual_seed(0)
     theirs = theirs_module.Backbone(50, 0.6, "ir_se").eval()
     for name, buffer in theirs.named_buffers():
@@ -128,7 +155,10 @@ def test_identity_is_arcfaces(tmp_path: Path) -> None:
     torch.save(theirs.state_dict(), file)
     ours = losses.load_arcface([file])
     x, y = pictures(1, 256), pictures(2, 256)
-    part = [F.interpolate(v[..., 35:223, 32:220], (112, 112), mode="bilinear", antialias=True) * 2 - 1 for v in (x, y)]
+    part = [
+        F.interpolate(v[..., 35:223, 32:220], (112, 112), mode="bilinear", antialias=True) * 2 - 1
+        for v in (x, y)
+    ]
     with torch.no_grad():
         wanted = 1 - F.cosine_similarity(theirs(part[0]), theirs(part[1])).mean()
         assert torch.allclose(losses.identity(ours, x, y), wanted, atol=1e-5)
@@ -137,13 +167,18 @@ def test_identity_is_arcfaces(tmp_path: Path) -> None:
 
 def test_a_wrong_network_is_refused_in_a_sentence(tmp_path: Path) -> None:
     torch.save({"alpha": torch.zeros(1, 1475, 1, 1)}, tmp_path / "weights.pt")
-    with pytest.raises(OSDFaceError, match=r"files given for DISTS do not fit it .* is missing .*give vgg16-397923af\.pth"):
+    with pytest.raises(
+        OSDFaceError,
+        match=r"files given for DISTS do not fit it .* is missing .*give vgg16-397923af\.pth",
+    ):
         losses.load_dists([tmp_path / "weights.pt"])
 
 
 def test_adversarial_losses_are_closed_forms() -> None:
     fake, real = torch.tensor([0.5, -2.0]), torch.tensor([0.25, 3.0])
-    assert float(losses.gan_losses("hinge", fake, real)) == pytest.approx(((1.5 + 0) / 2 + (0.75 + 0) / 2) / 2)
+    assert float(losses.gan_losses("hinge", fake, real)) == pytest.approx(
+        ((1.5 + 0) / 2 + (0.75 + 0) / 2) / 2
+    )
     assert float(losses.gan_losses("hinge", fake)) == pytest.approx(0.75)
     bce = F.binary_cross_entropy_with_logits
     wanted = (bce(fake, torch.zeros(2)) + bce(real, torch.ones(2))) / 2
@@ -172,12 +207,18 @@ def test_the_quantiser_takes_the_nearest_code_and_lets_the_gradient_through() ->
     flat = z.detach().permute(0, 2, 3, 1).reshape(-1, 4)
     nearest = torch.cdist(flat, quantizer.embedding.weight.detach()).argmin(1)
     assert torch.equal(codes.flatten(), nearest)
-    assert torch.allclose(out.detach().permute(0, 2, 3, 1).reshape(-1, 4), quantizer.embedding.weight[nearest], atol=1e-6)
+    assert torch.allclose(
+        out.detach().permute(0, 2, 3, 1).reshape(-1, 4),
+        quantizer.embedding.weight[nearest],
+        atol=1e-6,
+    )
     error = (flat - quantizer.embedding.weight[nearest]).square().mean()
     assert torch.allclose(commitment, error) and torch.allclose(codebook, error)
     (gradient,) = torch.autograd.grad(out.sum(), z, retain_graph=True)
     assert torch.equal(gradient, torch.ones_like(z))
-    assert torch.autograd.grad(commitment, quantizer.embedding.weight, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(
+        commitment, quantizer.embedding.weight, allow_unused=True, retain_graph=True
+    ) == (None,)
     assert torch.autograd.grad(codebook, z, allow_unused=True) == (None,)
 
 
@@ -191,7 +232,11 @@ def test_kernels_are_what_their_names_say() -> None:
     assert torch.allclose(turned, d.gaussian_kernel(21, 3, 1, 0), atol=1e-6)
     row = turned[10]
     assert float(row[10] / row[13]) == pytest.approx(math.exp(0.5), rel=1e-4)
-    assert torch.allclose(d.gaussian_kernel(21, 2, 3, 0.3, "generalized", 1.0), d.gaussian_kernel(21, 2, 3, 0.3), atol=1e-6)
+    assert torch.allclose(
+        d.gaussian_kernel(21, 2, 3, 0.3, "generalized", 1.0),
+        d.gaussian_kernel(21, 2, 3, 0.3),
+        atol=1e-6,
+    )
     plateau = d.gaussian_kernel(21, 2, 2, 0, "plateau", 2.0)
     assert float(plateau[10, 10] / plateau[10, 12]) == pytest.approx(2.0)
     special = pytest.importorskip("scipy.special")
@@ -199,7 +244,11 @@ def test_kernels_are_what_their_names_say() -> None:
     y, x = np.mgrid[-6:7, -6:7]
     r = np.hypot(x, y)
     with np.errstate(invalid="ignore"):
-        theirs = np.where(r == 0, (math.pi / 3) ** 2 / (4 * math.pi), math.pi / 3 * special.j1(math.pi / 3 * r) / (2 * math.pi * r))
+        theirs = np.where(
+            r == 0,
+            (math.pi / 3) ** 2 / (4 * math.pi),
+            math.pi / 3 * special.j1(math.pi / 3 * r) / (2 * math.pi * r),
+        )
     assert np.abs(sinc.numpy() - theirs / theirs.sum()).max() < 1e-6
 
 
@@ -223,7 +272,11 @@ def test_what_is_drawn_stays_within_the_ranges(monkeypatch: pytest.MonkeyPatch) 
 
     watch("sigma", d.gaussian_kernel, lambda size, across, along, *_: [across, along])
     watch("jpeg", d.compressed, lambda x, quality: [quality])
-    watch("shrink", d.resized, lambda x, size, mode: [x.shape[-1] / size[-1]] if size[-1] != 64 else [])
+    watch(
+        "shrink",
+        d.resized,
+        lambda x, size, mode: [x.shape[-1] / size[-1]] if size[-1] != 64 else [],
+    )
     x = pictures(4, 64)[0]
     stage = Stage(kernel_size=(5, 15), enlarge=False)
     for n in range(150):
@@ -240,18 +293,25 @@ def test_what_is_drawn_stays_within_the_ranges(monkeypatch: pytest.MonkeyPatch) 
     shot = d.noisy(grey, Stage(noises={"poisson": 1}, poisson=(1, 1), grey=1.0), generator_for(2))
     assert torch.equal(shot[:, 0], shot[:, 2])
     # one level in the picture: 2 photons at white, so the mean stays and the variance is 0.5 / 2
-    assert float(shot.mean()) == pytest.approx(0.5, abs=0.01) and float(shot.var()) == pytest.approx(0.25, rel=0.05)
+    assert float(shot.mean()) == pytest.approx(0.5, abs=0.01) and float(
+        shot.var()
+    ) == pytest.approx(0.25, rel=0.05)
 
 
 def test_the_same_number_gives_the_same_picture_and_another_another() -> None:
-    x, chain = pictures(5, 64)[0], Degradation((Stage(kernel_size=(5, 15)), Stage(kernel_size=(5, 15))), sinc=0.5)
+    x, chain = (
+        pictures(5, 64)[0],
+        Degradation((Stage(kernel_size=(5, 15)), Stage(kernel_size=(5, 15))), sinc=0.5),
+    )
     again = [chain(x, generator_for(3, n)) for n in (0, 1, 0)]
     assert torch.equal(again[0], again[2]) and not torch.equal(again[0], again[1])
     assert not torch.equal(again[0], chain(x, generator_for(4, 0)))
 
 
 def test_a_mistaken_kind_is_named() -> None:
-    with pytest.raises(OSDFaceError, match=r"`kernels` of a degradation is \{'round': 1\}; chances of none, iso"):
+    with pytest.raises(
+        OSDFaceError, match=r"`kernels` of a degradation is \{'round': 1\}; chances of none, iso"
+    ):
         Stage(kernels={"round": 1})
 
 
@@ -269,9 +329,20 @@ def test_held_out_pictures_are_never_sampled(folder: Path) -> None:
     samples = Samples(kept, chosen, Degradation(()), seed=0)
     for turn in (0, 1):
         found = [samples[turn * 8 + n] for n in range(8)]
-        assert sorted(round(float(s["hq"].mean()) * 255 / 20) for s in found) == [1, 2, 3, 4, 5, 7, 8, 9]
+        assert sorted(round(float(s["hq"].mean()) * 255 / 20) for s in found) == [
+            1,
+            2,
+            3,
+            4,
+            5,
+            7,
+            8,
+            9,
+        ]
     assert found[0]["hq"].shape == (3, 16, 16) and found[0]["face"].shape == (3, 32, 32)
-    orders = [[round(float(samples[t * 8 + n]["hq"].mean()) * 255) for n in range(8)] for t in (0, 1)]
+    orders = [
+        [round(float(samples[t * 8 + n]["hq"].mean()) * 255) for n in range(8)] for t in (0, 1)
+    ]
     assert orders[0] != orders[1]
 
 
@@ -287,15 +358,21 @@ def test_a_picture_is_taken_upright(tmp_path: Path) -> None:
 
 def test_a_zoomed_part_is_a_part_and_never_enlarged(tmp_path: Path) -> None:
     rows, columns = np.mgrid[:128, :128]
-    Image.fromarray(np.stack([2 * rows, 2 * columns, 0 * rows], -1).astype(np.uint8)).save(tmp_path / "ramps_1.png")
+    Image.fromarray(np.stack([2 * rows, 2 * columns, 0 * rows], -1).astype(np.uint8)).save(
+        tmp_path / "ramps_1.png"
+    )
     seen = []
     for n in range(40):
         part = read_part(tmp_path / "ramps_1.png", 64, (0.25, 0.75), generator_for(0, n)).float()
-        (top, bottom), (left, right) = (part[0, [3, -4]].mean(1).tolist(), part[1][:, [3, -4]].mean(0).tolist())
+        (top, bottom), (left, right) = (
+            part[0, [3, -4]].mean(1).tolist(),
+            part[1][:, [3, -4]].mean(0).tolist(),
+        )
         seen.append((bottom - top, top, left))
         assert abs((bottom - top) - (right - left)) < 3
     heights, tops, lefts = zip(*seen, strict=True)
-    # 57 steps of the part are 57 pixels of the picture where it is not shrunk, half as many again at three quarters of it.
+    # 57 steps of the part are 57 pixels of the picture where it is not shrunk, half as many again
+    # at three quarters of it.
     assert 2 * 57 - 4 < min(heights) < 2 * 57 + 4 and 2 * 57 * 1.3 < max(heights) < 2 * 57 * 1.5 + 4
     assert max(tops) - min(tops) > 60 and max(lefts) - min(lefts) > 60
     small = read_part(tmp_path / "ramps_1.png", 128, (0.25, 0.75), generator_for(0, 0))
@@ -303,14 +380,29 @@ def test_a_zoomed_part_is_a_part_and_never_enlarged(tmp_path: Path) -> None:
 
 
 def test_processes_share_out_the_samples_of_one(folder: Path) -> None:
-    samples = Samples(split(Pictures(folder, size=32))[0], Pictures(folder, size=32), Degradation(()), seed=0)
+    samples = Samples(
+        split(Pictures(folder, size=32))[0], Pictures(folder, size=32), Degradation(()), seed=0
+    )
 
     def numbers(processes: int, batch: int, first: int) -> list[set[int]]:
-        plan = {"batch": batch, "accumulate": 2, "processes": processes, "first_step": first, "workers": 0}
+        plan = {
+            "batch": batch,
+            "accumulate": 2,
+            "processes": processes,
+            "first_step": first,
+            "workers": 0,
+        }
         feeds = [batches(samples, process=p, **plan) for p in range(processes)]
-        return [{int(n) for feed in feeds for _ in range(2) for n in next(feed)["number"]} for _ in range(3)]
+        return [
+            {int(n) for feed in feeds for _ in range(2) for n in next(feed)["number"]}
+            for _ in range(3)
+        ]
 
-    assert numbers(1, 4, 0) == numbers(2, 2, 0) == [set(range(8)), set(range(8, 16)), set(range(16, 24))]
+    assert (
+        numbers(1, 4, 0)
+        == numbers(2, 2, 0)
+        == [set(range(8)), set(range(8, 16)), set(range(16, 24))]
+    )
     assert numbers(2, 2, 1)[0] == set(range(8, 16))
 
 
@@ -320,6 +412,8 @@ def test_the_adapted_layers_are_the_278_of_the_released_file() -> None:
     from osdface_core.training.stage2 import adapted_layers
 
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+        unet = diffusers.UNet2DConditionModel(
+            cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+        )
     assert set(adapted_layers(unet)) == set(modules())
     assert not ADAPTED.fullmatch("time_embedding.linear_1")

@@ -1,4 +1,6 @@
-"""The visual embedder against the released code's outputs and against its own definition written out plainly."""
+"""The visual embedder against the released code's outputs and against its own definition written
+out plainly.
+"""
 
 from __future__ import annotations
 
@@ -49,15 +51,24 @@ def test_codes_and_prompts_are_the_released_codes(
 
 
 @torch.inference_mode()
-def test_a_batch_of_crops_is_each_crop_alone(network: VisualEmbedder, golden: Path, load_picture: Callable[[Path], torch.Tensor]) -> None:
-    crops = torch.cat([load_picture(golden / "inputs" / f"{n}.png") for n in ("astronaut_lq", "portrait_severe_lq")]).movedim(-1, 1)
+def test_a_batch_of_crops_is_each_crop_alone(
+    network: VisualEmbedder, golden: Path, load_picture: Callable[[Path], torch.Tensor]
+) -> None:
+    crops = torch.cat(
+        [
+            load_picture(golden / "inputs" / f"{n}.png")
+            for n in ("astronaut_lq", "portrait_severe_lq")
+        ]
+    ).movedim(-1, 1)
     together = network(crops)
     for crop, prompts in zip(crops, together, strict=True):
         assert (sorted_rows(network(crop[None])[0]) - sorted_rows(prompts)).abs().max() < 1e-5
 
 
 def chosen_by_definition(features: torch.Tensor, book: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Walk the positions from the best matched on, keep each code once, stop when full; the rest stays zero."""
+    """Walk the positions from the best matched on, keep each code once, stop when full; the rest
+    stays zero.
+    """
     z = features.flatten(1).T
     distance = torch.cdist(z.double(), book.double())
     error, code = distance.min(1)
@@ -80,15 +91,23 @@ def test_codes_are_chosen_by_their_best_match(codes: int, spread: float) -> None
         assert torch.equal(one, chosen_by_definition(features_of_one, book, 77))
 
 
-def test_one_safetensors_file_holds_both_parts(released: Path, network: VisualEmbedder, tmp_path: Path) -> None:
+def test_one_safetensors_file_holds_both_parts(
+    released: Path, network: VisualEmbedder, tmp_path: Path
+) -> None:
     save_file(network.state_dict(), tmp_path / "osdface_vre.safetensors")
     again = build_embedder(read_embedder(tmp_path / "osdface_vre.safetensors"))
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), network.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), network.state_dict().values(), strict=True)
+    )
 
 
 def test_the_projector_must_lie_beside_the_checkpoint(released: Path, tmp_path: Path) -> None:
     (tmp_path / "associate_2.ckpt").symlink_to(released / "associate_2.ckpt")
-    with pytest.raises(OSDFaceError, match=r"associate_2.ckpt holds no projector: put embedding_change_weights.pth beside it"):
+    with pytest.raises(
+        OSDFaceError,
+        match=r"associate_2.ckpt holds no projector: put embedding_change_weights.pth beside it",
+    ):
         read_embedder(tmp_path / "associate_2.ckpt")
 
 
@@ -104,6 +123,9 @@ def test_a_missing_or_misshapen_tensor_is_named(released: Path) -> None:
     state["encoder.conv_in.bias"] = torch.full((64,), torch.nan)
     state["encoder.conv_in.weight"] = state["encoder.conv_in.weight"][:32]
     del state["quant_conv.bias"]
-    says = r"conv_in.weight is \(32, 3, 3, 3\) instead of \(64, 3, 3, 3\); encoder.conv_in.bias is not finite; quant_conv.bias is missing"
+    says = (
+        r"conv_in.weight is \(32, 3, 3, 3\) instead of \(64, 3, 3, 3\); "
+        r"encoder.conv_in.bias is not finite; quant_conv.bias is missing"
+    )
     with pytest.raises(OSDFaceError, match=says):
         build_embedder(state)

@@ -1,4 +1,6 @@
-"""Downloads against a real server that misbehaves: after each, either the right file is there or none."""
+"""Downloads against a real server that misbehaves: after each, either the right file is there or
+none.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,14 @@ REPOSITORY = "somebody/faces"
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     from huggingface_hub import constants
 
-    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+    for variable in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+    ):
         monkeypatch.delenv(variable, raising=False)
     with running() as state:
         monkeypatch.setenv("HF_ENDPOINT", state.url)
@@ -42,9 +51,16 @@ def entry(tmp_path: Path, *addresses: str, known: bool = True) -> WeightFile:
     content = tmp_path / "content"
     content.write_bytes(CONTENT)
     return WeightFile(
-        NAME, "a test", "facedetection", "none", "the moon", {}, addresses or (RELEASE + FIRST, RELEASE + SECOND),
-        size=len(CONTENT) if known else None, sha256=sha256_of(content) if known else None,
-    )  # fmt: skip
+        NAME,
+        "a test",
+        "facedetection",
+        "none",
+        "the moon",
+        {},
+        addresses or (RELEASE + FIRST, RELEASE + SECOND),
+        size=len(CONTENT) if known else None,
+        sha256=sha256_of(content) if known else None,
+    )
 
 
 def there(folder: Path) -> list[str]:
@@ -55,7 +71,9 @@ def is_right(folder: Path) -> bool:
     return (folder / NAME).read_bytes() == CONTENT and there(folder) == [NAME, NAME + ".sha256"]
 
 
-def test_a_release_file_arrives_with_its_digest_beside_it_and_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
+def test_a_release_file_arrives_with_its_digest_beside_it_and_is_not_fetched_again(
+    server: Server, tmp_path: Path
+) -> None:
     server.release(FIRST, CONTENT)
     wanted, seen = entry(tmp_path), []
     path = fetch(wanted, tmp_path / "models", lambda done, total: seen.append((done, total)))
@@ -77,10 +95,14 @@ def test_a_cut_connection_is_resumed(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (other, "SHA-256"), (web_page, "web page"), (status(404), "404"), (status(403), "403"),
-        (status(500), "nothing came|500"), (status(429, Retry_After="3600"), "nothing came|429"),
+        (other, "SHA-256"),
+        (web_page, "web page"),
+        (status(404), "404"),
+        (status(403), "403"),
+        (status(500), "nothing came|500"),
+        (status(429, Retry_After="3600"), "nothing came|429"),
     ],
-)  # fmt: skip
+)
 def test_an_address_that_fails_leaves_nothing_and_the_next_is_tried(
     answer: Answer, reason: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +132,9 @@ def test_a_redirect_is_followed(server: Server, tmp_path: Path) -> None:
     assert is_right(tmp_path / "models")
 
 
-def test_a_server_that_ignores_the_range_gives_the_right_file(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_ignores_the_range_gives_the_right_file(
+    server: Server, tmp_path: Path
+) -> None:
     def whole(request, content):
         del request.headers["Range"]
         serve_whole(request, content)
@@ -140,7 +164,9 @@ def test_a_damaged_file_of_the_same_name_is_replaced(server: Server, tmp_path: P
     assert is_right(tmp_path / "models")
 
 
-def test_what_the_hub_says_is_recorded_and_holds_from_then_on(server: Server, tmp_path: Path) -> None:
+def test_what_the_hub_says_is_recorded_and_holds_from_then_on(
+    server: Server, tmp_path: Path
+) -> None:
     path = server.hub(REPOSITORY, "w.pth", CONTENT)
     wanted = entry(tmp_path, f"hub:{REPOSITORY}/w.pth", known=False)
     server.answers[path] = [other] * 5
@@ -157,7 +183,9 @@ def test_what_the_hub_says_is_recorded_and_holds_from_then_on(server: Server, tm
     assert not placed.exists()
 
 
-def test_the_hub_s_storage_on_another_server_is_followed_and_resumed(server: Server, tmp_path: Path) -> None:
+def test_the_hub_s_storage_on_another_server_is_followed_and_resumed(
+    server: Server, tmp_path: Path
+) -> None:
     with running() as storage:
         path = server.hub(REPOSITORY, "w.pth", CONTENT)
         server.moved[path] = storage.url + storage.release("bucket/object", CONTENT)
@@ -179,7 +207,9 @@ def test_stopping_keeps_what_came_for_the_next_run(server: Server, tmp_path: Pat
     assert there(tmp_path / "models") == []
     fetch(entry(tmp_path), tmp_path / "models")
     assert is_right(tmp_path / "models")
-    assert server.gets[-1][1] is not None, "the second run did not go on from where the first stopped"
+    assert server.gets[-1][1] is not None, (
+        "the second run did not go on from where the first stopped"
+    )
 
 
 def test_the_host_s_own_interruption_passes_through(server: Server, tmp_path: Path) -> None:
@@ -195,7 +225,9 @@ def test_the_host_s_own_interruption_passes_through(server: Server, tmp_path: Pa
     assert there(tmp_path / "models") == []
 
 
-def test_a_second_process_waits_and_takes_what_the_first_fetched(server: Server, tmp_path: Path) -> None:
+def test_a_second_process_waits_and_takes_what_the_first_fetched(
+    server: Server, tmp_path: Path
+) -> None:
     server.release(FIRST, CONTENT)
     models = tmp_path / "models"
     (models / fetching.INCOMPLETE).mkdir(parents=True)
@@ -211,7 +243,9 @@ def test_a_second_process_waits_and_takes_what_the_first_fetched(server: Server,
     assert server.gets == []
 
 
-def test_a_dead_host_is_asked_once(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_host_is_asked_once(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OSDFACE_RELEASES", "http://127.0.0.1:9")
     unreachable: set[str] = set()
     with pytest.raises(UnreachableError) as raised:
@@ -227,7 +261,12 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     mounted = []
 
     def make(options: str) -> Path:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
         mounted.append(folder)
@@ -238,7 +277,9 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts a tmpfs")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts a tmpfs"
+)
 def test_a_full_disk_is_told_before_and_during_the_download(
     server: Server, tmp_path: Path, mount: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,8 +294,12 @@ def test_a_full_disk_is_told_before_and_during_the_download(
     assert there(folder) == [] and not list(folder.rglob("*.part"))
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts a tmpfs")
-def test_a_read_only_folder_is_told(server: Server, tmp_path: Path, mount: Callable[[str], Path]) -> None:
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts a tmpfs"
+)
+def test_a_read_only_folder_is_told(
+    server: Server, tmp_path: Path, mount: Callable[[str], Path]
+) -> None:
     folder = mount("size=8m,ro")
     server.release(FIRST, CONTENT)
     with pytest.raises(OSDFaceError, match="cannot be written to"):

@@ -1,4 +1,6 @@
-"""Checkpoints are read as data: what torch reads of them we read, and what a malicious one asks for never happens."""
+"""Checkpoints are read as data: what torch reads of them we read, and what a malicious one asks for
+never happens.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def test_the_real_detector_reads_as_torch_reads_it(data: Path) -> None:
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_foreign_classes_of_lightning_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_classes_of_lightning_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = types.ModuleType("pytorch_lightning_of_old")
     source = """
 class ModelCheckpoint:
@@ -78,8 +82,12 @@ class Config(dict):
     import datetime
 
     checkpoint = {
-        "callbacks": {module.ModelCheckpoint: {"best": torch.tensor(1.0), "path": Path("/some/where")}},
-        "hyper_parameters": module.Config(lr=1e-4, args=argparse.Namespace(a={1, 2}, when=datetime.datetime(2024, 1, 1))),
+        "callbacks": {
+            module.ModelCheckpoint: {"best": torch.tensor(1.0), "path": Path("/some/where")}
+        },
+        "hyper_parameters": module.Config(
+            lr=1e-4, args=argparse.Namespace(a={1, 2}, when=datetime.datetime(2024, 1, 1))
+        ),
         "optimizer_states": [defaultdict(list, {"step": [torch.tensor(3)]})],
         "lr_schedulers": [module.ModelCheckpoint()],
         "state_dict": state(),
@@ -91,7 +99,9 @@ class Config(dict):
         torch.load(path, weights_only=True)
     found = read_tensors(path, ("vqvae_LQ.",))
     assert len(found) == 8
-    torch.testing.assert_close(found["vqvae_LQ.book_turned"], state()["vqvae_LQ.book"].t()[1:], rtol=0, atol=0)
+    torch.testing.assert_close(
+        found["vqvae_LQ.book_turned"], state()["vqvae_LQ.book"].t()[1:], rtol=0, atol=0
+    )
 
 
 # What follows would leave a mark if any of it ran.
@@ -109,7 +119,12 @@ class Calls:
         return self.reduced
 
 
-def archive(path: Path, pickled: bytes, entries: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> None:
+def archive(
+    path: Path,
+    pickled: bytes,
+    entries: dict[str, bytes] | None = None,
+    compression: int = zipfile.ZIP_STORED,
+) -> None:
     with zipfile.ZipFile(path, "w", compression) as out:
         out.writestr("archive/data.pkl", pickled)
         for name, content in (entries or {}).items():
@@ -117,7 +132,9 @@ def archive(path: Path, pickled: bytes, entries: dict[str, bytes] | None = None,
 
 
 def system(path: Path) -> None:
-    torch.save({"state_dict": state(), "callbacks": Calls(os.system, f"touch {os.environ['MARK']}")}, path)
+    torch.save(
+        {"state_dict": state(), "callbacks": Calls(os.system, f"touch {os.environ['MARK']}")}, path
+    )
 
 
 def evaluation(path: Path) -> None:
@@ -126,16 +143,26 @@ def evaluation(path: Path) -> None:
 
 def through_getattr(path: Path) -> None:
     """builtins.getattr(builtins, "exec")(...), written out so that no name is on any list."""
-    pickled = b"\x80\x02cbuiltins\ngetattr\ncbuiltins\n__import__\nX\x02\x00\x00\x00os\x85RX\x06\x00\x00\x00system\x86R"
+    pickled = (
+        b"\x80\x02cbuiltins\ngetattr\ncbuiltins\n__import__\n"
+        b"X\x02\x00\x00\x00os\x85RX\x06\x00\x00\x00system\x86R"
+    )
     archive(path, pickled + pickle.dumps(f"touch {os.environ['MARK']}", 2)[2:-1] + b"\x85R.")
 
 
 def nested(path: Path) -> None:
-    torch.save(OrderedDict(a=torch.zeros(2), b=Calls(dict, [(Calls(eval, mark()), Calls(exec, mark()))])), path)
+    torch.save(
+        OrderedDict(a=torch.zeros(2), b=Calls(dict, [(Calls(eval, mark()), Calls(exec, mark()))])),
+        path,
+    )
 
 
 def old_system(path: Path) -> None:
-    torch.save([Calls(os.system, f"touch {os.environ['MARK']}")], path, _use_new_zipfile_serialization=False)
+    torch.save(
+        [Calls(os.system, f"touch {os.environ['MARK']}")],
+        path,
+        _use_new_zipfile_serialization=False,
+    )
 
 
 def bare(path: Path) -> None:
@@ -148,18 +175,36 @@ def torch_itself(path: Path) -> None:
     torch.save({"a": Calls(torch.storage._load_from_bytes, inner)}, path)
 
 
-def view(sizes: tuple[int, ...], strides: tuple[int, ...], offset: int = 0, elements: int = 4) -> bytes:
-    """The pickle of a dict with one tensor that is such a view of a storage of `elements` floats."""
+def view(
+    sizes: tuple[int, ...], strides: tuple[int, ...], offset: int = 0, elements: int = 4
+) -> bytes:
+    """The pickle of a dict with one tensor, such a view of a storage of `elements` floats."""
     stream = io.BytesIO()
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, item: Any) -> Any:
-            return ("storage", torch.FloatStorage, "0", "cpu", elements) if isinstance(item, Stand) else None
+            return (
+                ("storage", torch.FloatStorage, "0", "cpu", elements)
+                if isinstance(item, Stand)
+                else None
+            )
 
     class Stand:
         pass
 
-    Pickler(stream, 2).dump({"a": Calls(torch._utils._rebuild_tensor_v2, Stand(), offset, sizes, strides, False, OrderedDict())})
+    Pickler(stream, 2).dump(
+        {
+            "a": Calls(
+                torch._utils._rebuild_tensor_v2,
+                Stand(),
+                offset,
+                sizes,
+                strides,
+                False,
+                OrderedDict(),
+            )
+        }
+    )
     return stream.getvalue()
 
 
@@ -180,7 +225,11 @@ def negative(path: Path) -> None:
 
 
 def traversal(path: Path) -> None:
-    archive(path, view((4,), (1,)), {"archive/data/0": bytes(16), "archive/../../../../tmp/escaped": b"x"})
+    archive(
+        path,
+        view((4,), (1,)),
+        {"archive/data/0": bytes(16), "archive/../../../../tmp/escaped": b"x"},
+    )
 
 
 def packed_bomb(path: Path) -> None:
@@ -210,21 +259,42 @@ def repeated_within_itself(path: Path) -> None:
 
 
 MALICIOUS = [
-    system, evaluation, through_getattr, nested, old_system, bare, torch_itself, beyond_its_storage, repeated_for_ever,
-    larger_than_the_file, negative, traversal, packed_bomb, memo_bomb, string_bomb, nested_without_end, repeated_within_itself,
-]  # fmt: skip
+    system,
+    evaluation,
+    through_getattr,
+    nested,
+    old_system,
+    bare,
+    torch_itself,
+    beyond_its_storage,
+    repeated_for_ever,
+    larger_than_the_file,
+    negative,
+    traversal,
+    packed_bomb,
+    memo_bomb,
+    string_bomb,
+    nested_without_end,
+    repeated_within_itself,
+]
 
 
 @pytest.mark.parametrize("make", MALICIOUS, ids=lambda make: make.__name__)
 def test_a_malicious_file_runs_nothing_and_gives_one_sentence(
     make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resource = pytest.importorskip("resource", reason="this system has no resource module to measure memory with")
+    resource = pytest.importorskip(
+        "resource", reason="this system has no resource module to measure memory with"
+    )
     monkeypatch.setenv("MARK", str(tmp_path / "mark"))
     path = tmp_path / "weights.pth"
     make(path)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else 0
+    used = (
+        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        if Path("/proc/self/statm").exists()
+        else 0
+    )
     # A bomb that goes off ends in MemoryError instead of taking the machine with it.
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, hard))
     try:
@@ -234,17 +304,30 @@ def test_a_malicious_file_runs_nothing_and_gives_one_sentence(
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert not (tmp_path / "mark").exists()
     message = str(raised.value)
-    assert path.name in message and "\n" not in message and message.endswith(".") and len(message) < 400
+    assert (
+        path.name in message
+        and "\n" not in message
+        and message.endswith(".")
+        and len(message) < 400
+    )
     assert sorted(file.name for file in tmp_path.iterdir()) == [path.name]
 
 
-@pytest.mark.parametrize("make", [system, evaluation, nested, old_system], ids=lambda make: make.__name__)
-def test_the_malicious_files_would_have_run(make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "make", [system, evaluation, nested, old_system], ids=lambda make: make.__name__
+)
+def test_the_malicious_files_would_have_run(
+    make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are armed: pickle itself, given the same bytes, runs them."""
     monkeypatch.setenv("MARK", str(tmp_path / "mark"))
     path = tmp_path / "weights.pth"
     make(path)
-    stream = io.BytesIO(zipfile.ZipFile(path).read("weights/data.pkl")) if zipfile.is_zipfile(path) else path.open("rb")
+    stream = (
+        io.BytesIO(zipfile.ZipFile(path).read("weights/data.pkl"))
+        if zipfile.is_zipfile(path)
+        else path.open("rb")
+    )
 
     class Careless(pickle.Unpickler):
         def persistent_load(self, pid: Any) -> Any:
@@ -262,11 +345,14 @@ def test_the_malicious_files_would_have_run(make: Callable[[Path], None], tmp_pa
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "empty"), (b"<!DOCTYPE html><html></html>", "web page"), (b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
-        (b"PK\x03\x04 and nothing", "cut off"), (bytes(100), "no torch checkpoint"),
-        (b"\x40\x00\x00\x00\x00\x00\x00\x00{\"a\":1", "cut off"),
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
+        (b"PK\x03\x04 and nothing", "cut off"),
+        (bytes(100), "no torch checkpoint"),
+        (b'\x40\x00\x00\x00\x00\x00\x00\x00{"a":1', "cut off"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_checkpoint_is_named(content: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(content)

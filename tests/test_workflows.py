@@ -1,4 +1,6 @@
-"""Shared workflows and the blueprint are sound files: whole links, known nodes, values that fit, addresses, a note and a picture."""
+"""Shared workflows and the blueprint are sound files: whole links, known nodes, values that fit,
+addresses, a note and a picture.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,22 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 PROMISED = {
-    "osdface_basic", "osdface_all_in_one", "osdface_txt2img_portrait", "osdface_old_photo", "osdface_one_person", "osdface_video",
-    "osdface_strengths", "osdface_step_taken_apart", "osdface_try_it",
+    "osdface_basic",
+    "osdface_all_in_one",
+    "osdface_txt2img_portrait",
+    "osdface_old_photo",
+    "osdface_one_person",
+    "osdface_video",
+    "osdface_strengths",
+    "osdface_step_taken_apart",
+    "osdface_try_it",
 }
 FROM_OUTSIDE, TO_OUTSIDE = -10, -20
 TITLE = 30
 # Below this the frontend draws nodes without their text.
 READABLE = 0.6
-# Where nodes of other files than nodes.py are. nodes_images wants a whole server: test_browser.py asks one.
+# Where nodes of other files than nodes.py are. nodes_images wants a whole server: test_browser.py
+# asks one.
 EXTRAS = ("custom_sampler", "latent", "preview_any", "upscale_model", "video")
 # Files that a person brings, or that the graph's own text names.
 OWN_FILES = {"example.png", "video.mp4"}
@@ -39,19 +49,33 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def graphs(workflow: dict[str, Any]) -> list[tuple[list[Any], dict[int, tuple[int, int, int, int, str]], dict[str, Any]]]:
-    """(nodes, links by id as (origin, slot, target, slot, type), the graph itself) of the graph and of each subgraph within."""
-    found = [(workflow["nodes"], {link[0]: tuple(link[1:]) for link in workflow["links"]}, workflow)]
+def graphs(
+    workflow: dict[str, Any],
+) -> list[tuple[list[Any], dict[int, tuple[int, int, int, int, str]], dict[str, Any]]]:
+    """(nodes, links by id as (origin, slot, target, slot, type), the graph itself) of the graph and
+    of each subgraph within.
+    """
+    found = [
+        (workflow["nodes"], {link[0]: tuple(link[1:]) for link in workflow["links"]}, workflow)
+    ]
     for graph in workflow.get("definitions", {}).get("subgraphs", []):
         keys = ("origin_id", "origin_slot", "target_id", "target_slot", "type")
-        found.append((graph["nodes"], {link["id"]: tuple(link[key] for key in keys) for link in graph["links"]}, graph))
+        found.append(
+            (
+                graph["nodes"],
+                {link["id"]: tuple(link[key] for key in keys) for link in graph["links"]},
+                graph,
+            )
+        )
     return found
 
 
 def all_nodes(workflow: dict[str, Any]) -> list[dict[str, Any]]:
     """Every node but the one that stands for a subgraph."""
     subgraphs = {graph["id"] for graph in workflow.get("definitions", {}).get("subgraphs", [])}
-    return [node for nodes, _, _ in graphs(workflow) for node in nodes if node["type"] not in subgraphs]
+    return [
+        node for nodes, _, _ in graphs(workflow) for node in nodes if node["type"] not in subgraphs
+    ]
 
 
 def widgets(node: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +90,9 @@ def widgets(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_api(workflow: dict[str, Any]) -> dict[str, Any]:
-    """The API form of a workflow in the UI's format: inputs that are widgets hold their values in order, the others are links."""
+    """The API form of a workflow in the UI's format: inputs that are widgets hold their values in
+    order, the others are links.
+    """
     links = {link[0]: link for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
@@ -80,7 +106,9 @@ def as_api(workflow: dict[str, Any]) -> dict[str, Any]:
 
 
 def version() -> str:
-    match = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    match = re.search(
+        r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M
+    )
     assert match
     return match[1]
 
@@ -91,17 +119,24 @@ def test_all_that_are_promised_are_there() -> None:
 
 
 def test_the_basic_workflow_is_the_graph_that_is_tested() -> None:
-    """Its nodes may have other numbers there: they are compared by kind, and each kind is in it once."""
+    """Its nodes may have other numbers there: they are compared by kind, and each kind is in it
+    once.
+    """
 
     def by_kind(prompt: dict[str, Any]) -> dict[str, Any]:
         kinds = {key: node["class_type"] for key, node in prompt.items()}
         assert len(set(kinds.values())) == len(prompt)
         return {
-            node["class_type"]: {k: [kinds[v[0]], v[1]] if isinstance(v, list) else v for k, v in node["inputs"].items()}
+            node["class_type"]: {
+                k: [kinds[v[0]], v[1]] if isinstance(v, list) else v
+                for k, v in node["inputs"].items()
+            }
             for node in prompt.values()
         }
 
-    assert by_kind(as_api(read(ROOT / "workflows" / "osdface_basic.json"))) == by_kind(read(ROOT / "tests" / "osdface_basic_api.json"))
+    assert by_kind(as_api(read(ROOT / "workflows" / "osdface_basic.json"))) == by_kind(
+        read(ROOT / "tests" / "osdface_basic_api.json")
+    )
 
 
 @each_file
@@ -117,17 +152,36 @@ def test_every_link_has_both_its_ends(path: Path) -> None:
     for nodes, links, graph in graphs(read(path)):
         by_id = {node["id"]: node for node in nodes}
         assert len(by_id) == len(nodes)
-        inside = {(node["id"], i): given["link"] for node in nodes for i, given in enumerate(node["inputs"]) if given["link"] is not None}
+        inside = {
+            (node["id"], i): given["link"]
+            for node in nodes
+            for i, given in enumerate(node["inputs"])
+            if given["link"] is not None
+        }
         for number, (origin, out_slot, target, in_slot, kind) in links.items():
-            out = graph["inputs"][out_slot] if origin == FROM_OUTSIDE else by_id[origin]["outputs"][out_slot]
-            into = graph["outputs"][in_slot] if target == TO_OUTSIDE else by_id[target]["inputs"][in_slot]
+            out = (
+                graph["inputs"][out_slot]
+                if origin == FROM_OUTSIDE
+                else by_id[origin]["outputs"][out_slot]
+            )
+            into = (
+                graph["outputs"][in_slot]
+                if target == TO_OUTSIDE
+                else by_id[target]["inputs"][in_slot]
+            )
             assert number in (out.get("links") or out.get("linkIds") or [])
-            assert number in into["linkIds"] if target == TO_OUTSIDE else inside.pop((target, in_slot)) == number
+            assert (
+                number in into["linkIds"]
+                if target == TO_OUTSIDE
+                else inside.pop((target, in_slot)) == number
+            )
             assert kind in (out["type"], "*")
             assert into["type"] == kind
         assert not inside
         for node in nodes:
-            assert {number for out in node["outputs"] for number in out["links"] or []} <= set(links)
+            assert {number for out in node["outputs"] for number in out["links"] or []} <= set(
+                links
+            )
 
 
 @each_file
@@ -135,7 +189,9 @@ def test_every_node_names_the_pack_that_brings_it(path: Path) -> None:
     ours = json.loads((ROOT / "tests" / "interfaces.json").read_text())
     for node in all_nodes(read(path)):
         properties = node["properties"]
-        assert (properties["cnr_id"], properties["ver"]) == (("osdface", version()) if node["type"] in ours else ("comfy-core", "0.3.64"))
+        assert (properties["cnr_id"], properties["ver"]) == (
+            ("osdface", version()) if node["type"] in ours else ("comfy-core", "0.3.64")
+        )
 
 
 @each_file
@@ -158,13 +214,22 @@ def test_files_that_the_frontend_can_offer_have_an_address(path: Path) -> None:
         models = {model["name"]: model for model in node["properties"].get("models", [])}
         for name in models:
             assert name in node["widgets_values"]
-            assert re.fullmatch(r"https://huggingface\.co/[\w-]+/[\w.-]+/resolve/main/" + re.escape(name), models[name]["url"])
+            assert re.fullmatch(
+                r"https://huggingface\.co/[\w-]+/[\w.-]+/resolve/main/" + re.escape(name),
+                models[name]["url"],
+            )
             if name in BY_NAME:
-                hub = models[name]["url"].removeprefix("https://huggingface.co/").replace("/resolve/main", "")
+                hub = (
+                    models[name]["url"]
+                    .removeprefix("https://huggingface.co/")
+                    .replace("/resolve/main", "")
+                )
                 assert f"hub:{hub}" in BY_NAME[name].addresses
                 assert models[name]["directory"] == BY_NAME[name].folder
         for value in node.get("widgets_values", []):
-            hub_has = value in BY_NAME and any(address.startswith("hub:") for address in BY_NAME[value].addresses)
+            hub_has = value in BY_NAME and any(
+                address.startswith("hub:") for address in BY_NAME[value].addresses
+            )
             if hub_has or (node["type"] == "UpscaleModelLoader"):
                 assert value in models, f"{value} of {node['type']} could be offered for download"
 
@@ -172,7 +237,9 @@ def test_files_that_the_frontend_can_offer_have_an_address(path: Path) -> None:
 @each_workflow
 def test_a_note_says_what_it_needs(path: Path) -> None:
     workflow = read(path)
-    (note,) = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    (note,) = [
+        node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote"
+    ]
     assert note.startswith("## ")
     assert len(note.split()) < 400, "more than two minutes"
     for _, name in re.findall(r"`(\w+)/([\w.-]+\.(?:safetensors|pth|ckpt))`", note):
@@ -224,7 +291,12 @@ def test_the_blueprint_holds_the_chain_and_offers_its_ends() -> None:
     (node,), (graph,) = workflow["nodes"], workflow["definitions"]["subgraphs"]
     assert node["type"] == graph["id"]
     assert node["title"] == graph["name"] == BLUEPRINTS[0].stem
-    assert [inner["type"] for inner in graph["nodes"]] == ["FaceDetectAlign", "OSDFaceVRE", "OSDFaceOneStep", "FacePasteBack"]
+    assert [inner["type"] for inner in graph["nodes"]] == [
+        "FaceDetectAlign",
+        "OSDFaceVRE",
+        "OSDFaceOneStep",
+        "FacePasteBack",
+    ]
     assert [given["name"] for given in graph["inputs"]][:3] == ["image", "model", "vae"]
     assert [out["name"] for out in graph["outputs"]] == ["image", "mask", "report"]
     for given, shown in zip(graph["inputs"], node["inputs"], strict=True):
@@ -239,7 +311,12 @@ def test_values_fit_the_host(path: Path, host: Any, comfyui: Path) -> None:
 
     for extra in EXTRAS:
         if f"nodes_{extra}" not in _loaded:
-            assert asyncio.run(nodes.load_custom_node(str(comfyui / "comfy_extras" / f"nodes_{extra}.py"), module_parent="comfy_extras"))
+            assert asyncio.run(
+                nodes.load_custom_node(
+                    str(comfyui / "comfy_extras" / f"nodes_{extra}.py"),
+                    module_parent="comfy_extras",
+                )
+            )
             _loaded.add(f"nodes_{extra}")
     for node in all_nodes(read(path)):
         if node["type"] in ("MarkdownNote", "ImageStitch"):
@@ -255,13 +332,32 @@ def test_values_fit_the_host(path: Path, host: Any, comfyui: Path) -> None:
                 continue
             kind, *rest = takes[name]
             options = rest[0] if rest else {}
-            menu = kind if isinstance(kind, list) else options.get("options") if kind == "COMBO" else None
+            menu = (
+                kind
+                if isinstance(kind, list)
+                else options.get("options")
+                if kind == "COMBO"
+                else None
+            )
             if menu is not None:
-                assert value in menu or value in BY_NAME or value in OWN_FILES or node["type"] == "UpscaleModelLoader", (node["type"], name)
+                assert (
+                    value in menu
+                    or value in BY_NAME
+                    or value in OWN_FILES
+                    or node["type"] == "UpscaleModelLoader"
+                ), (node["type"], name)
             elif kind in ("INT", "FLOAT"):
-                assert options.get("min", -np.inf) <= value <= options.get("max", np.inf), (node["type"], name, value)
+                assert options.get("min", -np.inf) <= value <= options.get("max", np.inf), (
+                    node["type"],
+                    name,
+                    value,
+                )
             else:
-                assert isinstance(value, {"STRING": str, "BOOLEAN": bool}[kind]), (node["type"], name, value)
+                assert isinstance(value, {"STRING": str, "BOOLEAN": bool}[kind]), (
+                    node["type"],
+                    name,
+                    value,
+                )
 
 
 _loaded: set[str] = set()

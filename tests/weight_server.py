@@ -1,4 +1,6 @@
-"""A server on 127.0.0.1 that plays the Hugging Face hub and the release pages, and misbehaves as told."""
+"""A server on 127.0.0.1 that plays the Hugging Face hub and the release pages, and misbehaves as
+told.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ Answer = Callable[["Request", bytes], None]
 class Server:
     """files: content by URL path. moved: URL that a path leads to, as the hub leads to its storage.
 
-    answers: what is done with each GET of a path in turn; then, or without any, it is served rightly.
+    answers: what is done with each GET of a path in turn; then, or without any, it is served
+    rightly.
     """
 
     url: str = ""
@@ -63,7 +66,11 @@ class Request(BaseHTTPRequestHandler):
             self.head(404, 0)
         else:
             digest = hashlib.sha256(content).hexdigest()
-            linked = {"X_Linked_Etag": f'"{digest}"', "X_Linked_Size": str(len(content)), "X_Repo_Commit": "0" * 40}
+            linked = {
+                "X_Linked_Etag": f'"{digest}"',
+                "X_Linked_Size": str(len(content)),
+                "X_Repo_Commit": "0" * 40,
+            }
             if self.path in self.state.moved:
                 self.head(302, 0, Location=self.state.moved[self.path], **linked)
             else:
@@ -88,7 +95,11 @@ class Request(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
         if wanted:
-            self.head(206, len(content) - start, Content_Range=f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.head(
+                206,
+                len(content) - start,
+                Content_Range=f"bytes {start}-{len(content) - 1}/{len(content)}",
+            )
         else:
             self.head(200, len(content))
         return start

@@ -1,7 +1,9 @@
-"""What every node asks of its inputs before it works: that each is of its kind, and a number within its limits.
+"""What every node asks of its inputs before it works: that each is of its kind, and a number within
+its limits.
 
-ComfyUI compares the values of widgets with their limits, but not a value that comes in through a link, nor a menu's of a V3 node; and an
-output that fits every input, as the switches of many packs have it, may hand on anything.
+ComfyUI compares the values of widgets with their limits, but not a value that comes in through a
+link, nor a menu's of a V3 node; and an output that fits every input, as the switches of many packs
+have it, may hand on anything.
 """
 
 from __future__ import annotations
@@ -21,18 +23,32 @@ LONGEST_SHOWN = 60
 KINDS: dict[str, tuple[type, str]] = {
     "IMAGE": (Tensor, "pictures are wanted: connect an IMAGE"),
     "MASK": (Tensor, "a mask is wanted: connect a MASK"),
-    "OSDFACE_FACES": (Faces, "faces are wanted: connect those of Face Detect & Align or Face Select"),
-    "CONDITIONING": (list, "visual prompts are wanted: connect the conditioning of OSDFace Visual Prompts"),
+    "OSDFACE_FACES": (
+        Faces,
+        "faces are wanted: connect those of Face Detect & Align or Face Select",
+    ),
+    "CONDITIONING": (
+        list,
+        "visual prompts are wanted: connect the conditioning of OSDFace Visual Prompts",
+    ),
     "STRING": (str, "a text is wanted"),
     "COMBO": (str, "one of the menu's texts is wanted"),
 }
-# What core nodes confine a prompt to; the rest of the crop would come out as nothing the networks have made.
-CONFINED = {"area": "an area", "mask": "a mask", "start_percent": "a part of the steps", "end_percent": "a part of the steps"}
+# What core nodes confine a prompt to; the rest of the crop would come out as nothing the networks
+# have made.
+CONFINED = {
+    "area": "an area",
+    "mask": "a mask",
+    "start_percent": "a part of the steps",
+    "end_percent": "a part of the steps",
+}
 WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
 
 
 def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The node, whose `execute` from now on raises OSDFaceError for an input that its schema does not allow."""
+    """The node, whose `execute` from now on raises OSDFaceError for an input that its schema does
+    not allow.
+    """
     execute: Callable[..., io.NodeOutput] = node.execute.__func__
     if hasattr(execute, "__wrapped__"):
         return node
@@ -58,35 +74,62 @@ def check(item: Any, value: Any) -> None:
         raise OSDFaceError(f"`{item.id}` is {_shown(value)}; {KINDS[kind][1]}.")
     # Their own checks tell a wrong one from a right one, where it is one at all.
     if kind in ("MODEL", "VAE") and type(value).__module__ == "builtins":
-        raise OSDFaceError(f"`{item.id}` is {_shown(value)}; a {kind} is wanted: connect one of Stable Diffusion 2.1-base.")
+        raise OSDFaceError(
+            f"`{item.id}` is {_shown(value)}; a {kind} is wanted: connect one of Stable Diffusion "
+            f"2.1-base."
+        )
     if kind == "CONDITIONING":
         if not all(map(_is_prompt, value)):
-            raise OSDFaceError(f"`{item.id}` is a list of other things than prompts; {KINDS[kind][1]}.")
+            raise OSDFaceError(
+                f"`{item.id}` is a list of other things than prompts; {KINDS[kind][1]}."
+            )
         for name, what in CONFINED.items():
             if any(options.get(name, WHOLE.get(name)) != WHOLE.get(name) for _, options in value):
-                raise OSDFaceError(f"`{item.id}` is confined to {what}; a visual prompt is of the whole crop: take that node away.")
+                raise OSDFaceError(
+                    f"`{item.id}` is confined to {what}; a visual prompt is of the whole crop: "
+                    f"take that node away."
+                )
     if kind == "IMAGE" and not value.is_floating_point():
-        raise OSDFaceError(f"`{item.id}` holds {value.dtype}; fractions in [0,1] are wanted: divide whole numbers by 255 before this node.")
+        raise OSDFaceError(
+            f"`{item.id}` holds {value.dtype}; fractions in [0,1] are wanted: divide whole "
+            f"numbers by 255 before this node."
+        )
     if kind in ("INT", "FLOAT"):
         # numpy's too, which many packs hand on.
         number = isinstance(value, numbers.Real if kind == "FLOAT" else numbers.Integral)
         if not number or not item.min <= value <= item.max:  # NaN too
             wanted = "a whole number" if kind == "INT" else "a number"
             raise OSDFaceError(
-                f"`{item.id}` is {_shown(value)}; {wanted} from {item.min} to {item.max} is wanted: look at what is connected to it."
+                f"`{item.id}` is {_shown(value)}; {wanted} from {item.min} to {item.max} is "
+                f"wanted: look at what is connected to it."
             )
     # A file that a menu does not offer is looked for all the same: the node says how to get it.
     if kind == "COMBO" and not item.id.endswith("_name") and value not in item.options:
-        raise OSDFaceError(f"`{item.id}` is {_shown(value)}; one of these is wanted: {', '.join(item.options)}.")
+        raise OSDFaceError(
+            f"`{item.id}` is {_shown(value)}; one of these is wanted: {', '.join(item.options)}."
+        )
 
 
 def _is_prompt(entry: Any) -> bool:
-    return isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], Tensor) and isinstance(entry[1], dict)
+    return (
+        isinstance(entry, (list, tuple))
+        and len(entry) == 2
+        and isinstance(entry[0], Tensor)
+        and isinstance(entry[1], dict)
+    )
 
 
 def _shown(value: Any) -> str:
     """A value in the words of a sentence: short, and on one line."""
     if value is None or isinstance(value, (bool, int, float, str)):
-        text = " ".join(("nothing" if value is None else repr(value) if isinstance(value, str) else str(value)).split())
+        text = " ".join(
+            (
+                "nothing"
+                if value is None
+                else repr(value)
+                if isinstance(value, str)
+                else str(value)
+            ).split()
+        )
         return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
     return f"a {type(value).__name__}"

@@ -1,7 +1,8 @@
-"""ComfyUI behind the core: its MODEL and VAE as a Backbone, our networks in its memory management, its folders and progress bar.
+"""ComfyUI behind the core: its MODEL and VAE as a Backbone, our networks in its memory management,
+its folders and progress bar.
 
-The only file that knows ComfyUI's insides. Run on 0.3.64; what newer versions changed (read up to 0.38) is asked for by name before it
-is used.
+The only file that knows ComfyUI's insides. Run on 0.3.64; what newer versions changed (read up to
+0.38) is asked for by name before it is used.
 """
 
 from __future__ import annotations
@@ -56,20 +57,24 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Folders of a menu's files; the LoRA may lie with the other LoRAs, a detector in newer hosts' folder for such.
+# Folders of a menu's files; the LoRA may lie with the other LoRAs, a detector in newer hosts'
+# folder for such.
 SEARCHED = catalogue.SEARCHED | {
     catalogue.LORAS: (catalogue.OSDFACE, catalogue.LORAS),
     catalogue.FACES: (*catalogue.SEARCHED[catalogue.FACES], "detection"),
 }
 EXTENSIONS = {".safetensors", ".ckpt", ".pth"}
-# ComfyUI's settings file holds this once the user has allowed downloads there (web/osdface.js); the variable does the same.
+# ComfyUI's settings file holds this once the user has allowed downloads there (web/osdface.js); the
+# variable does the same.
 DOWNLOAD_SETTING, DOWNLOAD_VARIABLE = "OSDFace.download", "OSDFACE_DOWNLOAD"
 NONE = "none"
 # What the networks of OSDFace Built-in Model, and prompts made for it, are known by.
 BUILTIN_MARK = "osdface_builtin"
 BUILTIN_FILES = {catalogue.OSDFACE: builtin.VRE, catalogue.FACES: builtin.DETECTOR}
 
-CHECKPOINT = "Load Stable Diffusion 2.1-base (v2-1_512-ema-pruned.safetensors) with Load Checkpoint."
+CHECKPOINT = (
+    "Load Stable Diffusion 2.1-base (v2-1_512-ema-pruned.safetensors) with Load Checkpoint."
+)
 PREVIEW_SIDE = 512
 # A chunk is also the grain at which a run shows progress, and the UNet's at which it stops.
 MOST_FACES_AT_ONCE = 16
@@ -82,11 +87,18 @@ EMBEDDER_MEMORY = 450 * 1024**2
 # Schemas
 
 
-def with_extras(schema: io.Schema, *, search: tuple[str, ...] = (), advanced: tuple[str, ...] = (), shows: bool = False) -> io.Schema:
+def with_extras(
+    schema: io.Schema,
+    *,
+    search: tuple[str, ...] = (),
+    advanced: tuple[str, ...] = (),
+    shows: bool = False,
+) -> io.Schema:
     """The schema with what newer hosts offer, where the host does.
 
-    search: other names that people look for. advanced: ids of inputs that are rarely turned, to be folded away. shows: the node shows
-    something on itself that is to stay when the page is loaded anew.
+    search: other names that people look for. advanced: ids of inputs that are rarely turned, to be
+    folded away. shows: the node shows something on itself that is to stay when the page is loaded
+    anew.
     """
     if hasattr(schema, "search_aliases"):
         schema.search_aliases = list(search)
@@ -111,15 +123,22 @@ def naming(given: str) -> Iterator[None]:
 
 
 def register_folders() -> None:
-    """Makes ComfyUI look in models/osdface and models/facedetection, beside what extra_model_paths.yaml names for them."""
+    """Makes ComfyUI look in models/osdface and models/facedetection, beside what
+    extra_model_paths.yaml names for them.
+    """
     for name in (catalogue.OSDFACE, catalogue.FACES):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
         paths, extensions = folder_paths.folder_names_and_paths[name]
-        folder_paths.folder_names_and_paths[name] = paths, set(extensions) | EXTENSIONS if extensions else EXTENSIONS
+        folder_paths.folder_names_and_paths[name] = (
+            paths,
+            set(extensions) | EXTENSIONS if extensions else EXTENSIONS,
+        )
 
 
 def names(kind: str, *first: str) -> list[str]:
-    """What a menu of files offers: the names that a shared workflow holds, present or not, then whatever else is there."""
+    """What a menu of files offers: the names that a shared workflow holds, present or not, then
+    whatever else is there.
+    """
     found = dict.fromkeys(first)
     for folder in SEARCHED[kind]:
         if folder in folder_paths.folder_names_and_paths:
@@ -128,7 +147,8 @@ def names(kind: str, *first: str) -> list[str]:
 
 
 def find(name: str, kind: str = catalogue.FACES) -> Path:
-    """The file `name` in the folders that are searched for `kind`; fetched first if it is missing and the user has allowed that.
+    """The file `name` in the folders that are searched for `kind`; fetched first if it is missing
+    and the user has allowed that.
 
     `builtin` names our own small one. Raises OSDFaceError, which says how to get it.
     """
@@ -178,8 +198,12 @@ def _download_progress() -> Callable[[int, int], None]:
     return report
 
 
-def state_of(name: str | None, kind: str, files_of: Callable[[Path], tuple[Path, ...]] = lambda path: (path,)) -> str:
-    """A text that changes when the named file does, for nodes that read it; empty for none, or one that is not there."""
+def state_of(
+    name: str | None, kind: str, files_of: Callable[[Path], tuple[Path, ...]] = lambda path: (path,)
+) -> str:
+    """A text that changes when the named file does, for nodes that read it; empty for none, or one
+    that is not there.
+    """
     path = None if name is None or name == NONE else _present(name, kind)
     return "" if path is None else str(fingerprint(*files_of(path)))
 
@@ -195,7 +219,8 @@ _made: dict[tuple[str, str], tuple[object, Any]] = {}
 def once(what: str, files: tuple[Path, ...], make: Callable[[], T]) -> T:
     """What `make` gives from the files, made anew only when one of them has changed.
 
-    Raises OSDFaceError for a file that the host's keeper does not allow: newer hosts may be told which files may be loaded.
+    Raises OSDFaceError for a file that the host's keeper does not allow: newer hosts may be told
+    which files may be loaded.
     """
     key, state = (what, str(files[0])), fingerprint(*files)
     if key not in _made or _made[key][0] != state:
@@ -203,7 +228,10 @@ def once(what: str, files: tuple[Path, ...], make: Callable[[], T]) -> T:
         governance = sys.modules.get("app.governance")
         for path in files:
             if not getattr(governance, "model_allowed", lambda path: True)(str(path)):
-                raise OSDFaceError(f"{path.name} is not among the files that this ComfyUI may load: ask who looks after it to allow it.")
+                raise OSDFaceError(
+                    f"{path.name} is not among the files that this ComfyUI may load: ask who "
+                    f"looks after it to allow it."
+                )
         _made[key] = state, make()
     return _made[key][1]
 
@@ -212,8 +240,14 @@ def once(what: str, files: tuple[Path, ...], make: Callable[[], T]) -> T:
 
 
 def _complete(layer: type[nn.Module], plain: type[nn.Module]) -> Any:
-    """ComfyUI's layer with its weights there from the start; newer hosts wait for them where a subclass does not read them itself."""
-    return type(layer.__name__, (layer,), {"__init__": plain.__init__, "_load_from_state_dict": nn.Module._load_from_state_dict})
+    """ComfyUI's layer with its weights there from the start; newer hosts wait for them where a
+    subclass does not read them itself.
+    """
+    return type(
+        layer.__name__,
+        (layer,),
+        {"__init__": plain.__init__, "_load_from_state_dict": nn.Module._load_from_state_dict},
+    )
 
 
 class Operations(comfy.ops.manual_cast):
@@ -232,16 +266,23 @@ def network(
 ) -> nn.Module:
     """The network of a weight file, on the device that ComfyUI computes on, ready to be called.
 
-    build: (tensors, operations) -> module. memory: bytes that its activations will want. files_of: all files that `read` reads.
-    The network is read once for each state of its files, stays loaded between runs, and leaves the device when ComfyUI needs the room.
-    Raises ComfyUI's own error when the user has asked to stop.
+    build: (tensors, operations) -> module. memory: bytes that its activations will want. files_of:
+    all files that `read` reads. The network is read once for each state of its files, stays loaded
+    between runs, and leaves the device when ComfyUI needs the room. Raises ComfyUI's own error when
+    the user has asked to stop.
     """
     mm.throw_exception_if_processing_interrupted()
 
     def make() -> comfy.model_patcher.ModelPatcher:
         # The newer one pages weights in as they are used.
-        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-        return patcher_class(build(read(path), Operations), load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+        patcher_class = getattr(
+            comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher
+        )
+        return patcher_class(
+            build(read(path), Operations),
+            load_device=mm.get_torch_device(),
+            offload_device=mm.unet_offload_device(),
+        )
 
     patcher = once(build.__module__ + "." + build.__qualname__, files_of(path), make)
     mm.load_models_gpu([patcher], memory_required=memory)
@@ -249,16 +290,22 @@ def network(
 
 
 def embedder(vre_name: str, faces: int) -> tuple[VisualEmbedder, torch.device]:
-    """The Visual Representation Embedder of a file of models/osdface, with room for so many faces at once, and where it computes."""
+    """The Visual Representation Embedder of a file of models/osdface, with room for so many faces
+    at once, and where it computes.
+    """
     with naming("vre_name"):
         path = find(vre_name, catalogue.OSDFACE)
-        module = network(path, build_embedder, faces * EMBEDDER_MEMORY, read_embedder, embedder_files)
+        module = network(
+            path, build_embedder, faces * EMBEDDER_MEMORY, read_embedder, embedder_files
+        )
     assert isinstance(module, VisualEmbedder)
     return module, mm.get_torch_device()
 
 
 def faces_that_fit(memory: float) -> int:
-    """How many faces a network of our own takes at once that wants so many bytes for each; one on a CPU, to stop within it."""
+    """How many faces a network of our own takes at once that wants so many bytes for each; one on a
+    CPU, to stop within it.
+    """
     device = mm.get_torch_device()
     return 1 if mm.is_device_cpu(device) else _clamp(_room(device) / memory)
 
@@ -269,9 +316,20 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _room(device: torch.device, *staying: comfy.model_patcher.ModelPatcher) -> float:
-    """Bytes for activations once ComfyUI has made all the room it can: every loaded model may leave but those that stay."""
-    loaded = sum(patcher.loaded_size() for patcher in mm.loaded_models() if patcher and patcher.load_device == device)
-    return mm.get_free_memory(device) + loaded - sum(patcher.model_size() for patcher in staying) - mm.extra_reserved_memory()
+    """Bytes for activations once ComfyUI has made all the room it can: every loaded model may leave
+    but those that stay.
+    """
+    loaded = sum(
+        patcher.loaded_size()
+        for patcher in mm.loaded_models()
+        if patcher and patcher.load_device == device
+    )
+    return (
+        mm.get_free_memory(device)
+        + loaded
+        - sum(patcher.model_size() for patcher in staying)
+        - mm.extra_reserved_memory()
+    )
 
 
 def _clamp(faces: float) -> int:
@@ -282,17 +340,21 @@ def _clamp(faces: float) -> int:
 
 
 def progress(total: int) -> Callable[..., None]:
-    """A function to call with the number of finished steps and a picture (3,H,W) or (1,H,W) in [0,1] or None.
+    """A function to call with the number of finished steps and a picture (3,H,W) or (1,H,W) in
+    [0,1] or None.
 
-    It moves ComfyUI's bar, shows the picture, and raises ComfyUI's own error when the user has asked to stop.
+    It moves ComfyUI's bar, shows the picture, and raises ComfyUI's own error when the user has
+    asked to stop.
     """
     return stages(all=total)("all", total)
 
 
 def stages(**shares: int) -> Callable[[str, int], Callable[..., None]]:
-    """One bar over the stages of a job, each with its share of it. Called with a stage and its number of steps, gives its `progress`.
+    """One bar over the stages of a job, each with its share of it. Called with a stage and its
+    number of steps, gives its `progress`.
 
-    The bar never goes back, however many steps a stage turns out to have, and whether it is begun at all.
+    The bar never goes back, however many steps a stage turns out to have, and whether it is begun
+    at all.
     """
     bar = comfy.utils.ProgressBar(sum(shares.values()))
     starts = dict(zip(shares, itertools.accumulate(shares.values(), initial=0), strict=False))
@@ -306,7 +368,11 @@ def stages(**shares: int) -> Callable[[str, int], Callable[..., None]]:
             if done:
                 steps += done
                 preview = None if picture is None else ("JPEG", _pil(picture), PREVIEW_SIDE)
-                bar.update_absolute(starts[stage] + shares[stage] * min(steps, total) // max(total, 1), bar.total, preview)
+                bar.update_absolute(
+                    starts[stage] + shares[stage] * min(steps, total) // max(total, 1),
+                    bar.total,
+                    preview,
+                )
 
         return report
 
@@ -314,8 +380,13 @@ def stages(**shares: int) -> Callable[[str, int], Callable[..., None]]:
 
 
 def shown(text: str) -> ui.PreviewText:
-    """The text on the running node itself: as its output, and as the progress text that pages show on any node."""
-    server, context = getattr(sys.modules.get("server"), "PromptServer", None), get_executing_context()
+    """The text on the running node itself: as its output, and as the progress text that pages show
+    on any node.
+    """
+    server, context = (
+        getattr(sys.modules.get("server"), "PromptServer", None),
+        get_executing_context(),
+    )
     if context is not None and (instance := getattr(server, "instance", None)) is not None:
         instance.send_progress_text(text, context.node_id, instance.client_id)
     return ui.PreviewText(text)
@@ -330,46 +401,80 @@ def _pil(picture: Tensor) -> Image.Image:
 
 
 def check_model(model: Any) -> None:
-    """Raises OSDFaceError unless MODEL is Stable Diffusion 2.1-base (or a fine-tune of it) sampled as it was trained."""
+    """Raises OSDFaceError unless MODEL is Stable Diffusion 2.1-base (or a fine-tune of it) sampled
+    as it was trained.
+    """
     base = getattr(model, "model", None)
     config = getattr(base, "model_config", None)
     unet = getattr(config, "unet_config", None) or {}
     given = type(config).__name__ if config is not None else type(model).__name__
 
     def refuse(what: str) -> NoReturn:
-        raise OSDFaceError(f"`model` is {what}; OSDFace needs Stable Diffusion 2.1-base (512 px, epsilon). {CHECKPOINT}")
+        raise OSDFaceError(
+            f"`model` is {what}; OSDFace needs Stable Diffusion 2.1-base (512 px, epsilon). "
+            f"{CHECKPOINT}"
+        )
 
-    if not is_builtin(base) and (unet.get("context_dim") != 1024 or unet.get("model_channels") != 320):
-        refuse(f"{given} (text width {unet.get('context_dim', 'unknown')}, UNet width {unet.get('model_channels', 'unknown')})")
+    if not is_builtin(base) and (
+        unet.get("context_dim") != 1024 or unet.get("model_channels") != 320
+    ):
+        refuse(
+            f"{given} (text width {unet.get('context_dim', 'unknown')}, UNet width "
+            f"{unet.get('model_channels', 'unknown')})"
+        )
     if unet.get("in_channels") != LATENT_CHANNELS:
-        refuse(f"{given} with {unet.get('in_channels')} input channels, such as an inpainting or depth model has")
-    if unet.get("adm_in_channels") is not None or not unet.get("use_linear_in_transformer") or unet.get("use_temporal_attention"):
-        refuse(f"{given}, a variant of Stable Diffusion 2 with another UNet (unCLIP, video or the like)")
+        refuse(
+            f"{given} with {unet.get('in_channels')} input channels, such as an inpainting or "
+            f"depth model has"
+        )
+    if (
+        unet.get("adm_in_channels") is not None
+        or not unet.get("use_linear_in_transformer")
+        or unet.get("use_temporal_attention")
+    ):
+        refuse(
+            f"{given}, a variant of Stable Diffusion 2 with another UNet (unCLIP, video or the "
+            f"like)"
+        )
     sampling = model.get_model_object("model_sampling")
     kinds = comfy.model_sampling
     # V_PREDICTION and X0 are subclasses of EPS there.
-    others = tuple(getattr(kinds, name) for name in ("V_PREDICTION", "X0", "EDM") if hasattr(kinds, name))
+    others = tuple(
+        getattr(kinds, name) for name in ("V_PREDICTION", "X0", "EDM") if hasattr(kinds, name)
+    )
     if isinstance(sampling, kinds.V_PREDICTION):
-        refuse(f"{given} predicting v, such as Stable Diffusion 2.1 768-v, or patched to do so by a node before this one")
+        refuse(
+            f"{given} predicting v, such as Stable Diffusion 2.1 768-v, or patched to do so by a "
+            f"node before this one"
+        )
     if not isinstance(sampling, kinds.EPS) or isinstance(sampling, others):
-        refuse(f"{given} that does not predict noise, or is patched not to by a node before this one")
+        refuse(
+            f"{given} that does not predict noise, or is patched not to by a node before this one"
+        )
     sigmas = getattr(sampling, "sigmas", None)
     if not isinstance(sigmas, Tensor) or len(sigmas) != TIMESTEPS:
         refuse(f"{given} sampled without the {TIMESTEPS} discrete timesteps of Stable Diffusion")
     abar = alphas_cumprod()[TIMESTEP]
     wanted = float(((1 - abar) / abar) ** 0.5)
     if abs(float(sigmas[TIMESTEP]) - wanted) > 1e-3:
-        refuse(f"{given} with a changed noise schedule (sigma {float(sigmas[TIMESTEP]):.3f} at step {TIMESTEP} instead of {wanted:.3f})")
+        refuse(
+            f"{given} with a changed noise schedule (sigma {float(sigmas[TIMESTEP]):.3f} at step "
+            f"{TIMESTEP} instead of {wanted:.3f})"
+        )
 
 
 def check_vae(vae: Any) -> None:
     """Raises OSDFaceError unless VAE has 4 latent channels at an eighth of the size."""
     if getattr(vae, "first_stage_model", None) is None:
-        raise OSDFaceError(f"`vae` holds no autoencoder; the one of Stable Diffusion 2.1-base is wanted. {CHECKPOINT}")
+        raise OSDFaceError(
+            f"`vae` holds no autoencoder; the one of Stable Diffusion 2.1-base is wanted. "
+            f"{CHECKPOINT}"
+        )
     channels, stride = vae.latent_channels, vae.spacial_compression_encode()
     if channels != LATENT_CHANNELS or stride != STRIDE:
         raise OSDFaceError(
-            f"`vae` makes latents of {channels} channels at 1/{stride} of the size; OSDFace needs {LATENT_CHANNELS} at 1/{STRIDE}, "
+            f"`vae` makes latents of {channels} channels at 1/{stride} of the size; OSDFace needs "
+            f"{LATENT_CHANNELS} at 1/{STRIDE}, "
             f"as the autoencoder of Stable Diffusion 2.1-base does. {CHECKPOINT}"
         )
 
@@ -379,24 +484,40 @@ def is_builtin(network: Any) -> bool:
 
 
 def check_together(model: Any, vae: Any, builtin_prompts: bool, lora: bool) -> None:
-    """Raises OSDFaceError unless all of them, or none, are the built-in model's, which takes no LoRA."""
-    of = {"`model`": is_builtin(model.model), "`vae`": is_builtin(vae.first_stage_model), "`conditioning`": builtin_prompts}
+    """Raises OSDFaceError unless all of them, or none, are the built-in model's, which takes no
+    LoRA.
+    """
+    of = {
+        "`model`": is_builtin(model.model),
+        "`vae`": is_builtin(vae.first_stage_model),
+        "`conditioning`": builtin_prompts,
+    }
     ours, others = ([name for name, known in of.items() if known == kind] for kind in (True, False))
-    remedy = "take model and vae from OSDFace Built-in Model with `builtin` as vre_name and `none` as lora_name, or none of these."
+    remedy = (
+        "take model and vae from OSDFace Built-in Model with `builtin` as vre_name and `none` as "
+        "lora_name, or none of these."
+    )
     if ours and others:
-        raise OSDFaceError(f"{' and '.join(ours)} of the small built-in model cannot go with another {' and '.join(others)}: {remedy}")
+        raise OSDFaceError(
+            f"{' and '.join(ours)} of the small built-in model cannot go with another "
+            f"{' and '.join(others)}: {remedy}"
+        )
     if ours and lora:
-        raise OSDFaceError(f"`lora_name` names OSDFace's LoRA, and the small built-in `model` takes none: {remedy}")
+        raise OSDFaceError(
+            f"`lora_name` names OSDFace's LoRA, and the small built-in `model` takes none: {remedy}"
+        )
 
 
 # The LoRA
 
 
 def with_lora(model: Any, path: Path, strength: float) -> Any:
-    """A clone of MODEL with OSDFace's LoRA on all of its 278 modules; MODEL's own patches stay as they are.
+    """A clone of MODEL with OSDFace's LoRA on all of its 278 modules; MODEL's own patches stay as
+    they are.
 
-    The clone lives as long as the MODEL: ComfyUI then keeps the merged weights from run to run, and finds the patches when it has to
-    merge a part of them anew. Raises OSDFaceError if a tensor of the file, or a weight of the model, is left over.
+    The clone lives as long as the MODEL: ComfyUI then keeps the merged weights from run to run, and
+    finds the patches when it has to merge a part of them anew. Raises OSDFaceError if a tensor of
+    the file, or a weight of the model, is left over.
     """
     state = fingerprint(path), strength, model.patches_uuid
     known = getattr(model, "osdface_clone", None)
@@ -404,7 +525,8 @@ def with_lora(model: Any, path: Path, strength: float) -> Any:
         with naming("lora_name"):
             lora = once("lora", (path,), lambda: parse_lora(read_tensors(path), path.name))
         clone = _merged(model, lora, path.name, strength)
-        # ComfyUI hands the loaded weights to the parent when a clone goes. The oldest one outlives all that share them.
+        # ComfyUI hands the loaded weights to the parent when a clone goes. The oldest one outlives
+        # all that share them.
         while clone.parent is not None and clone.parent.parent is not None:
             clone.parent = clone.parent.parent
         model.osdface_clone = known = state, clone
@@ -420,7 +542,8 @@ def _merged(model: Any, lora: dict[str, LoraModule], source: str, strength: floa
         tensors[f"{name}.alpha"] = torch.tensor(module.scale * module.down.shape[0])
     if present := set(targets.values()) & set(model.patches):
         log.warning(
-            "`model` already holds another LoRA on %d of the %d modules of %s: if that is OSDFace's own, choose `none` as lora_name.",
+            "`model` already holds another LoRA on %d of the %d modules of %s: if that is "
+            "OSDFace's own, choose `none` as lora_name.",
             len(present),
             len(targets),
             source,
@@ -429,10 +552,14 @@ def _merged(model: Any, lora: dict[str, LoraModule], source: str, strength: floa
     if _as_fast_in_bf16(model):
         # As newer hosts' own set_model_compute_dtype does.
         clone.add_object_patch("manual_cast_dtype", torch.bfloat16)
-    left_over = sorted(set(targets.values()) - set(clone.add_patches(comfy.lora.load_lora(tensors, targets), strength)))
+    left_over = sorted(
+        set(targets.values())
+        - set(clone.add_patches(comfy.lora.load_lora(tensors, targets), strength))
+    )
     if left_over:
         raise OSDFaceError(
-            f"`model` has no weight for {len(left_over)} of the {len(targets)} modules of {source} (such as {left_over[0]}). {CHECKPOINT}"
+            f"`model` has no weight for {len(left_over)} of the {len(targets)} modules of "
+            f"{source} (such as {left_over[0]}). {CHECKPOINT}"
         )
     return clone
 
@@ -441,19 +568,26 @@ def _merged(model: Any, lora: dict[str, LoraModule], source: str, strength: floa
 
 
 def _as_fast_in_bf16(model: Any) -> bool:
-    """Whether the user asked for bf16 (--bf16-unet) on a CPU that computes in it, for which ComfyUI casts every weight to fp32."""
+    """Whether the user asked for bf16 (--bf16-unet) on a CPU that computes in it, for which ComfyUI
+    casts every weight to fp32.
+    """
     base = model.model
     bf16 = base.get_dtype() == torch.bfloat16 and base.manual_cast_dtype is not None
     return bf16 and mm.is_device_cpu(model.load_device) and computes_in_bf16()
 
 
 def _with_fused_attention(model: Any, model_options: dict[str, Any]) -> dict[str, Any]:
-    """The sampler's options with torch's fused attention where ComfyUI would take the slower way that it has for CPUs.
+    """The sampler's options with torch's fused attention where ComfyUI would take the slower way
+    that it has for CPUs.
 
     A way that the user or a node has chosen stays.
     """
     given = model_options.get("transformer_options", {})
-    chosen = mm.pytorch_attention_enabled() or args.use_split_cross_attention or args.use_quad_cross_attention
+    chosen = (
+        mm.pytorch_attention_enabled()
+        or args.use_split_cross_attention
+        or args.use_quad_cross_attention
+    )
     if chosen or not mm.is_device_cpu(model.load_device) or "optimized_attention_override" in given:
         return model_options
 
@@ -466,11 +600,17 @@ def _with_fused_attention(model: Any, model_options: dict[str, Any]) -> dict[str
 class HostBackbone:
     """ComfyUI's MODEL and VAE as the core's Backbone.
 
-    options: what nodes have added to the conditioning (hooks and the like); it goes along to the sampler. lora: file and strength.
-    Raises OSDFaceError for a wrong base, autoencoder or LoRA.
+    options: what nodes have added to the conditioning (hooks and the like); it goes along to the
+    sampler. lora: file and strength. Raises OSDFaceError for a wrong base, autoencoder or LoRA.
     """
 
-    def __init__(self, model: Any, vae: Any, options: dict[str, Any] | None = None, lora: tuple[Path, float] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        vae: Any,
+        options: dict[str, Any] | None = None,
+        lora: tuple[Path, float] | None = None,
+    ) -> None:
         check_model(model)
         check_vae(vae)
         self.options = dict(options or {})
@@ -486,10 +626,16 @@ class HostBackbone:
         return self.latent_format.process_in(encoded)
 
     def _encoded(self, pixels: Tensor) -> Tensor:
-        """Of one crop (1,H,W,3), kept with the VAE: with another strength or timestep the same crops come again."""
+        """Of one crop (1,H,W,3), kept with the VAE: with another strength or timestep the same
+        crops come again.
+        """
         kept = self.vae.__dict__.setdefault("osdface_latents", OrderedDict())
         network = id(self.vae.first_stage_model), self.vae.patcher.patches_uuid
-        seen = hashlib.blake2b(pixels.contiguous().numpy(force=True).data).digest(), tuple(pixels.shape), network
+        seen = (
+            hashlib.blake2b(pixels.contiguous().numpy(force=True).data).digest(),
+            tuple(pixels.shape),
+            network,
+        )
         latents = kept.pop(seen, None)
         if latents is None:
             # Newer hosts may hand out half precision.
@@ -501,7 +647,8 @@ class HostBackbone:
 
     def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
         if len(latents) > 1 and mm.is_device_cpu(self.model.load_device):
-            # Several at once take no less time there, and a face is the same to the bit, whoever comes with it.
+            # Several at once take no less time there, and a face is the same to the bit, whoever
+            # comes with it.
             faces = zip(latents.split(1), prompts.split(1), strict=True)
             return torch.cat([self.denoise(latent, prompt, timestep) for latent, prompt in faces])
         sigma = self.model.get_model_object("model_sampling").sigmas[timestep]
@@ -519,19 +666,24 @@ class HostBackbone:
 
     def decode(self, latents: Tensor) -> Tensor:
         with faster(self.vae.device, self.vae.first_stage_model):
-            return _face_by_face(self.vae.decode, self.latent_format.process_out(latents)).movedim(-1, 1)
+            return _face_by_face(self.vae.decode, self.latent_format.process_out(latents)).movedim(
+                -1, 1
+            )
 
     def faces_that_fit(self, height: int, width: int) -> int:
         device = self.model.load_device
         if mm.is_device_cpu(device):
             return 1
-        one, two = (self.model.memory_required((n, LATENT_CHANNELS, height // STRIDE, width // STRIDE)) for n in (1, 2))
+        one, two = (
+            self.model.memory_required((n, LATENT_CHANNELS, height // STRIDE, width // STRIDE))
+            for n in (1, 2)
+        )
         # Newer hosts add what they want to keep free, however many faces there are.
         return _clamp(1 + (_room(device, self.model) - one) / (two - one))
 
     @contextmanager
     def precisely(self) -> Iterator[bool]:
-        """With the VAE's weights in fp32: it is the VAE whose activations leave the range of fp16."""
+        """The VAE's weights in fp32: its activations are the ones that leave the range of fp16."""
         vae = self.vae
         if vae.vae_dtype == torch.float32:
             yield False
@@ -555,8 +707,16 @@ def _face_by_face(work: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     return torch.cat(done)
 
 
-def _one_step(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None) -> Tensor:
-    """A sampler that calls the model once. The latent comes without noise, and the UNet is to see it unscaled: ComfyUI divides
-    its input by sqrt(sigma^2 + 1), so it is multiplied by that here."""
+def _one_step(
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Any = None,
+    callback: Any = None,
+    disable: Any = None,
+) -> Tensor:
+    """A sampler that calls the model once. The latent comes without noise, and the UNet is to see
+    it unscaled: ComfyUI divides its input by sqrt(sigma^2 + 1), so it is multiplied by that here.
+    """
     sigma = sigmas[0]
     return model(x * (1 + sigma**2) ** 0.5, sigma * x.new_ones(len(x)), **(extra_args or {}))

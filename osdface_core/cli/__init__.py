@@ -27,7 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         return restore(parser().parse_args(arguments))
     except ModuleNotFoundError as error:
-        log.error('The Python package %s is missing: run pip install -e ".[cli]" in the project\'s folder.', error.name)
+        log.error(
+            'The Python package %s is missing: run pip install -e ".[cli]" in the project\'s '
+            "folder.",
+            error.name,
+        )
         return UNUSABLE
     except OSDFaceError as error:
         log.error("%s", error)
@@ -38,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def restore(options: argparse.Namespace) -> int:
-    """The command `restore`; the exit code. Raises OSDFaceError where nothing can be done, and KeyboardInterrupt."""
+    """The command `restore`; the exit code. Raises OSDFaceError where nothing can be done, and
+    KeyboardInterrupt.
+    """
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -51,7 +57,9 @@ def restore(options: argparse.Namespace) -> int:
     entries = [_left_out(item) for item in items if item.reason]
     for item in items:
         if item.reason and item.reason != job.THERE:
-            log.warning("%s is %s: %s.", item.source, "not done" if item.wrong else "skipped", item.reason)
+            log.warning(
+                "%s is %s: %s.", item.source, "not done" if item.wrong else "skipped", item.reason
+            )
     todo = [item for item in items if not item.reason]
     if options.report:
         _check_report(options, items)
@@ -65,11 +73,19 @@ def restore(options: argparse.Namespace) -> int:
             settled = resolve(options)
             # A single video has a bar of its own, by frames.
             alone = len(todo) == 1 and todo[0].source.suffix.lower() in job.VIDEOS
-            with tqdm(total=len(todo), unit="file", disable=alone or None) as bar, logging_redirect_tqdm():
+            with (
+                tqdm(total=len(todo), unit="file", disable=alone or None) as bar,
+                logging_redirect_tqdm(),
+            ):
                 for entry in job.run(todo, settled):
                     entries.append(entry)
                     if "error" in entry:
-                        log.error("%s", entry["error"] if entry["input"] in entry["error"] else f"{entry['input']}: {entry['error']}")
+                        log.error(
+                            "%s",
+                            entry["error"]
+                            if entry["input"] in entry["error"]
+                            else f"{entry['input']}: {entry['error']}",
+                        )
                     bar.update()
     finally:
         if options.report:
@@ -79,15 +95,33 @@ def restore(options: argparse.Namespace) -> int:
                 log.error("%s", error)
                 reported = False
     counts = Counter(entry["status"] for entry in entries)
-    without = sum(not any(face["verdict"] == CHOSEN for face in entry.get("faces", ())) for entry in entries if entry["status"] == job.DONE)
+    without = sum(
+        not any(face["verdict"] == CHOSEN for face in entry.get("faces", ()))
+        for entry in entries
+        if entry["status"] == job.DONE
+    )
     if without:
-        log.warning("%d of the files done have no face that was found and chosen; --report tells which.", without)
-    sys.stdout.write(", ".join(f"{counts[status]} {status}" for status in (job.DONE, job.SKIPPED, job.FAILED) if counts[status]) + "\n")
+        log.warning(
+            "%d of the files done have no face that was found and chosen; --report tells which.",
+            without,
+        )
+    sys.stdout.write(
+        ", ".join(
+            f"{counts[status]} {status}"
+            for status in (job.DONE, job.SKIPPED, job.FAILED)
+            if counts[status]
+        )
+        + "\n"
+    )
     return SOME_FAILED if counts[job.FAILED] or not reported else OK
 
 
 def _left_out(item: Any) -> dict[str, Any]:
-    what = {"status": "failed", "error": item.reason} if item.wrong else {"status": "skipped", "reason": item.reason}
+    what = (
+        {"status": "failed", "error": item.reason}
+        if item.wrong
+        else {"status": "skipped", "reason": item.reason}
+    )
     return {"input": str(item.source), "output": str(item.target), **what}
 
 
@@ -95,23 +129,47 @@ def _check_report(options: argparse.Namespace, items: list[Any]) -> None:
     from .options import BUILTIN, NONE
 
     report = options.report.resolve()
-    weights = [Path(path).resolve() for path in (options.model, options.lora, options.vre) if path not in (None, BUILTIN, NONE)]
-    files = [options.keep, Path(options.output), *(path for item in items for path in (item.source, item.target))]
-    there = [path for path in files if path and os.path.exists(path)] if os.path.exists(report) else []
+    weights = [
+        Path(path).resolve()
+        for path in (options.model, options.lora, options.vre)
+        if path not in (None, BUILTIN, NONE)
+    ]
+    files = [
+        options.keep,
+        Path(options.output),
+        *(path for item in items for path in (item.source, item.target)),
+    ]
+    there = (
+        [path for path in files if path and os.path.exists(path)] if os.path.exists(report) else []
+    )
     if (
         any(report.is_relative_to(path) for path in weights)
         or any(path and path.resolve() == report for path in files)
         or any(path.samefile(report) for path in there)
     ):
-        raise OSDFaceError(f"--report is {options.report}, which this run reads or makes itself: name another file.")
+        raise OSDFaceError(
+            f"--report is {options.report}, which this run reads or makes itself: name another "
+            f"file."
+        )
 
 
-def _write_report(path: Path, options: argparse.Namespace, entries: list[dict[str, Any]], seconds: float) -> None:
+def _write_report(
+    path: Path, options: argparse.Namespace, entries: list[dict[str, Any]], seconds: float
+) -> None:
     from .pictures import placed
     from .restorer import versions
 
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name != "command"}
-    content = {"versions": versions(), "settings": settings, "seconds": round(seconds, 3), "files": entries}
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name != "command"
+    }
+    content = {
+        "versions": versions(),
+        "settings": settings,
+        "seconds": round(seconds, 3),
+        "files": entries,
+    }
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     def fill(fresh: Path) -> None:
@@ -120,4 +178,7 @@ def _write_report(path: Path, options: argparse.Namespace, entries: list[dict[st
     try:
         placed(path, fill)
     except OSError as error:
-        raise OSDFaceError(f"--report is {path}, which cannot be written ({error.strerror or error}): name another file.") from error
+        raise OSDFaceError(
+            f"--report is {path}, which cannot be written ({error.strerror or error}): name "
+            f"another file."
+        ) from error

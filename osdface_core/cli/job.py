@@ -22,14 +22,32 @@ from .restorer import Restorer
 
 log = logging.getLogger(__name__)
 
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv")
+VIDEOS = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".mts",
+    ".m2ts",
+    ".wmv",
+    ".flv",
+    ".3gp",
+    ".ogv",
+)
 THERE = "its output is there already"
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 
 
 @dataclass(frozen=True)
 class Item:
-    """One file and where its restored copy goes. reason: why it is not to be done, if it is not; wrong: whether that is a failure."""
+    """One file and where its restored copy goes. reason: why it is not to be done, if it is not;
+    wrong: whether that is a failure.
+    """
 
     source: Path
     target: Path
@@ -41,38 +59,74 @@ class Item:
 
 
 def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ()) -> list[Item]:
-    """The files of `source`, a file or a folder, and their places in `out`, which is a folder if it ends in a slash or is one.
+    """The files of `source`, a file or a folder, and their places in `out`, which is a folder if it
+    ends in a slash or is one.
 
-    inputs: further files that nothing may be written over. Raises OSDFaceError if there is nothing to be read, if the whole
-    run would write over what it reads, or if a single output has another kind of extension than its input.
+    inputs: further files that nothing may be written over. Raises OSDFaceError if there is nothing
+    to be read, if the whole run would write over what it reads, or if a single output has another
+    kind of extension than its input.
     """
     target = Path(out)
     if not source.exists():
-        raise OSDFaceError(f"IN is {source}, which does not exist: name a picture, a folder or a video.")
+        raise OSDFaceError(
+            f"IN is {source}, which does not exist: name a picture, a folder or a video."
+        )
     if source.is_dir():
         if target.exists() and (not target.is_dir() or target.samefile(source)):
-            raise OSDFaceError(f"OUT is {target}, which is {'IN itself' if target.is_dir() else 'a file'}: name another folder.")
+            raise OSDFaceError(
+                f"OUT is {target}, which is {'IN itself' if target.is_dir() else 'a file'}: name "
+                f"another folder."
+            )
         sources = list(_files(source, target))
         pairs = [(path, target / path.relative_to(source)) for path in sources]
     else:
         into_folder = target.is_dir() or out.endswith(("/", os.sep))
         sources = [source]
         pairs = [(source, target / source.name if into_folder else target)]
-    protected = {(s.st_dev, s.st_ino) for s in (path.stat() for path in (*sources, *inputs) if path.is_file())}
+    protected = {
+        (s.st_dev, s.st_ino)
+        for s in (path.stat() for path in (*sources, *inputs) if path.is_file())
+    }
     items = []
     single = not source.is_dir()
     for path, place in pairs:
         kind = path.suffix.lower()
         wanted = VIDEOS if kind in VIDEOS else pictures.EXTENSIONS
         if path.is_symlink() and not path.is_file():
-            items.append(Item(path, place, "a link to a folder, which is not followed" if path.is_dir() else "a link to nothing"))
+            items.append(
+                Item(
+                    path,
+                    place,
+                    "a link to a folder, which is not followed"
+                    if path.is_dir()
+                    else "a link to nothing",
+                )
+            )
         elif kind not in (*pictures.EXTENSIONS, *VIDEOS):
-            items.append(Item(path, place, f"{kind or 'no extension'} is not a kind of picture or video that is done", single))
+            items.append(
+                Item(
+                    path,
+                    place,
+                    f"{kind or 'no extension'} is not a kind of picture or video that is done",
+                    single,
+                )
+            )
         elif place.suffix.lower() not in wanted:
-            says = f"OUT is {place}, whose extension is none of {', '.join(wanted)}: name such a file, or a folder with a / at its end"
+            says = (
+                f"OUT is {place}, whose extension is none of {', '.join(wanted)}: name such a "
+                "file, or a folder with a / at its end"
+            )
             items.append(Item(path, place, says, True))
         elif place.exists() and (place.stat().st_dev, place.stat().st_ino) in protected:
-            items.append(Item(path, place, f"{place} is an input of this run, which is never written over: name another output", True))
+            items.append(
+                Item(
+                    path,
+                    place,
+                    f"{place} is an input of this run, which is never written over: name another "
+                    f"output",
+                    True,
+                )
+            )
         elif place.exists() and not overwrite:
             items.append(Item(path, place, THERE))
         else:
@@ -80,16 +134,26 @@ def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ())
     if single and items[0].wrong:
         raise OSDFaceError(f"{source}: {items[0].reason}.")
     if not items:
-        raise OSDFaceError(f"IN is {source}, which holds no files: name a folder of pictures or videos.")
+        raise OSDFaceError(
+            f"IN is {source}, which holds no files: name a folder of pictures or videos."
+        )
     return items
 
 
 def _files(source: Path, target: Path) -> Iterator[Path]:
-    """All files and links below `source` in order, but those of `target`, where that lies within, and hidden ones."""
+    """All files and links below `source` in order, but those of `target`, where that lies within,
+    and hidden ones.
+    """
     inside = target.resolve()
     for folder, below, names in os.walk(source):
-        below[:] = sorted(name for name in below if not name.startswith(".") and (Path(folder) / name).resolve() != inside)
-        paths = [Path(folder) / name for name in sorted([*below, *names]) if not name.startswith(".")]
+        below[:] = sorted(
+            name
+            for name in below
+            if not name.startswith(".") and (Path(folder) / name).resolve() != inside
+        )
+        paths = [
+            Path(folder) / name for name in sorted([*below, *names]) if not name.startswith(".")
+        ]
         yield from (path for path in paths if path.is_file() or path.is_symlink())
 
 
@@ -97,7 +161,9 @@ def _files(source: Path, target: Path) -> Iterator[Path]:
 
 
 def work(item: Item, restorer: Restorer) -> dict[str, Any]:
-    """Does one file; what is to be said of it in the report. A file that cannot be done is named there and leaves nothing behind."""
+    """Does one file; what is to be said of it in the report. A file that cannot be done is named
+    there and leaves nothing behind.
+    """
     started = time.perf_counter()
     entry: dict[str, Any] = {"input": str(item.source), "output": str(item.target), "status": DONE}
     try:
@@ -106,7 +172,10 @@ def work(item: Item, restorer: Restorer) -> dict[str, Any]:
     except Exception as error:  # whatever is wrong with one file, the others are still to be done
         log.debug("%s", item.source, exc_info=True)
         says = " ".join(str(error).split()) or type(error).__name__
-        entry |= {"status": FAILED, "error": says if isinstance(error, OSDFaceError) else f"{type(error).__name__}: {says}"}
+        entry |= {
+            "status": FAILED,
+            "error": says if isinstance(error, OSDFaceError) else f"{type(error).__name__}: {says}",
+        }
     return entry | {"seconds": round(time.perf_counter() - started, 3)}
 
 
@@ -131,8 +200,11 @@ def _video(item: Item, restorer: Restorer) -> dict[str, Any]:
     from . import video
 
     says: dict[str, Any] = {}
-    # A frame takes two steps. The bar stays where it is the only one, and is none where standard error is no terminal.
-    with tqdm(unit="frame", unit_scale=0.5, desc=item.source.name, leave=None, disable=None) as steps:
+    # A frame takes two steps. The bar stays where it is the only one, and is none where standard
+    # error is no terminal.
+    with tqdm(
+        unit="frame", unit_scale=0.5, desc=item.source.name, leave=None, disable=None
+    ) as steps:
 
         def progress(done: int, total: int) -> None:
             steps.total = total or None
@@ -149,9 +221,11 @@ def _video(item: Item, restorer: Restorer) -> dict[str, Any]:
 
 
 def run(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Does the items, one after the other or by workers, and gives each one's entry of the report as it is done.
+    """Does the items, one after the other or by workers, and gives each one's entry of the report
+    as it is done.
 
-    options: as restorer.resolve gives them. Raises OSDFaceError for weights that do not fit, before anything is done.
+    options: as restorer.resolve gives them. Raises OSDFaceError for weights that do not fit, before
+    anything is done.
     """
     if options.workers > 1 or options.ray_address:
         yield from _shared(items, options)
@@ -162,7 +236,7 @@ def run(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str, An
 
 
 class Worker:
-    """One process of several, kept by Ray: it reads the networks once and is given file after file."""
+    """One of several processes, kept by Ray: reads the networks once, then does file after file."""
 
     def __init__(self, options: argparse.Namespace, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -179,11 +253,18 @@ def _shared(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str
         import ray
         import ray.data
     except ImportError as error:
-        raise OSDFaceError('Workers need Ray: run pip install "ray[data]", or leave --workers and --ray-address out.') from error
+        raise OSDFaceError(
+            'Workers need Ray: run pip install "ray[data]", or leave --workers and --ray-address '
+            "out."
+        ) from error
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     package = str(Path(__file__).resolve().parents[2])
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}}
+    environment = {
+        "env_vars": {
+            "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        }
+    }
     try:
         ray.init(
             address=options.ray_address,
@@ -194,7 +275,10 @@ def _shared(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str
             runtime_env=environment,
         )
     except ConnectionError as error:
-        raise OSDFaceError(f"--ray-address is {options.ray_address}, where no Ray cluster answers: start one, or leave it out.") from error
+        raise OSDFaceError(
+            f"--ray-address is {options.ray_address}, where no Ray cluster answers: start one, or "
+            f"leave it out."
+        ) from error
     left = {str(item.source.absolute()): item for item in items}
     try:
         context = ray.data.DataContext.get_current()
@@ -202,7 +286,10 @@ def _shared(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str
         # What Ray counts as a GPU: it would wait forever for one of another kind.
         accelerator = torch.device(options.device).type in ("cuda", "xpu")
         threads = max(1, (os.cpu_count() or 1) // options.workers)
-        rows = [{"source": str(item.source.absolute()), "target": str(item.target.absolute())} for item in items]
+        rows = [
+            {"source": str(item.source.absolute()), "target": str(item.target.absolute())}
+            for item in items
+        ]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             Worker,  # type: ignore[arg-type]
             fn_constructor_args=(options, threads),
@@ -217,10 +304,17 @@ def _shared(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str
     except ray.exceptions.RayError as error:
         # Ray tells with whole traces, at whose end a worker's own sentence is.
         _, name, said = str(error).rpartition(f"{OSDFaceError.__name__}: ")
-        says = said.partition("\n")[0] if name else "The workers stopped: " + said.partition("\n")[0]
+        says = (
+            said.partition("\n")[0] if name else "The workers stopped: " + said.partition("\n")[0]
+        )
         if len(left) == len(items):
             raise OSDFaceError(says) from error
         for item in left.values():
-            yield {"input": str(item.source), "output": str(item.target), "status": FAILED, "error": says}
+            yield {
+                "input": str(item.source),
+                "output": str(item.target),
+                "status": FAILED,
+                "error": says,
+            }
     finally:
         ray.shutdown()

@@ -1,4 +1,6 @@
-"""The command line's options: those of the nodes under the nodes' names and with their defaults, and what a terminal adds."""
+"""The command line's options: those of the nodes under the nodes' names and with their defaults,
+and what a terminal adds.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ BUILTIN, NONE = "builtin", "none"
 DETECTORS = {"retinaface_resnet50": DETECTOR.name, "retinaface_mobile0.25": SMALL_DETECTOR.name}
 
 EPILOG = """\
-Exit codes: 0 everything is done, 1 some files failed and are named, 2 wrong usage or weights and nothing was done, 130 stopped.
-A run that was broken off goes on where it stopped when it is started again: finished files are not done twice.
+Exit codes: 0 everything is done, 1 some files failed and are named, 2 wrong usage or weights and
+nothing was done, 130 stopped. A run that was broken off goes on where it stopped when it is started
+again: finished files are not done twice.
 """
 
 
@@ -40,55 +43,207 @@ def words(text: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m osdface_core", description="OSDFace from the command line.")
+    top = argparse.ArgumentParser(
+        prog="python -m osdface_core", description="OSDFace from the command line."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="restore")
     command = commands.add_parser(
         "restore",
         help="restore the faces of a picture, a folder or a video",
-        description="Restores the faces of a picture, of a folder of pictures and videos (with all below it), or of a video.",
+        description="Restores the faces of a picture, of a folder of pictures and videos (with "
+        "all below it), or of a video.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("input", metavar="IN", type=Path, help="picture, folder or video")
-    # A string, for a Path forgets the slash at the end, by which a folder is told that is not there yet.
-    command.add_argument("output", metavar="OUT", help="file, or folder/: for a folder IN the same tree is made in it")
+    # A string, for a Path forgets the slash at the end, by which a folder is told that is not there
+    # yet.
+    command.add_argument(
+        "output",
+        metavar="OUT",
+        help="file, or folder/: for a folder IN the same tree is made in it",
+    )
     add = command.add_argument_group("files").add_argument
     add("--overwrite", action="store_true", help="do again what is already in OUT")
-    add("--report", metavar="FILE", type=Path, help="write what was found and done to FILE, as JSON")
-    add("--quality", type=number(int, 1, 100), default=95, metavar="1..100", help="of JPEG pictures (%(default)s)")
-    add("--crf", type=number(int, 0, 51), default=16, metavar="0..51", help="of videos, less is better and larger (%(default)s)")
+    add(
+        "--report", metavar="FILE", type=Path, help="write what was found and done to FILE, as JSON"
+    )
+    add(
+        "--quality",
+        type=number(int, 1, 100),
+        default=95,
+        metavar="1..100",
+        help="of JPEG pictures (%(default)s)",
+    )
+    add(
+        "--crf",
+        type=number(int, 0, 51),
+        default=16,
+        metavar="0..51",
+        help="of videos, less is better and larger (%(default)s)",
+    )
     add = command.add_argument_group("weights").add_argument
-    add("--model", help="Stable Diffusion 2.1-base: a folder in diffusers' layout or a checkpoint; or `builtin`, the small model")
+    add(
+        "--model",
+        help="Stable Diffusion 2.1-base: a folder in diffusers' layout or a checkpoint; or "
+        "`builtin`, the small model",
+    )
     add("--lora", help="OSDFace's LoRA; `none` for a model that already holds it")
     add("--vre", metavar="FILE", help="OSDFace's visual embedder")
-    add("--models-dir", metavar="DIR", type=Path, help="where weights are looked for by name (ComfyUI's models, or ~/.cache/osdface)")
+    add(
+        "--models-dir",
+        metavar="DIR",
+        type=Path,
+        help="where weights are looked for by name (ComfyUI's models, or ~/.cache/osdface)",
+    )
     add("--download", action="store_true", help="fetch weights that are missing (8 GB)")
     add = command.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, xpu, mps, cpu ... (the fastest there is)")
-    add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (half where the device has it; fp32 for the built-in model)")
-    add("--workers", type=number(int, 1, 4096), default=1, metavar="N", help="share the files of a folder among N processes, by Ray")
-    add("--ray-address", metavar="ADDRESS", help="a Ray cluster that the workers run on, such as `auto`, instead of this machine")
+    add(
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        help="precision (half where the device has it; fp32 for the built-in model)",
+    )
+    add(
+        "--workers",
+        type=number(int, 1, 4096),
+        default=1,
+        metavar="N",
+        help="share the files of a folder among N processes, by Ray",
+    )
+    add(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="a Ray cluster that the workers run on, such as `auto`, instead of this machine",
+    )
     add = command.add_argument_group("faces").add_argument
-    add("--detector", choices=(*DETECTORS, BUILTIN), help="which network finds faces (the first that is there)")
-    add("--confidence", type=number(float, 0.05, 0.999), default=0.9, metavar="0..1", help="how sure it must be (%(default)s)")
-    add("--select", type=words, choices=SELECT, default=SELECT[0], help="which faces are meant (%(default)s)")
-    add("--order", type=words, choices=ORDER, default=ORDER[0], help="how faces are numbered (%(default)s)")
-    add("--indices", default="0", metavar="0,2-4", help='numbers of the faces that are meant with --select "by index" (%(default)s)')
-    add("--max-faces", type=number(int, 0, 1000), default=0, metavar="N", help="at most so many faces a picture; 0 is no limit")
-    add("--min-size", type=number(int, 0, 16384), default=24, metavar="PX", help="leave smaller faces as they are (%(default)s)")
-    add("--max-size", type=number(int, 0, 16384), default=0, metavar="PX", help="leave larger faces as they are; 0 is no limit")
+    add(
+        "--detector",
+        choices=(*DETECTORS, BUILTIN),
+        help="which network finds faces (the first that is there)",
+    )
+    add(
+        "--confidence",
+        type=number(float, 0.05, 0.999),
+        default=0.9,
+        metavar="0..1",
+        help="how sure it must be (%(default)s)",
+    )
+    add(
+        "--select",
+        type=words,
+        choices=SELECT,
+        default=SELECT[0],
+        help="which faces are meant (%(default)s)",
+    )
+    add(
+        "--order",
+        type=words,
+        choices=ORDER,
+        default=ORDER[0],
+        help="how faces are numbered (%(default)s)",
+    )
+    add(
+        "--indices",
+        default="0",
+        metavar="0,2-4",
+        help='numbers of the faces that are meant with --select "by index" (%(default)s)',
+    )
+    add(
+        "--max-faces",
+        type=number(int, 0, 1000),
+        default=0,
+        metavar="N",
+        help="at most so many faces a picture; 0 is no limit",
+    )
+    add(
+        "--min-size",
+        type=number(int, 0, 16384),
+        default=24,
+        metavar="PX",
+        help="leave smaller faces as they are (%(default)s)",
+    )
+    add(
+        "--max-size",
+        type=number(int, 0, 16384),
+        default=0,
+        metavar="PX",
+        help="leave larger faces as they are; 0 is no limit",
+    )
     add("--any-angle", action="store_true", help="also faces that lie or stand on their head; slow")
-    add("--crop-size", type=number(int, 512, 1024), default=512, metavar="PX", help="side of the crops (%(default)s)")
-    add("--smoothing", type=number(float, 0, 1), default=0.0, metavar="0..1", help="steadies the crops of a video (%(default)s)")
+    add(
+        "--crop-size",
+        type=number(int, 512, 1024),
+        default=512,
+        metavar="PX",
+        help="side of the crops (%(default)s)",
+    )
+    add(
+        "--smoothing",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="0..1",
+        help="steadies the crops of a video (%(default)s)",
+    )
     add = command.add_argument_group("restoration").add_argument
-    add("--lora-strength", type=number(float, -10, 10), default=1.0, metavar="X", help="(%(default)s)")
-    add("--timestep", type=number(int, 0, TIMESTEPS - 1), default=TIMESTEP, metavar="T", help="trained at %(default)s")
-    add("--faces-per-batch", type=number(int, 0, 1024), default=0, metavar="N", help="faces at once; 0 takes as many as fit")
+    add(
+        "--lora-strength",
+        type=number(float, -10, 10),
+        default=1.0,
+        metavar="X",
+        help="(%(default)s)",
+    )
+    add(
+        "--timestep",
+        type=number(int, 0, TIMESTEPS - 1),
+        default=TIMESTEP,
+        metavar="T",
+        help="trained at %(default)s",
+    )
+    add(
+        "--faces-per-batch",
+        type=number(int, 0, 1024),
+        default=0,
+        metavar="N",
+        help="faces at once; 0 takes as many as fit",
+    )
     add = command.add_argument_group("pasting").add_argument
-    add("--strength", type=number(float, 0, 1), default=1.0, metavar="0..1", help="how much of the restored face shows (%(default)s)")
-    add("--mask-type", choices=MASK_TYPES, help="parsing, or ellipse where the parser's file is missing")
-    add("--feather", type=number(float, 0, 0.5), default=0.1, metavar="0..0.5", help="soft edge, of the crop's side (%(default)s)")
-    add("--color-match", choices=COLOR_MATCHES, default=COLOR_MATCHES[0], help="towards the picture's colours (%(default)s)")
-    add("--keep-detail", type=number(float, 0, 1), default=0.0, metavar="0..1", help="of the picture's finer detail (%(default)s)")
-    add("--keep", metavar="FILE", type=Path, help="a picture that is white where pixels must stay as they are")
+    add(
+        "--strength",
+        type=number(float, 0, 1),
+        default=1.0,
+        metavar="0..1",
+        help="how much of the restored face shows (%(default)s)",
+    )
+    add(
+        "--mask-type",
+        choices=MASK_TYPES,
+        help="parsing, or ellipse where the parser's file is missing",
+    )
+    add(
+        "--feather",
+        type=number(float, 0, 0.5),
+        default=0.1,
+        metavar="0..0.5",
+        help="soft edge, of the crop's side (%(default)s)",
+    )
+    add(
+        "--color-match",
+        choices=COLOR_MATCHES,
+        default=COLOR_MATCHES[0],
+        help="towards the picture's colours (%(default)s)",
+    )
+    add(
+        "--keep-detail",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="0..1",
+        help="of the picture's finer detail (%(default)s)",
+    )
+    add(
+        "--keep",
+        metavar="FILE",
+        type=Path,
+        help="a picture that is white where pixels must stay as they are",
+    )
     return top

@@ -1,6 +1,7 @@
 """Pictures in and out, so that nothing of them is lost but what was restored.
 
-Pillow reads and writes what has 8 bits a channel. It cannot hold 16-bit colour: imagecodecs (libpng) and tifffile do that.
+Pillow reads and writes what has 8 bits a channel. It cannot hold 16-bit colour: imagecodecs
+(libpng) and tifffile do that.
 """
 
 from __future__ import annotations
@@ -28,24 +29,49 @@ ORIENTATION, X_RESOLUTION, XMP_TAG, ICC_TAG = 274, 282, 700, 34675
 # A TIFF's photometric interpretations, and its channels stored apart.
 MIN_IS_WHITE, MIN_IS_BLACK, RGB, SEPARATE = 0, 1, 2, 2
 # EXIF's orientations 1..8: quarter turns counterclockwise, then whether to mirror.
-_UPRIGHT = {1: (0, False), 2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
+_UPRIGHT = {
+    1: (0, False),
+    2: (0, True),
+    3: (2, False),
+    4: (2, True),
+    5: (3, True),
+    6: (3, False),
+    7: (1, True),
+    8: (1, False),
+}
 _XMP_ORIENTATION = re.compile(rb'(tiff:Orientation(?:="|>))[2-8]')
 _EXIF_HEADER = b"Exif\0\0"
 _PNG_HEADER = b"\x89PNG\r\n\x1a\n"
 # What a PNG says beside its pixels and stays true of other pixels of the same kind.
-_PNG_KEPT = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"mDCV", b"cLLI", b"pHYs", b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"tIME")
-# Tags of a TIFF that say nothing of how its pixels are stored: description, maker, model, software, date, artist, host, XMP, IPTC,
-# copyright.
+_PNG_KEPT = (
+    b"iCCP",
+    b"sRGB",
+    b"gAMA",
+    b"cHRM",
+    b"cICP",
+    b"mDCV",
+    b"cLLI",
+    b"pHYs",
+    b"eXIf",
+    b"tEXt",
+    b"zTXt",
+    b"iTXt",
+    b"tIME",
+)
+# Tags of a TIFF that say nothing of how its pixels are stored: description, maker, model, software,
+# date, artist, host, XMP, IPTC, copyright.
 _TIFF_KEPT = (270, 271, 272, 305, 306, 315, 316, XMP_TAG, 33723, 33432)
 _TIFF_BLOCKS = (34665, 34853)  # EXIF's own and GPS
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, upright. pixels: (H,W,C) fp32 in [0,1]; C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
+    """A picture, upright. pixels: (H,W,C) fp32 in [0,1]; C is 1 (grey), 2 (grey, alpha), 3 (RGB) or
+    4 (RGB, alpha).
 
-    depth: bits a channel of the file, 8 or 16. icc, exif, xmp: as in the file, but for the orientation, which is 1. cmyk: the ink
-    (H,W,4) of a picture made of it. chunks: of a PNG, what it says beside its pixels. tags: of a 16-bit TIFF likewise.
+    depth: bits a channel of the file, 8 or 16. icc, exif, xmp: as in the file, but for the
+    orientation, which is 1. cmyk: the ink (H,W,4) of a picture made of it. chunks: of a PNG, what
+    it says beside its pixels. tags: of a 16-bit TIFF likewise.
     """
 
     path: Path
@@ -66,7 +92,9 @@ class Picture:
 
 
 def read(path: Path) -> Picture:
-    """Raises OSDFaceError, in one sentence, for a file that is damaged or no picture that can be worked on."""
+    """Raises OSDFaceError, in one sentence, for a file that is damaged or no picture that can be
+    worked on.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(25)
@@ -77,9 +105,13 @@ def read(path: Path) -> Picture:
             return _read(path, image, start[24:] == b"\x10" and image.format == "PNG")
     except OSDFaceError:
         raise
-    except Exception as error:  # each of Pillow's readers, libpng and tifffile raises errors of its own
+    except (
+        Exception
+    ) as error:  # each of Pillow's readers, libpng and tifffile raises errors of its own
         says = " ".join(str(error).split()) or type(error).__name__
-        raise OSDFaceError(f"{path} cannot be read as a picture ({says}): it is damaged or of another kind.") from error
+        raise OSDFaceError(
+            f"{path} cannot be read as a picture ({says}): it is damaged or of another kind."
+        ) from error
 
 
 def _read(path: Path, image: Image.Image, deep: bool) -> Picture:
@@ -94,7 +126,10 @@ def _read(path: Path, image: Image.Image, deep: bool) -> Picture:
 
         array = imagecodecs.png_decode(path.read_bytes())
     elif image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise OSDFaceError(f"{path} has values of {image.mode!r}; 8 or 16 bits a channel are wanted, and 16 in PNG or TIFF: convert it.")
+        raise OSDFaceError(
+            f"{path} has values of {image.mode!r}; 8 or 16 bits a channel are wanted, and 16 in "
+            f"PNG or TIFF: convert it."
+        )
     else:
         array = np.asarray(_plain(image))
     raw = image.info.get("exif")
@@ -119,7 +154,9 @@ def _read(path: Path, image: Image.Image, deep: bool) -> Picture:
 
 def _check_single(path: Path, count: int) -> None:
     if count > 1:
-        raise OSDFaceError(f"{path} holds {count} pictures; single pictures and videos are wanted: take it apart.")
+        raise OSDFaceError(
+            f"{path} holds {count} pictures; single pictures and videos are wanted: take it apart."
+        )
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -135,14 +172,18 @@ def _plain(image: Image.Image) -> Image.Image:
 def _from_ink(image: Image.Image, icc: bytes | None) -> Image.Image:
     if icc:
         with suppress(ImageCms.PyCMSError):
-            return ImageCms.profileToProfile(image, io.BytesIO(icc), ImageCms.createProfile("sRGB"), outputMode="RGB")  # type: ignore[return-value]
+            return ImageCms.profileToProfile(
+                image, io.BytesIO(icc), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )  # type: ignore[return-value]
     return image.convert("RGB")
 
 
 def _to_ink(image: Image.Image, icc: bytes | None) -> Image.Image:
     if icc:
         with suppress(ImageCms.PyCMSError):
-            return ImageCms.profileToProfile(image, ImageCms.createProfile("sRGB"), io.BytesIO(icc), outputMode="CMYK")  # type: ignore[return-value]
+            return ImageCms.profileToProfile(
+                image, ImageCms.createProfile("sRGB"), io.BytesIO(icc), outputMode="CMYK"
+            )  # type: ignore[return-value]
     return image.convert("CMYK")
 
 
@@ -157,7 +198,10 @@ def _read_tiff(path: Path) -> Picture | None:
         _check_single(path, len(file.pages))
         array = page.asarray()
         if array.dtype != np.uint16 or page.photometric not in (MIN_IS_WHITE, MIN_IS_BLACK, RGB):
-            raise OSDFaceError(f"{path} has 16 bits a channel but is not plain grey or RGB; that is wanted: convert it.")
+            raise OSDFaceError(
+                f"{path} has 16 bits a channel but is not plain grey or RGB; that is wanted: "
+                f"convert it."
+            )
         if page.planarconfig == SEPARATE and array.ndim == 3:
             array = np.moveaxis(array, 0, -1)
         if page.photometric == MIN_IS_WHITE:
@@ -173,7 +217,14 @@ def _read_tiff(path: Path) -> Picture | None:
             page.tags.valueof(ICC_TAG),
             dpi=resolution,
             tags=tuple(
-                (code, tag.dtype, tag.count, _upright_xmp(tag.value) if code == XMP_TAG else tag.value, True) for code, tag in tags.items()
+                (
+                    code,
+                    tag.dtype,
+                    tag.count,
+                    _upright_xmp(tag.value) if code == XMP_TAG else tag.value,
+                    True,
+                )
+                for code, tag in tags.items()
             ),
         )
 
@@ -213,7 +264,10 @@ def _upright_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     position = len(_PNG_HEADER)
     while position + 8 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)
-        kind, content = data[position + 4 : position + 8], data[position + 8 : position + 8 + length]
+        kind, content = (
+            data[position + 4 : position + 8],
+            data[position + 8 : position + 8 + length],
+        )
         if kind in _PNG_KEPT:
             yield kind, {b"eXIf": _upright_exif, b"iTXt": _upright_xmp}.get(kind, bytes)(content)
         position += 12 + length
@@ -222,24 +276,42 @@ def _upright_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 def read_mask(path: Path) -> Tensor:
     """A picture as a mask (1,H,W) in [0,1], white being 1."""
     pixels = read(path).pixels
-    return (pixels[..., :1] if pixels.shape[2] < 3 else pixels[..., :3] @ pixels.new_tensor((0.299, 0.587, 0.114))[:, None])[None, ..., 0]
+    return (
+        pixels[..., :1]
+        if pixels.shape[2] < 3
+        else pixels[..., :3] @ pixels.new_tensor((0.299, 0.587, 0.114))[:, None]
+    )[None, ..., 0]
 
 
 def check_target(picture: Picture, path: Path) -> None:
     """Raises OSDFaceError if a file of that name cannot hold the picture."""
     if path.suffix.lower() not in EXTENSIONS:
-        raise OSDFaceError(f"{path} has no extension of a picture; one of {', '.join(EXTENSIONS)} is wanted.")
+        raise OSDFaceError(
+            f"{path} has no extension of a picture; one of {', '.join(EXTENSIONS)} is wanted."
+        )
     if picture.has_alpha and path.suffix.lower() in (*JPEG, ".bmp"):
-        raise OSDFaceError(f"{path.name} cannot hold the transparency of {picture.path.name}: name a .png, .webp or .tif as the output.")
+        raise OSDFaceError(
+            f"{path.name} cannot hold the transparency of {picture.path.name}: name a .png, .webp "
+            f"or .tif as the output."
+        )
 
 
-def write(picture: Picture, pixels: Tensor, mask: Tensor, path: Path, kind: str, quality: int = 95) -> None:
-    """Writes `pixels` (H,W,C), the picture as restored, to `path` in the format of the extension `kind`.
+def write(
+    picture: Picture, pixels: Tensor, mask: Tensor, path: Path, kind: str, quality: int = 95
+) -> None:
+    """Writes `pixels` (H,W,C), the picture as restored, to `path` in the format of the extension
+    `kind`.
 
-    mask: (H,W), 0 where nothing was changed. quality: 1..100 of a JPEG. All other formats are lossless.
+    mask: (H,W), 0 where nothing was changed. quality: 1..100 of a JPEG. All other formats are
+    lossless.
     """
     depth = picture.depth if kind in (".png", *TIFF) else 8
-    array = (pixels.numpy() * (2**depth - 1)).round().clip(0, 2**depth - 1).astype(np.uint16 if depth == 16 else np.uint8)
+    array = (
+        (pixels.numpy() * (2**depth - 1))
+        .round()
+        .clip(0, 2**depth - 1)
+        .astype(np.uint16 if depth == 16 else np.uint8)
+    )
     array = array[..., 0] if array.shape[2] == 1 else array
     icc = picture.icc if picture.cmyk is None else None
     if kind == ".png":
@@ -249,9 +321,16 @@ def write(picture: Picture, pixels: Tensor, mask: Tensor, path: Path, kind: str,
     else:
         image = Image.fromarray(array)
         if picture.cmyk is not None and kind in (*JPEG, *TIFF):
-            ink = np.where((mask > 0).numpy()[..., None], np.asarray(_to_ink(image, picture.icc)), picture.cmyk)
+            ink = np.where(
+                (mask > 0).numpy()[..., None], np.asarray(_to_ink(image, picture.icc)), picture.cmyk
+            )
             image, icc = Image.fromarray(ink, "CMYK"), picture.icc
-        options: dict[str, object] = {"icc_profile": icc, "exif": picture.exif, "dpi": picture.dpi, "xmp": picture.xmp}
+        options: dict[str, object] = {
+            "icc_profile": icc,
+            "exif": picture.exif,
+            "dpi": picture.dpi,
+            "xmp": picture.xmp,
+        }
         options = {name: value for name, value in options.items() if value}
         if kind in JPEG:
             image.save(path, "JPEG", quality=quality, subsampling=0, optimize=True, **options)
@@ -281,7 +360,10 @@ def _png(array: np.ndarray, picture: Picture, icc: bytes | None) -> bytes:
             chunks.append((b"eXIf", picture.exif.removeprefix(_EXIF_HEADER)))
         if picture.xmp:
             chunks.append((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + picture.xmp))
-    added = b"".join(struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks)
+    added = b"".join(
+        struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c))
+        for kind, c in chunks
+    )
     header = len(_PNG_HEADER) + 12 + 13
     return data[:header] + added + data[header:]
 
@@ -308,7 +390,9 @@ def _write_tiff(path: Path, array: np.ndarray, picture: Picture) -> None:
 
 
 def placed(path: Path, fill: Callable[[Path], None]) -> None:
-    """Makes the file `path` by `fill`, which writes the temporary name it is given: the file is there whole or not at all."""
+    """Makes the file `path` by `fill`, which writes the temporary name it is given: the file is
+    there whole or not at all.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:

@@ -48,13 +48,17 @@ def models_dir(given: Path | None) -> Path:
     if given is not None:
         if not given.is_dir():
             raise OSDFaceError(
-                f"--models-dir is {given}, which is no folder; one that holds checkpoints, osdface and facedetection is wanted."
+                f"--models-dir is {given}, which is no folder; one that holds checkpoints, "
+                f"osdface and facedetection is wanted."
             )
         return given
     root = Path(__file__).absolute().parents[2]
     hosts = [Path(os.environ["COMFYUI_PATH"])] if os.environ.get("COMFYUI_PATH") else []
     hosts += [root.parent.parent] if root.parent.name in ("custom_nodes", "extensions") else []
-    return next((host / "models" for host in hosts if (host / "models").is_dir()), Path.home() / ".cache" / "osdface")
+    return next(
+        (host / "models" for host in hosts if (host / "models").is_dir()),
+        Path.home() / ".cache" / "osdface",
+    )
 
 
 def folders(models: Path) -> dict[str, list[Path]]:
@@ -62,7 +66,8 @@ def folders(models: Path) -> dict[str, list[Path]]:
 
 
 def resolve(options: argparse.Namespace) -> argparse.Namespace:
-    """The options with every choice made that depends on what is there: device, dtype, and the path of each weight file.
+    """The options with every choice made that depends on what is there: device, dtype, and the path
+    of each weight file.
 
     Says on the log where a stand-in is taken. Raises OSDFaceError for weights that are missing.
     """
@@ -71,10 +76,16 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     try:
         device = torch.device(options.device) if options.device else best_device()
         if device.index is not None and (options.workers > 1 or options.ray_address):
-            raise OSDFaceError(f"--device is {device}, but workers are given a device each: name {device.type} alone.")
+            raise OSDFaceError(
+                f"--device is {device}, but workers are given a device each: name {device.type} "
+                f"alone."
+            )
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OSDFaceError(f"--device {options.device} cannot be used here ({str(error).splitlines()[0]}): leave it out.") from error
+        raise OSDFaceError(
+            f"--device {options.device} cannot be used here ({str(error).splitlines()[0]}): leave "
+            f"it out."
+        ) from error
     options.device = str(device)
     # Workers may be started in another folder.
     options.keep = options.keep and options.keep.absolute()
@@ -84,12 +95,15 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
 
     def ensure(entry: catalogue.WeightFile) -> str:
         try:
-            return str(store.ensure(entry.name, places, allow_download=options.download, progress=bar))
+            return str(
+                store.ensure(entry.name, places, allow_download=options.download, progress=bar)
+            )
         except OSDFaceError as error:
             if options.download:
                 raise
             raise OSDFaceError(
-                f"{entry.name} ({entry.purpose}) is missing in {store.target(entry, places).parent}: add --download, put it there, "
+                f"{entry.name} ({entry.purpose}) is missing in "
+                f"{store.target(entry, places).parent}: add --download, put it there, "
                 "or take the small built-in model by --model builtin."
             ) from error
 
@@ -98,19 +112,33 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
             raise OSDFaceError(f"--{name} is {path}, which does not exist.")
         return str(Path(path).absolute())
 
-    base = next((str(models / name) for name in DIFFUSERS_FOLDERS if (models / name).is_dir()), None)
-    there = [entry for entry in (catalogue.BASE, catalogue.LORA, catalogue.VRE, catalogue.VRE_CHECKPOINT) if store.find(entry, places)]
-    if options.model is None and not (there or base or options.lora or options.vre or options.download):
+    base = next(
+        (str(models / name) for name in DIFFUSERS_FOLDERS if (models / name).is_dir()), None
+    )
+    there = [
+        entry
+        for entry in (catalogue.BASE, catalogue.LORA, catalogue.VRE, catalogue.VRE_CHECKPOINT)
+        if store.find(entry, places)
+    ]
+    if options.model is None and not (
+        there or base or options.lora or options.vre or options.download
+    ):
         log.warning("%s (none of them is in %s)", builtin.ANNOUNCEMENT, models)
         options.model = BUILTIN
     if options.model == BUILTIN:
         options.lora, options.vre = NONE, BUILTIN
     else:
-        options.model = given("model", options.model) if options.model else base or ensure(catalogue.BASE)
+        options.model = (
+            given("model", options.model) if options.model else base or ensure(catalogue.BASE)
+        )
         if options.lora != NONE:
             options.lora = given("lora", options.lora) if options.lora else ensure(catalogue.LORA)
         if options.vre is None:
-            checkpoint = None if store.find(catalogue.VRE, places) else store.find(catalogue.VRE_CHECKPOINT, places)
+            checkpoint = (
+                None
+                if store.find(catalogue.VRE, places)
+                else store.find(catalogue.VRE_CHECKPOINT, places)
+            )
             options.vre = str(checkpoint or ensure(catalogue.VRE))
         elif options.vre != BUILTIN:
             options.vre = given("vre", options.vre)
@@ -118,16 +146,33 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     best = torch.float32 if options.model == BUILTIN else best_dtype(device)
     options.dtype = options.dtype or next(name for name, dtype in DTYPES.items() if dtype == best)
     if options.detector is None:
-        found = next((name for name, file in DETECTORS.items() if store.find(catalogue.BY_NAME[file], places)), None)
+        found = next(
+            (
+                name
+                for name, file in DETECTORS.items()
+                if store.find(catalogue.BY_NAME[file], places)
+            ),
+            None,
+        )
         options.detector = found or (next(iter(DETECTORS)) if options.download else BUILTIN)
         if options.detector == BUILTIN and options.model != BUILTIN:
-            log.warning("Using the small built-in face detector, for RetinaFace's file is missing: fetch it with --download.")
-    options.detector_file = BUILTIN if options.detector == BUILTIN else ensure(catalogue.BY_NAME[DETECTORS[options.detector]])
+            log.warning(
+                "Using the small built-in face detector, for RetinaFace's file is missing: fetch "
+                "it with --download."
+            )
+    options.detector_file = (
+        BUILTIN
+        if options.detector == BUILTIN
+        else ensure(catalogue.BY_NAME[DETECTORS[options.detector]])
+    )
     if options.mask_type is None:
         parser_there = options.download or store.find(catalogue.PARSER, places)
         options.mask_type = "parsing" if parser_there else "ellipse"
         if not parser_there and options.model != BUILTIN:
-            log.warning("Pasting by an ellipse, for the face parser's file is missing: fetch it with --download.")
+            log.warning(
+                "Pasting by an ellipse, for the face parser's file is missing: fetch it with "
+                "--download."
+            )
     options.parser_file = ensure(catalogue.PARSER) if options.mask_type == "parsing" else None
     return options
 
@@ -156,22 +201,47 @@ class Restorer:
         self.device = torch.device(options.device)
         dtype = DTYPES[options.dtype]
         self.keep = read_mask(options.keep) if options.keep else None
-        self.choice = Choice(options.select, options.order, options.indices, options.max_faces, options.min_size, options.max_size)
+        self.choice = Choice(
+            options.select,
+            options.order,
+            options.indices,
+            options.max_faces,
+            options.min_size,
+            options.max_size,
+        )
         finder, vre = Path(options.detector_file), Path(options.vre)
-        self.detector = builtin.detector() if options.detector_file == BUILTIN else build_detector(read_tensors(finder))
+        self.detector = (
+            builtin.detector()
+            if options.detector_file == BUILTIN
+            else build_detector(read_tensors(finder))
+        )
         self.detector.to(self.device)
-        self.embedder = builtin.embedder() if options.vre == BUILTIN else build_embedder(read_embedder(vre), source=vre.name)
+        self.embedder = (
+            builtin.embedder()
+            if options.vre == BUILTIN
+            else build_embedder(read_embedder(vre), source=vre.name)
+        )
         self.embedder.to(self.device)
-        self.parser = build_parser(read_tensors(Path(options.parser_file))).to(self.device) if options.parser_file else None
+        self.parser = (
+            build_parser(read_tensors(Path(options.parser_file))).to(self.device)
+            if options.parser_file
+            else None
+        )
         if options.model == BUILTIN:
             self.backbone = builtin.backbone(self.device, dtype)
         else:
             lora = None if options.lora == NONE else Path(options.lora)
-            self.backbone = DiffusersBackbone.from_files(Path(options.model), lora, options.lora_strength, device=self.device, dtype=dtype)
+            self.backbone = DiffusersBackbone.from_files(
+                Path(options.model), lora, options.lora_strength, device=self.device, dtype=dtype
+            )
 
     @torch.inference_mode()
-    def picture(self, pixels: Tensor, progress: Progress | None = None) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
-        """pixels (H,W,C) in [0,1] -> the picture restored, the mask (H,W) of what was changed, and what is to be said of each face."""
+    def picture(
+        self, pixels: Tensor, progress: Progress | None = None
+    ) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+        """pixels (H,W,C) in [0,1] -> the picture restored, the mask (H,W) of what was changed, and
+        what is to be said of each face.
+        """
         o = self.options
         found: Found = find_faces(
             pixels[None],
@@ -198,30 +268,45 @@ class Restorer:
             out_of_memory=out_of_memory,
         )
 
-    def followed(self, found: list[Any], small: Tensor, width: int, height: int) -> tuple[tuple[Face, ...], tuple[str, ...]]:
+    def followed(
+        self, found: list[Any], small: Tensor, width: int, height: int
+    ) -> tuple[tuple[Face, ...], tuple[str, ...]]:
         """Everyone in a video, and a verdict for each, from its detections and thumbnails."""
-        return chosen_faces(found, small, width, height, self.choice, self.options.crop_size, self.options.smoothing)
+        return chosen_faces(
+            found, small, width, height, self.choice, self.options.crop_size, self.options.smoothing
+        )
 
     @torch.inference_mode()
-    def frames(self, frames: Tensor, chosen: Sequence[Face]) -> tuple[Tensor, Tensor, dict[tuple[int, int], str]]:
-        """`paste` for some frames (B,H,W,3) of a video and the faces chosen in them, whose frames count from the first of these."""
+    def frames(
+        self, frames: Tensor, chosen: Sequence[Face]
+    ) -> tuple[Tensor, Tensor, dict[tuple[int, int], str]]:
+        """`paste` for some frames (B,H,W,3) of a video and the faces chosen in them, whose frames
+        count from the first of these.
+        """
         count, height, width = frames.shape[:3]
         size = self.options.crop_size
-        crops = cut_all(frames, [face.frame for face in chosen], [face.matrix for face in chosen], size)
+        crops = cut_all(
+            frames, [face.frame for face in chosen], [face.matrix for face in chosen], size
+        )
         return self.paste(frames, Faces(tuple(chosen), crops, count, height, width, size))
 
     @torch.inference_mode()
     def paste(
         self, images: Tensor, faces: Faces, progress: Progress | None = None
     ) -> tuple[Tensor, Tensor, dict[tuple[int, int], str]]:
-        """Restores and pastes `faces`; the pictures, the masks, and by frame and number what went wrong with a face."""
+        """Restores and pastes `faces`; the pictures, the masks, and by frame and number what went
+        wrong with a face.
+        """
         o = self.options
         crops = faces.crops
         notes: dict[tuple[int, int], str] = {}
         if len(faces) and o.strength > 0:
             result = self._restored(faces.crops, progress)
             crops = result.crops
-            for which, note in ((result.again, "computed again in fp32"), (result.failed, "came out as NaN, left as it was")):
+            for which, note in (
+                (result.again, "computed again in fp32"),
+                (result.failed, "came out as NaN, left as it was"),
+            ):
                 notes |= {(faces.faces[i].frame, faces.faces[i].number): note for i in which}
         after, mask = paste(
             images,
@@ -240,7 +325,12 @@ class Restorer:
     def _restored(self, crops: Tensor, progress: Progress | None) -> Restored:
         o = self.options
         at_once = 1 if self.device.type == "cpu" else EMBEDDED_AT_ONCE
-        prompts = embed(crops, lambda faces: (self.embedder, self.device), at_once=at_once, out_of_memory=out_of_memory)
+        prompts = embed(
+            crops,
+            lambda faces: (self.embedder, self.device),
+            at_once=at_once,
+            out_of_memory=out_of_memory,
+        )
         settings = {"timestep": o.timestep, "faces_per_batch": o.faces_per_batch}
         return restore(crops, prompts, self.backbone, progress=progress, **settings)
 
@@ -249,7 +339,9 @@ class Restorer:
         return face_maps(crops, self.parser, out_of_memory)
 
 
-def described(everyone: Sequence[Face], verdicts: Sequence[str], notes: dict[tuple[int, int], str]) -> list[dict[str, Any]]:
+def described(
+    everyone: Sequence[Face], verdicts: Sequence[str], notes: dict[tuple[int, int], str]
+) -> list[dict[str, Any]]:
     """The faces for the report, one by one."""
     return [
         {
@@ -259,7 +351,11 @@ def described(everyone: Sequence[Face], verdicts: Sequence[str], notes: dict[tup
             "size": round(face.size, 1),
             "confidence": round(face.score, 4),
             "verdict": verdict,
-            **({"note": notes[face.frame, face.number]} if (face.frame, face.number) in notes and verdict == CHOSEN else {}),
+            **(
+                {"note": notes[face.frame, face.number]}
+                if (face.frame, face.number) in notes and verdict == CHOSEN
+                else {}
+            ),
         }
         for face, verdict in zip(everyone, verdicts, strict=True)
     ]

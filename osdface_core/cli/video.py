@@ -1,7 +1,8 @@
 """A video in, a video out: its frames in two passes, a window of them in memory at a time.
 
-The first pass finds the faces of all frames, which are then followed through the whole video at once, so that no window's border
-parts a person in two. The second restores and encodes. Sound and subtitles are copied; size, rate and time of each frame stay.
+The first pass finds the faces of all frames, which are then followed through the whole video at
+once, so that no window's border parts a person in two. The second restores and encodes. Sound and
+subtitles are copied; size, rate and time of each frame stay.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 
 # Pixels of a window, and frames at most.
 WINDOW, MOST_FRAMES = 24 * 1024**2, 64
-# The encoder for a codec, best first. What is not named here is encoded as H.264, or as the container prefers.
+# The encoder for a codec, best first. What is not named here is encoded as H.264, or as the
+# container prefers.
 ENCODERS = {
     "h264": "libx264",
     "hevc": "libx265",
@@ -43,11 +45,15 @@ COPIED = ("audio", "subtitle")
 QUARTER = 90
 
 
-def restore(source: Path, target: Path, restorer: Restorer, crf: int, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Restores `source` into `target`, whose extension names the container; what is to be said of it in the report.
+def restore(
+    source: Path, target: Path, restorer: Restorer, crf: int, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Restores `source` into `target`, whose extension names the container; what is to be said of
+    it in the report.
 
-    progress: called with the number of steps just done and of all, two for a frame, as far as it is known (else 0).
-    Raises OSDFaceError for a file that is no video, and av.FFmpegError for one that is damaged.
+    progress: called with the number of steps just done and of all, two for a frame, as far as it is
+    known (else 0). Raises OSDFaceError for a file that is no video, and av.FFmpegError for one that
+    is damaged.
     """
     found: list[list[Any]] = []
     small = []
@@ -59,7 +65,9 @@ def restore(source: Path, target: Path, restorer: Restorer, crf: int, progress: 
         for window in _windows(container.decode(stream)):
             pixels = torch.stack([_pixels(frame) for frame in window])
             if size not in ((0, 0), pixels.shape[1:3]):
-                raise OSDFaceError(f"{source} changes its size midway; one size is wanted: take it apart.")
+                raise OSDFaceError(
+                    f"{source} changes its size midway; one size is wanted: take it apart."
+                )
             size = pixels.shape[1], pixels.shape[2]
             first = first or window[0]
             found += restorer.detect(pixels)
@@ -75,7 +83,9 @@ def restore(source: Path, target: Path, restorer: Restorer, crf: int, progress: 
     def restored(window: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         nonlocal start
         stop = start + len(window)
-        here = [replace(face, frame=face.frame - start) for face in chosen if start <= face.frame < stop]
+        here = [
+            replace(face, frame=face.frame - start) for face in chosen if start <= face.frame < stop
+        ]
         if here:
             pixels = torch.stack([_pixels(frame) for frame in window])
             after, mask, said = restorer.frames(pixels, here)
@@ -91,12 +101,23 @@ def restore(source: Path, target: Path, restorer: Restorer, crf: int, progress: 
         stream = _stream(container, source)
         codec = _transcode(container, out, _encoder(out, stream, first, crf), stream, restored)
     if start != len(found):
-        raise OSDFaceError(f"{source} gave {len(found)} frames at first and {start} the second time: it is damaged.")
-    return {"frames": start, "codec": codec, "width": size[1], "height": size[0], "faces": described(everyone, verdicts, notes)}
+        raise OSDFaceError(
+            f"{source} gave {len(found)} frames at first and {start} the second time: it is "
+            f"damaged."
+        )
+    return {
+        "frames": start,
+        "codec": codec,
+        "width": size[1],
+        "height": size[0],
+        "faces": described(everyone, verdicts, notes),
+    }
 
 
 def _stream(container: Any, source: Path) -> Any:
-    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    streams = [
+        s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
+    ]
     if not streams:
         raise OSDFaceError(f"{source} holds no video.")
     streams[0].thread_type = "AUTO"
@@ -115,9 +136,15 @@ def _windows(frames: Iterable[av.VideoFrame]) -> Iterator[list[av.VideoFrame]]:
 
 
 def _transcode(
-    container: Any, out: Any, encoded: Any, stream: Any, restored: Callable[[list[av.VideoFrame]], Iterable[av.VideoFrame]]
+    container: Any,
+    out: Any,
+    encoded: Any,
+    stream: Any,
+    restored: Callable[[list[av.VideoFrame]], Iterable[av.VideoFrame]],
 ) -> str:
-    """Copies what is beside the pictures of `stream`, and encodes these as `restored` gives them, window by window."""
+    """Copies what is beside the pictures of `stream`, and encodes these as `restored` gives them,
+    window by window.
+    """
     out.metadata.update(container.metadata)
     copies = {}
     for other in container.streams:
@@ -126,14 +153,22 @@ def _transcode(
                 copies[other.index] = out.add_stream_from_template(other)
                 copies[other.index].metadata.update(other.metadata)
             except ValueError:
-                log.warning("%s: its %s track cannot be kept in this kind of file.", container.name, other.type)
+                log.warning(
+                    "%s: its %s track cannot be kept in this kind of file.",
+                    container.name,
+                    other.type,
+                )
     time_base = stream.time_base
 
     def encode(window: list[av.VideoFrame]) -> None:
         for frame in restored(window):
             frame.time_base = time_base
             frame.pict_type = 0
-            fits = frame if frame.format.name == encoded.pix_fmt else frame.reformat(format=encoded.pix_fmt)
+            fits = (
+                frame
+                if frame.format.name == encoded.pix_fmt
+                else frame.reformat(format=encoded.pix_fmt)
+            )
             for packet in encoded.encode(fits):
                 out.mux(packet)
 
@@ -159,11 +194,17 @@ def _encoder(out: Any, stream: Any, first: av.VideoFrame, crf: int) -> Any:
     name = stream.codec_context.codec.canonical_name
     encoder = ENCODERS.get(name, FALLBACK)
     if av.codec.Codec(encoder, "w").canonical_name not in out.supported_codecs:
-        encoder = FALLBACK if "h264" in out.supported_codecs else ENCODERS.get(out.default_video_codec, out.default_video_codec)
+        encoder = (
+            FALLBACK
+            if "h264" in out.supported_codecs
+            else ENCODERS.get(out.default_video_codec, out.default_video_codec)
+        )
     options = {} if encoder in ("ffv1", "prores_ks") else {"crf": str(crf)}
     if encoder == "libvpx-vp9":
         options |= {"b": "0", "row-mt": "1"}
-    encoded = out.add_stream(encoder, rate=stream.average_rate or stream.guessed_rate or Fraction(25), options=options)
+    encoded = out.add_stream(
+        encoder, rate=stream.average_rate or stream.guessed_rate or Fraction(25), options=options
+    )
     context = encoded.codec_context
     context.width, context.height = first.width, first.height
     known = [str(f.name) for f in av.codec.Codec(encoder, "w").video_formats or ()]
@@ -176,7 +217,10 @@ def _encoder(out: Any, stream: Any, first: av.VideoFrame, crf: int) -> Any:
     encoded.metadata.update(stream.metadata)
     if first.rotation:
         if not hasattr(encoded, "set_display_rotation"):
-            raise OSDFaceError("The video is to be shown turned, which this PyAV cannot write down: update it (pip install -U av).")
+            raise OSDFaceError(
+                "The video is to be shown turned, which this PyAV cannot write down: update it "
+                "(pip install -U av)."
+            )
         encoded.set_display_rotation(first.rotation)
     return encoded
 
@@ -193,13 +237,23 @@ def _pixels(frame: av.VideoFrame) -> Tensor:
 
 
 def _changed(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> av.VideoFrame:
-    """`frame` with `picture` (H,W,3) where `changed` (H,W) says so; elsewhere its values stay, untouched by any conversion."""
+    """`frame` with `picture` (H,W,3) where `changed` (H,W) says so; elsewhere its values stay,
+    untouched by any conversion.
+    """
     layout = _layout(frame)
     most = 65535 if layout == "rgb48le" else 255
     turns = -(frame.rotation // QUARTER)
-    array = (picture * most).round().clamp(0, most).numpy().astype(np.uint16 if most > 255 else np.uint8)
+    array = (
+        (picture * most)
+        .round()
+        .clamp(0, most)
+        .numpy()
+        .astype(np.uint16 if most > 255 else np.uint8)
+    )
     drawn = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(array, turns)), format=layout)
-    new = drawn.reformat(format=frame.format.name, dst_colorspace=frame.colorspace, dst_color_range=frame.color_range)
+    new = drawn.reformat(
+        format=frame.format.name, dst_colorspace=frame.colorspace, dst_color_range=frame.color_range
+    )
     where = np.rot90(changed.numpy(), turns)
     components = frame.format.components
     for index, (before, after) in enumerate(zip(frame.planes, new.planes, strict=True)):
@@ -210,8 +264,12 @@ def _changed(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> av.Video
         if any(c.is_alpha for c in inside) and len(inside) == 1:
             after.update(bytes(before))
             continue
-        old = np.frombuffer(memoryview(before), np.uint8).reshape(before.height, before.line_size)[:, : before.width * pixel]
-        fresh = np.frombuffer(memoryview(after), np.uint8).reshape(after.height, after.line_size).copy()
+        old = np.frombuffer(memoryview(before), np.uint8).reshape(before.height, before.line_size)[
+            :, : before.width * pixel
+        ]
+        fresh = (
+            np.frombuffer(memoryview(after), np.uint8).reshape(after.height, after.line_size).copy()
+        )
         keep = ~_pooled(where, before.height, before.width)
         visible = fresh[:, : before.width * pixel].reshape(before.height, before.width, pixel)
         visible[keep] = old.reshape(before.height, before.width, pixel)[keep]
@@ -224,5 +282,7 @@ def _changed(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> av.Video
 def _pooled(where: np.ndarray, height: int, width: int) -> np.ndarray:
     """`where` at a plane's resolution: true where any of a sample's pixels is."""
     down, across = -(-where.shape[0] // height), -(-where.shape[1] // width)
-    padded = np.pad(where, ((0, height * down - where.shape[0]), (0, width * across - where.shape[1])))
+    padded = np.pad(
+        where, ((0, height * down - where.shape[0]), (0, width * across - where.shape[1]))
+    )
     return np.any(padded.reshape(height, down, width, across), axis=(1, 3))

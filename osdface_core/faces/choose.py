@@ -1,4 +1,6 @@
-"""Numbers the faces of a picture or a shot, and chooses among them. What is not chosen is never restored."""
+"""Numbers the faces of a picture or a shot, and chooses among them. What is not chosen is never
+restored.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from ..errors import OSDFaceError
 from .face import Face, Faces
 
 ALL, LARGEST, CENTRAL, BY_INDEX = SELECT = ("all", "largest", "most central", "by index")
-ORDER = ("left to right", "top to bottom", "largest first", "smallest first", "most confident first")
+ORDER = (
+    "left to right",
+    "top to bottom",
+    "largest first",
+    "smallest first",
+    "most confident first",
+)
 CHOSEN = "chosen"
 LONGEST_SHOWN = 60
 
@@ -23,7 +31,9 @@ Person = Sequence[Face]
 
 @dataclass(frozen=True)
 class Choice:
-    """Which faces are meant. Sizes are the shorter side of the box in pixels; a maximum of 0 is no limit."""
+    """Which faces are meant. Sizes are the shorter side of the box in pixels; a maximum of 0 is no
+    limit.
+    """
 
     select: str = ALL
     order: str = ORDER[0]
@@ -34,7 +44,9 @@ class Choice:
 
 
 def parse_indices(text: str) -> tuple[tuple[int, int], ...]:
-    """The text 0,2-4 -> ((0, 0), (2, 4)); an empty text names no face. Raises OSDFaceError for anything else."""
+    """The text 0,2-4 -> ((0, 0), (2, 4)); an empty text names no face. Raises OSDFaceError for
+    anything else.
+    """
     ranges = []
     for part in filter(None, map(str.strip, text.split(","))):
         # Python reads no number of thousands of digits.
@@ -42,7 +54,8 @@ def parse_indices(text: str) -> tuple[tuple[int, int], ...]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise OSDFaceError(
-                f'`indices` is "{_short(text)}"; numbers and ranges counted from 0 are wanted, such as "0,2-4": correct "{_short(part)}".'
+                f'`indices` is "{_short(text)}"; numbers and ranges counted from 0 are wanted, '
+                f'such as "0,2-4": correct "{_short(part)}".'
             )
         ranges.append((first, last))
     return tuple(ranges)
@@ -55,7 +68,9 @@ def _short(text: str) -> str:
 
 
 def people(faces: Sequence[Face]) -> dict[tuple[int, int], list[int]]:
-    """The positions in `faces` of each person's faces, by shot and number. A person is followed within a shot, never beyond."""
+    """The positions in `faces` of each person's faces, by shot and number. A person is followed
+    within a shot, never beyond.
+    """
     groups: dict[tuple[int, int], list[int]] = {}
     for i, face in enumerate(faces):
         groups.setdefault((face.shot, face.number), []).append(i)
@@ -67,7 +82,9 @@ def size_of(person: Person) -> float:
 
 
 def centre_of(person: Person) -> tuple[float, float]:
-    return fmean((f.box[0] + f.box[2]) / 2 for f in person), fmean((f.box[1] + f.box[3]) / 2 for f in person)
+    return fmean((f.box[0] + f.box[2]) / 2 for f in person), fmean(
+        (f.box[1] + f.box[3]) / 2 for f in person
+    )
 
 
 _ORDER_KEYS: dict[str, Callable[[Person], float]] = {
@@ -84,7 +101,9 @@ def _known(name: str, value: str, options: Sequence[str]) -> None:
         raise OSDFaceError(f'`{name}` is "{value}"; one of these is wanted: {", ".join(options)}.')
 
 
-def _ranked(persons: dict[tuple[int, int], list[int]], faces: Sequence[Face], key: Callable[[Person], float]) -> dict[tuple[int, int], int]:
+def _ranked(
+    persons: dict[tuple[int, int], list[int]], faces: Sequence[Face], key: Callable[[Person], float]
+) -> dict[tuple[int, int], int]:
     """The place of each person among those of the same shot."""
     places: dict[tuple[int, int], int] = {}
     seen: dict[int, int] = {}
@@ -95,7 +114,9 @@ def _ranked(persons: dict[tuple[int, int], list[int]], faces: Sequence[Face], ke
 
 
 def numbered(faces: Sequence[Face], order: str) -> list[Face]:
-    """The same faces, each person of a shot numbered from 0 in `order`, by position, size and confidence over the whole shot."""
+    """The same faces, each person of a shot numbered from 0 in `order`, by position, size and
+    confidence over the whole shot.
+    """
     _known("order", order, ORDER)
     persons = people(faces)
     places = _ranked(persons, faces, _ORDER_KEYS[order])
@@ -105,9 +126,10 @@ def numbered(faces: Sequence[Face], order: str) -> list[Face]:
 def choose(faces: Sequence[Face], choice: Choice, width: int, height: int) -> list[str]:
     """For each face CHOSEN, or why it is not.
 
-    A person's size is the median over the shot, so that nobody comes and goes from frame to frame; `largest`, `most central` and
-    `max_faces` hold in each picture, among the faces that pass the limits of size, and rank a person over the whole shot.
-    Raises OSDFaceError if an option or `indices` cannot be understood.
+    A person's size is the median over the shot, so that nobody comes and goes from frame to frame;
+    `largest`, `most central` and `max_faces` hold in each picture, among the faces that pass the
+    limits of size, and rank a person over the whole shot. Raises OSDFaceError if an option or
+    `indices` cannot be understood.
     """
     _known("select", choice.select, SELECT)
     _known("order", choice.order, ORDER)
@@ -125,7 +147,9 @@ def choose(faces: Sequence[Face], choice: Choice, width: int, height: int) -> li
             reject(positions, f"smaller than min_size {choice.min_size:g}")
         elif choice.max_size and size > choice.max_size:
             reject(positions, f"larger than max_size {choice.max_size:g}")
-        elif choice.select == BY_INDEX and not any(first <= number <= last for first, last in wanted):
+        elif choice.select == BY_INDEX and not any(
+            first <= number <= last for first, last in wanted
+        ):
             reject(positions, f'not in indices "{_short(choice.indices)}"')
 
     def keep_first(key: Callable[[Person], float], count: int, reason: str) -> None:
@@ -141,9 +165,15 @@ def choose(faces: Sequence[Face], choice: Choice, width: int, height: int) -> li
     if choice.select == LARGEST:
         keep_first(lambda person: -size_of(person), 1, "not the largest")
     elif choice.select == CENTRAL:
-        keep_first(lambda person: math.dist(centre_of(person), (width / 2, height / 2)), 1, "not the most central")
+        keep_first(
+            lambda person: math.dist(centre_of(person), (width / 2, height / 2)),
+            1,
+            "not the most central",
+        )
     if choice.max_faces:
-        keep_first(_ORDER_KEYS[choice.order], choice.max_faces, f"beyond max_faces {choice.max_faces}")
+        keep_first(
+            _ORDER_KEYS[choice.order], choice.max_faces, f"beyond max_faces {choice.max_faces}"
+        )
     return verdicts
 
 
@@ -155,30 +185,50 @@ def split(faces: Faces, choice: Choice) -> tuple[Faces, Faces, str]:
     def part(of: bool) -> Faces:
         positions = [i for i, verdict in enumerate(verdicts) if (verdict == CHOSEN) == of]
         index = torch.tensor(positions, dtype=torch.long, device=faces.crops.device)
-        return replace(faces, faces=tuple(faces.faces[i] for i in positions), crops=faces.crops[index])
+        return replace(
+            faces, faces=tuple(faces.faces[i] for i in positions), crops=faces.crops[index]
+        )
 
     return part(True), part(False), report(faces.faces, verdicts, faces.frames)
 
 
 def report(faces: Sequence[Face], verdicts: Sequence[str], frames: int) -> str:
-    """How many were found and chosen; then for each face its number, box, size, confidence, and whether it was chosen or why not.
+    """How many were found and chosen; then for each face its number, box, size, confidence, and
+    whether it was chosen or why not.
 
-    A person who is followed over several pictures has one line: where they are first, and the range of size and confidence. Pictures
-    without a face are named at the end.
+    A person who is followed over several pictures has one line: where they are first, and the range
+    of size and confidence. Pictures without a face are named at the end.
     """
     persons = people(faces)
     chosen = sum(verdict == CHOSEN for verdict in verdicts)
     pictures = "1 picture" if frames == 1 else f"{frames} pictures"
-    lines = [f"{len(faces)} {'face' if len(faces) == 1 else 'faces'} found in {pictures}, {chosen} chosen."]
-    for (_, number), positions in sorted(persons.items(), key=lambda item: (faces[item[1][0]].frame, item[0])):
+    lines = [
+        f"{len(faces)} {'face' if len(faces) == 1 else 'faces'} found in {pictures}, {chosen} "
+        f"chosen."
+    ]
+    for (_, number), positions in sorted(
+        persons.items(), key=lambda item: (faces[item[1][0]].frame, item[0])
+    ):
         own = [faces[i] for i in positions]
         first, last = own[0].frame, own[-1].frame
-        where = "" if frames == 1 else f"picture {first}, " if first == last else f"pictures {first}-{last} ({len(own)}), "
+        where = (
+            ""
+            if frames == 1
+            else f"picture {first}, "
+            if first == last
+            else f"pictures {first}-{last} ({len(own)}), "
+        )
         box = ", ".join(f"{c:.0f}" for c in own[0].box)
         turned = f", turned by {own[0].angle} degrees" if own[0].angle else ""
         kept = sum(verdicts[i] == CHOSEN for i in positions)
         left_out = ", ".join(dict.fromkeys(verdicts[i] for i in positions if verdicts[i] != CHOSEN))
-        verdict = CHOSEN if kept == len(own) else left_out if not kept else f"{CHOSEN} in {kept}, else {left_out}"
+        verdict = (
+            CHOSEN
+            if kept == len(own)
+            else left_out
+            if not kept
+            else f"{CHOSEN} in {kept}, else {left_out}"
+        )
         lines.append(
             f"{where}face {number}: box {box}, size {_range([f.size for f in own], '.0f')} px, "
             f"confidence {_range([f.score for f in own], '.3f')}{turned}: {verdict}"

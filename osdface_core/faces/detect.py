@@ -32,17 +32,19 @@ from .retinaface import MEAN_BGR, RetinaFace
 LONGEST_SIDE = 1920
 # Anchors end at 512 px: a face far larger than that is only found in a smaller copy of the picture.
 COARSE_SIDE = 640
-# Anchors end at 512 px. From about there on, a face is also taken for several or seen where none is, so a face this large must show
-# in the small copy too, at a fraction of the confidence; and from TOO_LARGE on only the small copy is believed.
+# Anchors end at 512 px. From about there on, a face is also taken for several or seen where none
+# is, so a face this large must show in the small copy too, at a fraction of the confidence; and
+# from TOO_LARGE on only the small copy is believed.
 NEEDS_SUPPORT, SUPPORT = 450, 0.5
 TOO_LARGE = 640
 # Anchors begin at 16 px; a face this large is found nearly always.
 EASILY_SEEN = 20
-# The window of the second look, and how large a face is in it: between 150 and 400 px landmarks are equally precise, below they get
-# worse (docs/detection.md).
+# The window of the second look, and how large a face is in it: between 150 and 400 px landmarks are
+# equally precise, below they get worse (docs/detection.md).
 WINDOW, BEST_SIZE, MOST_ENLARGED = 288, 144, 2.0
 WINDOWS_AT_ONCE = 32
-# A box that lies inside another by more than this is the same face; seen by two passes, also the same way up if so few degrees apart.
+# A box that lies inside another by more than this is the same face; seen by two passes, also the
+# same way up if so few degrees apart.
 SAME, SAME_TURN = 0.6, 25
 # Boxes that overlap by more than this are one face (facexlib's value).
 OVERLAP = 0.4
@@ -55,7 +57,9 @@ BYTES_PER_PIXEL = 300
 
 @dataclass(frozen=True)
 class Detection:
-    """A face in pixels of the picture. box: x1, y1, x2, y2. landmarks: as in types.Face. score: 0..1. angle: as in types.Face."""
+    """A face in pixels of the picture. box: x1, y1, x2, y2. landmarks: as in types.Face. score:
+    0..1. angle: as in types.Face.
+    """
 
     box: Box
     landmarks: Points
@@ -65,7 +69,9 @@ class Detection:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a pass found, on the CPU: frame (n,), box (n,4), score (n,), landmarks (n,5,2), angle (n,)."""
+    """What a pass found, on the CPU: frame (n,), box (n,4), score (n,), landmarks (n,5,2), angle
+    (n,).
+    """
 
     frame: Tensor
     box: Tensor
@@ -93,7 +99,9 @@ def finite(values: Tensor) -> Tensor:
 
 
 def look(network: RetinaFace, pixels: Tensor, confidence: float) -> Candidates:
-    """One pass over (B,3,H,W) in [0,1]: the faces above `confidence`, overlaps removed, in pixels of these pictures."""
+    """One pass over (B,3,H,W) in [0,1]: the faces above `confidence`, overlaps removed, in pixels
+    of these pictures.
+    """
     mean = pixels.new_tensor(MEAN_BGR).view(3, 1, 1)
     with faster(pixels.device):
         boxes, scores, landmarks = network(pixels.flip(1) * 255 - mean)
@@ -108,7 +116,7 @@ def look(network: RetinaFace, pixels: Tensor, confidence: float) -> Candidates:
 
 
 def shrunk(pixels: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """The pictures with their longest side at most `longest`, and the factors (x,y) that lead back."""
+    """The pictures, their longest side at most `longest`, and the factors (x,y) that lead back."""
     height, width = pixels.shape[2:]
     scale = longest / max(height, width)
     if scale >= 1:
@@ -134,13 +142,19 @@ def look_shrunk(network: RetinaFace, pixels: Tensor, confidence: float, longest:
 
 
 def overlaps(one: Candidates, other: Candidates) -> tuple[Tensor, Tensor]:
-    """For each pair (n,m) in the same picture: intersection over union, and intersection over the smaller box."""
+    """For each pair (n,m) in the same picture: intersection over union, and intersection over the
+    smaller box.
+    """
     corner = torch.maximum(one.box[:, None, :2], other.box[None, :, :2])
-    shared = (torch.minimum(one.box[:, None, 2:], other.box[None, :, 2:]) - corner).clamp(min=0).prod(-1)
+    shared = (
+        (torch.minimum(one.box[:, None, 2:], other.box[None, :, 2:]) - corner).clamp(min=0).prod(-1)
+    )
     shared = shared * (one.frame[:, None] == other.frame[None])
     area, other_area = ((c.box[:, 2:] - c.box[:, :2]).prod(-1) for c in (one, other))
     union = area[:, None] + other_area[None] - shared
-    return shared / union.clamp(min=1e-6), shared / torch.minimum(area[:, None], other_area[None]).clamp(min=1e-6)
+    return shared / union.clamp(min=1e-6), shared / torch.minimum(
+        area[:, None], other_area[None]
+    ).clamp(min=1e-6)
 
 
 def longer_side(found: Candidates) -> Tensor:
@@ -153,7 +167,9 @@ def with_new(known: Candidates, more: Candidates) -> Candidates:
     return Candidates.join([known, more[~held.any(0)]])
 
 
-def look_at_all_sizes(network: RetinaFace, pixels: Tensor, confidence: float, smallest: float, report: Progress) -> Candidates:
+def look_at_all_sizes(
+    network: RetinaFace, pixels: Tensor, confidence: float, smallest: float, report: Progress
+) -> Candidates:
     """Faces from `smallest` pixels to the whole picture, in pictures (B,3,H,W) of any size."""
     longest = max(pixels.shape[2:])
     scale = min(1.0, LONGEST_SIDE / longest)
@@ -161,7 +177,9 @@ def look_at_all_sizes(network: RetinaFace, pixels: Tensor, confidence: float, sm
     if longest > COARSE_SIDE:
         report(0)
         coarse = look_shrunk(network, pixels, confidence * SUPPORT, COARSE_SIDE)
-        unsupported = (overlaps(found, coarse)[0] < OVERLAP).all(1) & (longer_side(found) * scale > NEEDS_SUPPORT)
+        unsupported = (overlaps(found, coarse)[0] < OVERLAP).all(1) & (
+            longer_side(found) * scale > NEEDS_SUPPORT
+        )
         found = found[~unsupported]
         coarse = coarse[coarse.score > confidence]
         huge = longer_side(coarse) * scale > TOO_LARGE
@@ -174,9 +192,16 @@ def look_at_all_sizes(network: RetinaFace, pixels: Tensor, confidence: float, sm
 
 
 def look_at_tiles(
-    network: RetinaFace, pixels: Tensor, confidence: float, wanted: float, scale: float, report: Progress
+    network: RetinaFace,
+    pixels: Tensor,
+    confidence: float,
+    wanted: float,
+    scale: float,
+    report: Progress,
 ) -> Candidates:
-    """The faces that are too small to be seen at `scale`, looked for in overlapping parts of the picture at the scale `wanted`."""
+    """The faces that are too small to be seen at `scale`, looked for in overlapping parts of the
+    picture at the scale `wanted`.
+    """
     large, back = shrunk(pixels, round(wanted * max(pixels.shape[2:])))
     limit = 2 * EASILY_SEEN * wanted / scale
     parts = []
@@ -188,7 +213,10 @@ def look_at_tiles(
             inside = torch.ones(len(found), dtype=torch.bool)
             for column, edge, picture_edge in ((0, 0, x1 == 0), (1, 0, y1 == 0)):
                 inside &= (found.box[:, column] > edge) | picture_edge
-            for column, edge, picture_edge in ((2, x2 - x1, x2 == large.shape[3]), (3, y2 - y1, y2 == large.shape[2])):
+            for column, edge, picture_edge in (
+                (2, x2 - x1, x2 == large.shape[3]),
+                (3, y2 - y1, y2 == large.shape[2]),
+            ):
                 inside &= (found.box[:, column] < edge) | picture_edge
             parts.append(moved(found[inside & (longer_side(found) < limit)], x1, y1))
     found = Candidates.join(parts)
@@ -196,7 +224,7 @@ def look_at_tiles(
 
 
 def spans(length: int, tile: int, shared: int) -> list[tuple[int, int]]:
-    """Evenly spread parts of range(length), at most `tile` long, that overlap by at least `shared`."""
+    """Evenly spread parts of range(length), each at most `tile` long, overlapping by `shared`."""
     if length <= tile:
         return [(0, length)]
     count = math.ceil((length - shared) / (tile - shared))
@@ -205,7 +233,9 @@ def spans(length: int, tile: int, shared: int) -> list[tuple[int, int]]:
 
 
 def turned_back(found: Candidates, turns: int, width: int, height: int) -> Candidates:
-    """From a picture of width x height turned counterclockwise by so many quarters to the picture itself."""
+    """From a picture of width x height turned counterclockwise by so many quarters to the picture
+    itself.
+    """
     points = torch.cat([found.box.view(-1, 2, 2), found.landmarks], 1)
     for turn in range(turns, 0, -1):
         points = torch.stack([(width if turn % 2 else height) - points[..., 1], points[..., 0]], -1)
@@ -214,17 +244,29 @@ def turned_back(found: Candidates, turns: int, width: int, height: int) -> Candi
 
 
 def window(picture: Tensor, matrix: Affine) -> Tensor:
-    """(3,H,W) -> (3,288,288) through `matrix`. Means of a few samples a pixel: a detector wants no more."""
+    """(3,H,W) -> (3,288,288) through `matrix`. Means of a few samples a pixel: a detector wants no
+    more.
+    """
     back = inverse(matrix)
     fine = min(4, math.ceil(reach(back)))
-    samples = sampled(picture, compose(back, scaling(1 / fine, 1 / fine)), WINDOW * fine, WINDOW * fine, "bilinear")
+    samples = sampled(
+        picture,
+        compose(back, scaling(1 / fine, 1 / fine)),
+        WINDOW * fine,
+        WINDOW * fine,
+        "bilinear",
+    )
     return F.avg_pool2d(samples, fine)
 
 
-def look_closer(network: RetinaFace, pixels: Tensor, found: Candidates, confidence: float, report: Progress) -> tuple[Candidates, Tensor]:
-    """The same faces with landmarks and confidence from a second look at each, upright and at the size where landmarks are best.
+def look_closer(
+    network: RetinaFace, pixels: Tensor, found: Candidates, confidence: float, report: Progress
+) -> tuple[Candidates, Tensor]:
+    """The same faces with landmarks and confidence from a second look at each, upright and at the
+    size where landmarks are best.
 
-    The second value (n,) says for which faces that look found an upright face in the middle of the window; the others are as given.
+    The second value (n,) says for which faces that look found an upright face in the middle of the
+    window; the others are as given.
     """
     seen = torch.zeros(len(found), dtype=torch.bool)
     scores, landmarks = found.score.clone(), found.landmarks.clone()
@@ -249,30 +291,45 @@ def look_closer(network: RetinaFace, pixels: Tensor, found: Candidates, confiden
         middle = (closer.box[:, :2] + closer.box[:, 2:]) / 2 - WINDOW / 2
         eyes = closer.landmarks[:, 1] - closer.landmarks[:, 0]
         growth = longer_side(closer) / BEST_SIZE
-        good = (middle.norm(dim=1) < BEST_SIZE / 2) & (eyes[:, 1].abs() < eyes[:, 0]) & (growth > 0.5) & (growth < 2)
+        good = (
+            (middle.norm(dim=1) < BEST_SIZE / 2)
+            & (eyes[:, 1].abs() < eyes[:, 0])
+            & (growth > 0.5)
+            & (growth < 2)
+        )
         for k, (i, matrix) in enumerate(part):
             here = torch.nonzero(good & (closer.frame == k))[:, 0]
             if len(here):
                 best = here[closer.score[here].argmax()]
                 back = inverse(matrix)
-                landmarks[i] = torch.tensor([apply(back, *point) for point in closer.landmarks[best].tolist()])
+                landmarks[i] = torch.tensor(
+                    [apply(back, *point) for point in closer.landmarks[best].tolist()]
+                )
                 scores[i], seen[i] = closer.score[best], True
     return replace(found, score=scores, landmarks=landmarks), seen
 
 
-def look_from_all_sides(network: RetinaFace, pixels: Tensor, confidence: float, smallest: float, report: Progress) -> Candidates:
-    """Faces turned by any angle. Whichever of four turned passes gave them, each is confirmed in an upright window, where its
-    confidence is taken; of the ways up that passes disagree on, the one where the detector is surest."""
+def look_from_all_sides(
+    network: RetinaFace, pixels: Tensor, confidence: float, smallest: float, report: Progress
+) -> Candidates:
+    """Faces turned by any angle. Whichever of four turned passes gave them, each is confirmed in an
+    upright window, where its confidence is taken; of the ways up that passes disagree on, the one
+    where the detector is surest.
+    """
     height, width = pixels.shape[2:]
     passes = []
     for turns in range(4):
         report(0)
-        found = look_at_all_sizes(network, pixels.rot90(turns, (2, 3)), confidence * SUPPORT, smallest, report)
+        found = look_at_all_sizes(
+            network, pixels.rot90(turns, (2, 3)), confidence * SUPPORT, smallest, report
+        )
         passes.append(turned_back(found, turns, width, height))
     everything = Candidates.join(passes)
     turn = clockwise(everything)
     alike = torch.cos(turn[:, None] - turn[None]) > math.cos(math.radians(SAME_TURN))
-    views = everything[surest(everything.score, (overlaps(everything, everything)[0] > OVERLAP) & alike)]
+    views = everything[
+        surest(everything.score, (overlaps(everything, everything)[0] > OVERLAP) & alike)
+    ]
     found, seen = look_closer(network, pixels, views, confidence, report)
     found = found[seen]
     found = found[surest(found.score, overlaps(found, found)[1] > SAME)]
@@ -287,7 +344,9 @@ def look_from_all_sides(network: RetinaFace, pixels: Tensor, confidence: float, 
 
 
 def clockwise(found: Candidates) -> Tensor:
-    """How far each face is turned clockwise, in radians: the way from the eyes to the mouth against straight down."""
+    """How far each face is turned clockwise, in radians: the way from the eyes to the mouth against
+    straight down.
+    """
     down = found.landmarks[:, 3:].mean(1) - found.landmarks[:, :2].mean(1)
     return torch.atan2(-down[:, 0], down[:, 1])
 
@@ -308,7 +367,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def pixels_seen(height: int, width: int) -> int:
-    """The most pixels of a picture that the network sees at once, in the small copy or in a tile."""
+    """The most pixels of a picture that the network sees at once, shrunk or in a tile."""
     return min(height, LONGEST_SIDE) * min(width, LONGEST_SIDE)
 
 
@@ -330,9 +389,10 @@ def detect(
 ) -> list[list[Detection]]:
     """The faces of each picture, most confident first.
 
-    images: (B,H,W,C), colours in [0,1]; B may be 0, C anything. confidence: 0..1. any_angle: also faces that lie or stand
-    on their head, at six to twenty times the cost. smallest: pixels of the smallest faces that matter; the less, the more parts of a
-    large picture are searched. progress: called with 1 for each picture done.
+    images: (B,H,W,C), colours in [0,1]; B may be 0, C anything. confidence: 0..1. any_angle: also
+    faces that lie or stand on their head, at six to twenty times the cost. smallest: pixels of the
+    smallest faces that matter; the less, the more parts of a large picture are searched. progress:
+    called with 1 for each picture done.
     """
     count, height, width = images.shape[:3]
     found: list[list[Detection]] = [[] for _ in range(count)]
@@ -345,13 +405,20 @@ def detect(
             faces = look_from_all_sides(network, pixels, confidence, smallest, report)
         else:
             faces = look_at_all_sizes(network, pixels, confidence, smallest, report)
-            # Which landmarks want a second look: all of a detector that needs it, else those of faces that were seen small.
-            coarse = longer_side(faces) * scale < (math.inf if network.looks_twice else BEST_SIZE / 2 if scale < 1 else 0)
+            # Which landmarks want a second look: all of a detector that needs it, else those of
+            # faces that were seen small.
+            coarse = longer_side(faces) * scale < (
+                math.inf if network.looks_twice else BEST_SIZE / 2 if scale < 1 else 0
+            )
             closer, _ = look_closer(network, pixels, faces[coarse], confidence, report)
             faces = Candidates.join([faces[~coarse], replace(closer, score=faces.score[coarse])])
         faces = faces[faces.score.argsort(descending=True, stable=True)]
-        for frame, box, score, landmarks, angle in zip(*(column.tolist() for column in faces.columns()), strict=True):
-            found[part.start + frame].append(Detection(tuple(box), tuple(map(tuple, landmarks)), score, int(angle)))
+        for frame, box, score, landmarks, angle in zip(
+            *(column.tolist() for column in faces.columns()), strict=True
+        ):
+            found[part.start + frame].append(
+                Detection(tuple(box), tuple(map(tuple, landmarks)), score, int(angle))
+            )
         for _ in range(part.stop - part.start):
             report(1)
 

@@ -1,6 +1,8 @@
-"""Tells a face detector that works from one whose file merely fits: it is shown faces drawn on the spot.
+"""Tells a face detector that works from one whose file merely fits: it is shown faces drawn on the
+spot.
 
-A RetinaFace file trained with other anchors has the same names and shapes, loads strictly, and finds many faces where one is.
+A RetinaFace file trained with other anchors has the same names and shapes, loads strictly, and
+finds many faces where one is.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from .retinaface import RetinaFace, build_retinaface
 PICTURE = 256
 FACES = (48, 60, 80, 100, 120)  # widths of the drawn heads in pixels
 CONFIDENCE = 0.5
-# A detector need not see a drawing as a face; it must not see several faces in most of those that show one.
+# A detector need not see a drawing as a face; it must not see several faces in most of those that
+# show one.
 MOST_DOUBLED = len(FACES) // 2
 _OVERSAMPLED = 4
 
 
 def drawn_face(width: int, picture: int = PICTURE) -> Tensor:
-    """(picture,picture,3) in [0,1]: one frontal head of this width in pixels, before a plain ground, drawn in a dozen shapes."""
+    """(picture,picture,3) in [0,1]: one frontal head of this width in pixels, before a plain
+    ground, drawn in a dozen shapes.
+    """
     side = picture * _OVERSAMPLED
     middle, unit = side / 2, width * _OVERSAMPLED / 2
     image = Image.new("RGB", (side, side), (90, 110, 130))
@@ -46,18 +51,24 @@ def drawn_face(width: int, picture: int = PICTURE) -> Tensor:
         draw.ellipse(box(x * 0.28, 0.2, 0.045, 0.03), shade)
     draw.ellipse(box(0, 0.5, 0.25, 0.07), (180, 80, 80))
     draw.rectangle(box(0, 0.5, 0.24, 0.01), (120, 50, 50))
-    image = image.filter(ImageFilter.GaussianBlur(0.03 * unit)).resize((picture, picture), Image.Resampling.BOX)
+    image = image.filter(ImageFilter.GaussianBlur(0.03 * unit)).resize(
+        (picture, picture), Image.Resampling.BOX
+    )
     return torch.from_numpy(np.asarray(image).copy()).float() / 255
 
 
 def check_detector(network: RetinaFace, source: str = "The face detector's file") -> None:
-    """Raises OSDFaceError for a detector that finds several faces in most pictures that show one."""
-    found = detect(torch.stack([drawn_face(width) for width in FACES]), network, confidence=CONFIDENCE)
+    """Raises OSDFaceError for a detector that finds several faces where most pictures show one."""
+    found = detect(
+        torch.stack([drawn_face(width) for width in FACES]), network, confidence=CONFIDENCE
+    )
     doubled = [len(faces) for faces in found if len(faces) > 1]
     if len(doubled) > MOST_DOUBLED:
         raise OSDFaceError(
-            f"{source} is refused: shown a single drawn face it finds up to {max(doubled)}, as a detector trained with other anchors does; "
-            "use detection_Resnet50_Final.pth or detection_mobilenet0.25_Final.pth of facexlib, which `python install.py` fetches."
+            f"{source} is refused: shown a single drawn face it finds up to {max(doubled)}, as a "
+            f"detector trained with other anchors does; "
+            "use detection_Resnet50_Final.pth or detection_mobilenet0.25_Final.pth of facexlib, "
+            "which `python install.py` fetches."
         )
 
 

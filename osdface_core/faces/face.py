@@ -1,4 +1,6 @@
-"""What detection hands to pasting. Coordinates are (x, y) in pixels of the picture, pixel centres at .5."""
+"""What detection hands to pasting. Coordinates are (x, y) in pixels of the picture, pixel centres
+at .5.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,22 @@ def check_pictures(images: Tensor) -> None:
     if images.ndim != 4:
         raise OSDFaceError(f"`image` has {images.ndim} dimensions {tuple(images.shape)}; {wanted}")
     if images.shape[3] < 1:
-        raise OSDFaceError(f"`image` is {tuple(images.shape)}, which holds no colour channel; {wanted}")
+        raise OSDFaceError(
+            f"`image` is {tuple(images.shape)}, which holds no colour channel; {wanted}"
+        )
 
 
 @dataclass(frozen=True)
 class Face:
     """One face of one picture.
 
-    frame: index of the picture in its batch. box: x1, y1, x2, y2. landmarks: left eye, right eye, nose, left and right mouth
-    corner, as seen by the viewer. score: the detector's confidence, 0..1. number: the face's number in its picture (over a video:
-    its person's number), as drawn in the preview and as `indices` names it. matrix: the similarity that takes a point of the
-    picture to its place in the crop. angle: with `any_angle`, how far the face is turned clockwise: 0, 90, 180 or 270.
-    shot: the run of frames between two cuts that the face belongs to; a number names a person within a shot.
+    frame: index of the picture in its batch. box: x1, y1, x2, y2. landmarks: left eye, right eye,
+    nose, left and right mouth corner, as seen by the viewer. score: the detector's confidence,
+    0..1. number: the face's number in its picture (over a video: its person's number), as drawn in
+    the preview and as `indices` names it. matrix: the similarity that takes a point of the picture
+    to its place in the crop. angle: with `any_angle`, how far the face is turned clockwise: 0, 90,
+    180 or 270. shot: the run of frames between two cuts that the face belongs to; a number names a
+    person within a shot.
     """
 
     frame: int
@@ -68,18 +74,25 @@ class Faces:
         return len(self.faces)
 
     def check(self) -> None:
-        """Raises OSDFaceError unless there is one crop for each face, at its size, and each face lies in one of the pictures."""
+        """Raises OSDFaceError unless there is one crop for each face, at its size, and each face
+        lies in one of the pictures.
+        """
         remedy = "take them as Face Detect & Align made them."
         shape, wanted = tuple(self.crops.shape), (len(self), self.crop_size, self.crop_size, 3)
         if shape != wanted:
-            raise OSDFaceError(f"`faces` hold {len(self)} faces and crops {shape}; {wanted} are wanted: {remedy}")
+            raise OSDFaceError(
+                f"`faces` hold {len(self)} faces and crops {shape}; {wanted} are wanted: {remedy}"
+            )
         if len(self) and min(self.height, self.width, self.crop_size) < 1:
             raise OSDFaceError(
-                f"`faces` come from a picture of {self.width} x {self.height} px in crops of {self.crop_size} px; no face does: {remedy}"
+                f"`faces` come from a picture of {self.width} x {self.height} px in crops of "
+                f"{self.crop_size} px; no face does: {remedy}"
             )
         for face in self.faces:
             if not 0 <= face.frame < self.frames:
-                raise OSDFaceError(f"`faces` name picture {face.frame} of a batch of {self.frames}: {remedy}")
+                raise OSDFaceError(
+                    f"`faces` name picture {face.frame} of a batch of {self.frames}: {remedy}"
+                )
 
     @staticmethod
     def empty(frames: int, height: int, width: int, crop_size: int = 512) -> Faces:

@@ -1,4 +1,6 @@
-"""Which pixels of a face crop are face: ParseNet, under the parameter names of facexlib's parsing_parsenet.pth."""
+"""Which pixels of a face crop are face: ParseNet, under the parameter names of facexlib's
+parsing_parsenet.pth.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +21,39 @@ from ..pictures.resampling import filtered
 SIDE = 512
 WIDTHS = (64, 128, 256, 256, 256)
 BODY_BLOCKS = 10
-# CelebAMask-HQ's: background, skin, nose, glasses, eyes, brows, ears (l and r each), mouth, lips, hair, hat, earring, necklace,
-# neck, clothes.
+# CelebAMask-HQ's: background, skin, nose, glasses, eyes, brows, ears (l and r each), mouth, lips,
+# hair, hat, earring, necklace, neck, clothes.
 LABELS = 19
-# A face as facexlib pastes it. Hair belongs to it: its edge against the forehead is where a seam would show. Hat, neck, clothes
-# and whatever else is in front of or beside the face do not.
+# A face as facexlib pastes it. Hair belongs to it: its edge against the forehead is where a seam
+# would show. Hat, neck, clothes and whatever else is in front of or beside the face do not.
 FACE_LABELS = (*range(1, 14), 15)
-# Specks of other labels up to this radius, in pixels of the parser, are taken for the parser's noise.
+# Specks of other labels up to this radius, in pixels of the parser, are taken for the parser's
+# noise.
 SPECK = 2.0
 # Peak of the network's activations for one face in fp32.
 FACE_MEMORY = 420 * 1024**2
 
 
 class ConvLayer(nn.Module):
-    """A 3 x 3 convolution with reflected edges, after doubling or while halving the size if asked, then batch norm and leaky ReLU."""
+    """A 3 x 3 convolution with reflected edges, after doubling or while halving the size if asked,
+    then batch norm and leaky ReLU.
+    """
 
     def __init__(
-        self, channels: int, out: int, operations: Operations, *, scale: str = "none", norm: bool = False, relu: bool = False
+        self,
+        channels: int,
+        out: int,
+        operations: Operations,
+        *,
+        scale: str = "none",
+        norm: bool = False,
+        relu: bool = False,
     ) -> None:
         super().__init__()
         self.up = scale == "up"
-        self.conv2d = operations.Conv2d(channels, out, 3, 2 if scale == "down" else 1, bias=not norm)
+        self.conv2d = operations.Conv2d(
+            channels, out, 3, 2 if scale == "down" else 1, bias=not norm
+        )
         self.norm = nn.Sequential(OrderedDict(norm=nn.BatchNorm2d(out))) if norm else nn.Identity()
         self.relu = nn.LeakyReLU(0.2) if relu else nn.Identity()
 
@@ -50,28 +64,43 @@ class ConvLayer(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels: int, out: int, operations: Operations, scale: str = "none") -> None:
+    def __init__(
+        self, channels: int, out: int, operations: Operations, scale: str = "none"
+    ) -> None:
         super().__init__()
         plain = scale == "none" and channels == out
-        self.shortcut_func = nn.Identity() if plain else ConvLayer(channels, out, operations, scale=scale)
-        self.conv1 = ConvLayer(channels, out, operations, scale="up" if scale == "up" else "none", norm=True, relu=True)
-        self.conv2 = ConvLayer(out, out, operations, scale="down" if scale == "down" else "none", norm=True)
+        self.shortcut_func = (
+            nn.Identity() if plain else ConvLayer(channels, out, operations, scale=scale)
+        )
+        self.conv1 = ConvLayer(
+            channels, out, operations, scale="up" if scale == "up" else "none", norm=True, relu=True
+        )
+        self.conv2 = ConvLayer(
+            out, out, operations, scale="down" if scale == "down" else "none", norm=True
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shortcut_func(x) + self.conv2(self.conv1(x))
 
 
 class ParseNet(nn.Module):
-    """(B,3,512,512) in [-1,1] -> label scores (B,19,512,512). The face parser of PSFRGAN (Chen et al. 2021) that facexlib ships."""
+    """(B,3,512,512) in [-1,1] -> label scores (B,19,512,512). The face parser of PSFRGAN (Chen et
+    al. 2021) that facexlib ships.
+    """
 
     def __init__(self, operations: Operations = nn) -> None:
         super().__init__()
         steps = list(itertools.pairwise(WIDTHS))
         self.encoder = nn.Sequential(
-            ConvLayer(3, WIDTHS[0], operations), *(ResidualBlock(a, b, operations, scale="down") for a, b in steps)
+            ConvLayer(3, WIDTHS[0], operations),
+            *(ResidualBlock(a, b, operations, scale="down") for a, b in steps),
         )
-        self.body = nn.Sequential(*(ResidualBlock(WIDTHS[-1], WIDTHS[-1], operations) for _ in range(BODY_BLOCKS)))
-        self.decoder = nn.Sequential(*(ResidualBlock(b, a, operations, scale="up") for a, b in reversed(steps)))
+        self.body = nn.Sequential(
+            *(ResidualBlock(WIDTHS[-1], WIDTHS[-1], operations) for _ in range(BODY_BLOCKS))
+        )
+        self.decoder = nn.Sequential(
+            *(ResidualBlock(b, a, operations, scale="up") for a, b in reversed(steps))
+        )
         # Not used here; it has its place in the file.
         self.out_img_conv = ConvLayer(WIDTHS[0], 3, operations)
         self.out_mask_conv = ConvLayer(WIDTHS[0], LABELS, operations)
@@ -84,14 +113,23 @@ class ParseNet(nn.Module):
 def build_parser(tensors: dict[str, Tensor], operations: Operations = nn) -> ParseNet:
     """A network ready to run. Raises OSDFaceError if the tensors are not those of ParseNet."""
     return filled(
-        lambda: ParseNet(operations), tensors, "The face parser's file does not fit ParseNet", "use parsing_parsenet.pth of facexlib."
+        lambda: ParseNet(operations),
+        tensors,
+        "The face parser's file does not fit ParseNet",
+        "use parsing_parsenet.pth of facexlib.",
     )
 
 
-def face_maps(crops: Tensor, network: ParseNet, out_of_memory: Callable[[BaseException], bool] = lambda error: False) -> Tensor:
-    """How likely each pixel of the crops is face: (N,H,W,3) in [0,1] -> (N,512,512) in [0,1], on the device of `crops`.
+def face_maps(
+    crops: Tensor,
+    network: ParseNet,
+    out_of_memory: Callable[[BaseException], bool] = lambda error: False,
+) -> Tensor:
+    """How likely each pixel of the crops is face: (N,H,W,3) in [0,1] -> (N,512,512) in [0,1], on
+    the device of `crops`.
 
-    The sum of the probabilities of FACE_LABELS. out_of_memory: says of an error that fewer crops at once may work.
+    The sum of the probabilities of FACE_LABELS. out_of_memory: says of an error that fewer crops at
+    once may work.
     """
     maps = torch.empty(len(crops), SIDE, SIDE, device=crops.device)
     # A host may page parameters in and out as they are used; buffers stay where it computes.
@@ -114,7 +152,9 @@ def face_probability(scores: Tensor) -> Tensor:
 
 
 def feathered(face_map: Tensor, feather: float) -> Tensor:
-    """The mask (H,W) of a face map (H,W): 0 where the map says no face, rising to 1 inside over `feather` of its side."""
+    """The mask (H,W) of a face map (H,W): 0 where the map says no face, rising to 1 inside over
+    `feather` of its side.
+    """
     weight = torch.ones_like(face_map)
     for sigma in (SPECK * face_map.shape[-1] / SIDE, feather * face_map.shape[-1] / 3.3):
         if sigma > 0.3:
@@ -123,7 +163,8 @@ def feathered(face_map: Tensor, feather: float) -> Tensor:
 
 
 def _blurred(picture: Tensor, sigma: float) -> Tensor:
-    # A wide blur leaves nothing that a smaller picture could not hold, and is many times as fast there.
+    # A wide blur leaves nothing that a smaller picture could not hold, and is many times as fast
+    # there.
     smaller = 2 ** max(0, int(math.log2(sigma / 3)))
     height, width = picture.shape
     if smaller > 1 and height % smaller == width % smaller == 0:

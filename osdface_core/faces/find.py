@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """faces: the chosen ones. everyone: all that were found, by frame, then number. verdicts: for each of them "chosen", or why not.
-    report: the same as text."""
+    """faces: the chosen ones. everyone: all that were found, by frame, then number. verdicts: for
+    each of them "chosen", or why not. report: the same as text.
+    """
 
     faces: Faces
     everyone: tuple[Face, ...]
@@ -46,9 +47,11 @@ def find_faces(
 ) -> Found:
     """Finds the faces of a batch of pictures and cuts out the chosen ones.
 
-    The batch is taken as a video: a face is followed from frame to frame and keeps its number until a cut. Unrelated pictures are so
-    many cuts. images: (B,H,W,C) in [0,1]; B may be 0, C anything. smoothing: 0..1, see track.steadied. progress: called with 1 for
-    each picture searched, with 0 in between; what it raises ends the job. Raises OSDFaceError for an input that cannot be understood.
+    The batch is taken as a video: a face is followed from frame to frame and keeps its number until
+    a cut. Unrelated pictures are so many cuts. images: (B,H,W,C) in [0,1]; B may be 0, C anything.
+    smoothing: 0..1, see track.steadied. progress: called with 1 for each picture searched, with 0
+    in between; what it raises ends the job. Raises OSDFaceError for an input that cannot be
+    understood.
     """
     choice = choice or Choice()
     check_pictures(images)
@@ -72,30 +75,45 @@ def find_faces(
 
     small = torch.cat([thumbnails(image) for image in one_by_one()])
     everyone, verdicts = chosen_faces(found, small, width, height, choice, crop_size, smoothing)
-    chosen = tuple(face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN)
+    chosen = tuple(
+        face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN
+    )
     crops = torch.empty(len(chosen), crop_size, crop_size, 3, device=images.device)
     for i, face in enumerate(chosen):
         step(0)
         crops[i : i + 1] = cut_all(images, [face.frame], [face.matrix], crop_size)
     return Found(
-        Faces(chosen, crops, count, height, width, crop_size), everyone, verdicts, report(everyone, verdicts, count)
+        Faces(chosen, crops, count, height, width, crop_size),
+        everyone,
+        verdicts,
+        report(everyone, verdicts, count),
     )
 
 
 def chosen_faces(
-    found: list[list[Detection]], small: Tensor, width: int, height: int, choice: Choice, crop_size: int, smoothing: float
+    found: list[list[Detection]],
+    small: Tensor,
+    width: int,
+    height: int,
+    choice: Choice,
+    crop_size: int,
+    smoothing: float,
 ) -> tuple[tuple[Face, ...], tuple[str, ...]]:
-    """What `find_faces` makes of its detections by frame: everyone, followed and numbered, and a verdict for each.
+    """What `find_faces` makes of its detections by frame: everyone, followed and numbered, and a
+    verdict for each.
 
-    Needs no pictures, so that a video of any length can be searched piece by piece. small: its track.thumbnails.
+    Needs no pictures, so that a video of any length can be searched piece by piece. small: its
+    track.thumbnails.
     """
     everyone = numbered(_followed(found, shots(small), crop_size, smoothing), choice.order)
     everyone.sort(key=lambda face: (face.frame, face.number))
     return tuple(everyone), tuple(choose(everyone, choice, width, height))
 
 
-def _followed(found: list[list[Detection]], shot_numbers: list[int], crop_size: int, smoothing: float) -> list[Face]:
-    """A Face for each detection and each bridged miss, numbered by track, with steadied matrices."""
+def _followed(
+    found: list[list[Detection]], shot_numbers: list[int], crop_size: int, smoothing: float
+) -> list[Face]:
+    """A Face for each detection and each bridged miss, numbered by track, its matrix smoothed."""
     everyone = []
     for number, track in enumerate(follow(found, shot_numbers)):
         matrices: dict[int, Affine] = {}
@@ -108,5 +126,16 @@ def _followed(found: list[list[Detection]], shot_numbers: list[int], crop_size: 
             detection = track.detections[frame]
             correction = compose(inverse(matrix), matrices[frame])
             landmarks = tuple(apply(correction, *point) for point in detection.landmarks)
-            everyone.append(Face(frame, detection.box, landmarks, detection.score, number, matrix, detection.angle, track.shot))
+            everyone.append(
+                Face(
+                    frame,
+                    detection.box,
+                    landmarks,
+                    detection.score,
+                    number,
+                    matrix,
+                    detection.angle,
+                    track.shot,
+                )
+            )
     return everyone

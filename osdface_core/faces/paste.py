@@ -1,4 +1,6 @@
-"""Restored crops back into the pictures they came from: only there, and only as far as the mask says."""
+"""Restored crops back into the pictures they came from: only there, and only as far as the mask
+says.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,14 @@ log = logging.getLogger(__name__)
 
 MASK_TYPES = ("parsing", "ellipse", "box")
 
-# The ellipse of a face in the FFHQ crop, as fractions of its side: chin and ears are inside, the crop's border is not.
+# The ellipse of a face in the FFHQ crop, as fractions of its side: chin and ears are inside, the
+# crop's border is not.
 ELLIPSE_CENTRE = (0.5, 0.52)
 ELLIPSE_RADII = (0.42, 0.47)
 LUMA = (0.299, 0.587, 0.114)
 PARSED_AT_ONCE = 8
-# Side of a crop in the picture, in pixels, and in the picture's longer side: no face is so small or so large, and no memory so either.
+# Side of a crop in the picture, in pixels, and in the picture's longer side: no face is so small or
+# so large, and no memory so either.
 SMALLEST_CROP, LARGEST_CROP = 0.5, 100
 
 Parser = Callable[[Tensor], Tensor]
@@ -58,7 +62,9 @@ class _Look:
 
 @dataclass(frozen=True)
 class _Patch:
-    """A restored face at its place: pixels (h,w,3) and their weight (h,w), both fp32, for picture[rows, columns]."""
+    """A restored face at its place: pixels (h,w,3) and their weight (h,w), both fp32, for
+    picture[rows, columns].
+    """
 
     rows: slice
     columns: slice
@@ -83,20 +89,25 @@ def paste(
 ) -> tuple[Tensor, Tensor]:
     """Pastes every restored face into its picture.
 
-    images: (B,H,W,C), any float type and range: the pictures that the faces were found in, or the same enlarged or shrunk, whose
-    scale is taken from their size. The first three channels are colour (one or two: grey), further ones stay as they are.
-    restored: (N,S,S,3) for the N faces, S any size. strength: 0..1, how much of the restored face shows. mask_type: one of
-    MASK_TYPES. feather: width of the mask's soft edge as a fraction of the crop's side; it lies inside, and the weight is 0 at the
-    crop's border. color_match: one of COLOR_MATCHES, towards the picture's own colours inside the mask. keep: (B,H,W) or (1,H,W) in
-    [0,1], 1 where the picture must stay; of another size, it is resized. keep_detail: 0..1, how much of the picture's own detail
-    stays that is finer than a crop of S px can hold (in faces larger than the crop). parse: needed for "parsing"; takes crops
-    (n,S,S,3) to their face maps (n,h,w), 1 where a pixel is face; see parse.face_maps. It is given a few crops at a time.
-    skip_unchanged: a restored crop that equals its face's own crop bit for bit stands for a face that was not restored, and is not
-    pasted. progress: called with 1 and the restored crop (3,S,S) for each face; what it raises ends the job.
+    images: (B,H,W,C), any float type and range: the pictures that the faces were found in, or the
+    same enlarged or shrunk, whose scale is taken from their size. The first three channels are
+    colour (one or two: grey), further ones stay as they are. restored: (N,S,S,3) for the N faces, S
+    any size. strength: 0..1, how much of the restored face shows. mask_type: one of MASK_TYPES.
+    feather: width of the mask's soft edge as a fraction of the crop's side; it lies inside, and the
+    weight is 0 at the crop's border. color_match: one of COLOR_MATCHES, towards the picture's own
+    colours inside the mask. keep: (B,H,W) or (1,H,W) in [0,1], 1 where the picture must stay; of
+    another size, it is resized. keep_detail: 0..1, how much of the picture's own detail stays that
+    is finer than a crop of S px can hold (in faces larger than the crop). parse: needed for
+    "parsing"; takes crops (n,S,S,3) to their face maps (n,h,w), 1 where a pixel is face; see
+    parse.face_maps. It is given a few crops at a time. skip_unchanged: a restored crop that equals
+    its face's own crop bit for bit stands for a face that was not restored, and is not pasted.
+    progress: called with 1 and the restored crop (3,S,S) for each face; what it raises ends the
+    job.
 
-    Returns the pictures, of the same type, and the mask (B,H,W) fp32 of the weights that were used. A pixel whose weight is 0 keeps
-    its bits; without a face the very `images` come back. Overlapping faces share a pixel by their weights, in any order alike.
-    A restored face that is not finite is left out with a warning. Raises OSDFaceError if the inputs do not fit together.
+    Returns the pictures, of the same type, and the mask (B,H,W) fp32 of the weights that were used.
+    A pixel whose weight is 0 keeps its bits; without a face the very `images` come back.
+    Overlapping faces share a pixel by their weights, in any order alike. A restored face that is
+    not finite is left out with a warning. Raises OSDFaceError if the inputs do not fit together.
     """
     check(images, faces, restored, mask_type, color_match, keep, parse)
     frames, height, width = images.shape[:3]
@@ -108,20 +119,30 @@ def paste(
         report(len(chosen))
         return images, mask
     chosen.sort(key=lambda i: faces.faces[i].frame)
-    look = _Look(min(strength, 1.0), mask_type, feather, color_match, min(max(keep_detail, 0.0), 1.0))
+    look = _Look(
+        min(strength, 1.0), mask_type, feather, color_match, min(max(keep_detail, 0.0), 1.0)
+    )
     from_image = scaling(faces.width / width, faces.height / height)
     to_restored = scaling(restored.shape[2] / faces.crop_size, restored.shape[1] / faces.crop_size)
     out = images.clone()
     total = torch.empty(height, width, device=images.device)
-    masks = _parsed(restored, chosen, parse, feather) if mask_type == "parsing" and parse else itertools.repeat(None)
+    masks = (
+        _parsed(restored, chosen, parse, feather)
+        if mask_type == "parsing" and parse
+        else itertools.repeat(None)
+    )
     members = zip(chosen, masks, strict=False)
-    for frame, of_frame in itertools.groupby(members, key=lambda member: faces.faces[member[0]].frame):
+    for frame, of_frame in itertools.groupby(
+        members, key=lambda member: faces.faces[member[0]].frame
+    ):
         kept = None if keep is None else _kept(keep[frame if len(keep) > 1 else 0], images)
         patches = []
         for i, face_mask in of_frame:
             to_crop = compose(to_restored, compose(faces.faces[i].matrix, from_image))
             crop = restored[i].to(images.device, torch.float32)
-            patch = _patch(images[frame], crop, to_crop, 1 / reach(from_image), look, face_mask, kept)
+            patch = _patch(
+                images[frame], crop, to_crop, 1 / reach(from_image), look, face_mask, kept
+            )
             if patch is not None:
                 patches.append(patch)
             report(1, restored[i].movedim(-1, 0))
@@ -130,7 +151,13 @@ def paste(
 
 
 def check(
-    images: Tensor, faces: Faces, restored: Tensor, mask_type: str, color_match: str, keep: Tensor | None, parse: Parser | None
+    images: Tensor,
+    faces: Faces,
+    restored: Tensor,
+    mask_type: str,
+    color_match: str,
+    keep: Tensor | None,
+    parse: Parser | None,
 ) -> None:
     """Raises OSDFaceError if the arguments of `paste` do not fit together."""
     check_pictures(images)
@@ -138,53 +165,94 @@ def check(
     frames, height, width = images.shape[:3]
     if frames != faces.frames:
         raise OSDFaceError(
-            f"`image` holds {frames} pictures and `faces` come from {faces.frames}; the same batch is wanted: "
+            f"`image` holds {frames} pictures and `faces` come from {faces.frames}; the same "
+            f"batch is wanted: "
             "connect the picture that went into Face Detect & Align."
         )
     # Either side may have been rounded by up to a pixel.
-    if abs(width * faces.height - height * faces.width) > faces.width + faces.height or (len(faces) and min(width, height) < 1):
+    if abs(width * faces.height - height * faces.width) > faces.width + faces.height or (
+        len(faces) and min(width, height) < 1
+    ):
         raise OSDFaceError(
-            f"`image` is {width} x {height} px and the faces come from a picture of {faces.width} x {faces.height} px; the same picture "
-            "or one enlarged or shrunk with the same aspect ratio is wanted: crop or pad after pasting."
+            f"`image` is {width} x {height} px and the faces come from a picture of {faces.width} "
+            f"x {faces.height} px; the same picture "
+            "or one enlarged or shrunk with the same aspect ratio is wanted: crop or pad after "
+            "pasting."
         )
     if restored.ndim != 4 or restored.shape[3] != 3:
         raise OSDFaceError(
-            f"`restored` is {tuple(restored.shape)}; a batch of RGB crops (N,S,S,3) is wanted: connect the output of OSDFace One Step."
+            f"`restored` is {tuple(restored.shape)}; a batch of RGB crops (N,S,S,3) is wanted: "
+            f"connect the output of OSDFace One Step."
         )
     if len(restored) and min(restored.shape[1:3]) < 1:
-        raise OSDFaceError(f"`restored` is {tuple(restored.shape)}, which holds no pixel: connect the output of OSDFace One Step.")
+        raise OSDFaceError(
+            f"`restored` is {tuple(restored.shape)}, which holds no pixel: connect the output of "
+            f"OSDFace One Step."
+        )
     if len(restored) != len(faces):
         raise OSDFaceError(
-            f"`restored` holds {len(restored)} crops and `faces` {len(faces)} faces; one crop for each face, in the same order, is wanted: "
+            f"`restored` holds {len(restored)} crops and `faces` {len(faces)} faces; one crop for "
+            f"each face, in the same order, is wanted: "
             "connect the crops that were made with these faces."
         )
     if mask_type not in MASK_TYPES:
-        raise OSDFaceError(f"`mask_type` is {mask_type!r}; one of {', '.join(MASK_TYPES)} is wanted.")
-    if mask_type == "parsing" and parse is None:
-        raise OSDFaceError("`mask_type` is parsing and no face parser is given: give `parse`, or choose ellipse or box.")
-    if color_match not in COLOR_MATCHES:
-        raise OSDFaceError(f"`color_match` is {color_match!r}; one of {', '.join(COLOR_MATCHES)} is wanted.")
-    if keep is not None and (keep.ndim != 3 or len(keep) not in (1, frames) or (frames and not keep.numel())):
         raise OSDFaceError(
-            f"`keep` is {tuple(keep.shape)} for {frames} pictures; a mask (1,H,W) for all or ({frames},H,W) is wanted: connect a MASK."
+            f"`mask_type` is {mask_type!r}; one of {', '.join(MASK_TYPES)} is wanted."
+        )
+    if mask_type == "parsing" and parse is None:
+        raise OSDFaceError(
+            "`mask_type` is parsing and no face parser is given: give `parse`, or choose ellipse "
+            "or box."
+        )
+    if color_match not in COLOR_MATCHES:
+        raise OSDFaceError(
+            f"`color_match` is {color_match!r}; one of {', '.join(COLOR_MATCHES)} is wanted."
+        )
+    if keep is not None and (
+        keep.ndim != 3 or len(keep) not in (1, frames) or (frames and not keep.numel())
+    ):
+        raise OSDFaceError(
+            f"`keep` is {tuple(keep.shape)} for {frames} pictures; a mask (1,H,W) for all or "
+            f"({frames},H,W) is wanted: connect a MASK."
         )
 
 
 def _usable(faces: Faces, restored: Tensor, i: int, skip_unchanged: bool) -> bool:
     face = faces.faces[i]
     if not bool(restored[i].isfinite().all()):
-        log.warning("Face %d of picture %d came out as NaN or infinite and is left as it was.", face.number, face.frame)
+        log.warning(
+            "Face %d of picture %d came out as NaN or infinite and is left as it was.",
+            face.number,
+            face.frame,
+        )
         return False
     scale = reach(face.matrix)
-    placed = math.isfinite(scale) and scale > 0 and all(map(math.isfinite, face.matrix[0] + face.matrix[1]))
-    if not placed or not SMALLEST_CROP < faces.crop_size / scale < LARGEST_CROP * max(faces.width, faces.height):
-        log.warning("Face %d of picture %d has no place in it (its matrix is %s) and is left out.", face.number, face.frame, face.matrix)
+    placed = (
+        math.isfinite(scale)
+        and scale > 0
+        and all(map(math.isfinite, face.matrix[0] + face.matrix[1]))
+    )
+    if not placed or not SMALLEST_CROP < faces.crop_size / scale < LARGEST_CROP * max(
+        faces.width, faces.height
+    ):
+        log.warning(
+            "Face %d of picture %d has no place in it (its matrix is %s) and is left out.",
+            face.number,
+            face.frame,
+            face.matrix,
+        )
         return False
     crop = faces.crops[i]
-    return not (skip_unchanged and crop.shape == restored[i].shape and torch.equal(crop.to(restored.device), restored[i]))
+    return not (
+        skip_unchanged
+        and crop.shape == restored[i].shape
+        and torch.equal(crop.to(restored.device), restored[i])
+    )
 
 
-def _parsed(restored: Tensor, chosen: Sequence[int], parse: Parser, feather: float) -> Iterator[Tensor]:
+def _parsed(
+    restored: Tensor, chosen: Sequence[int], parse: Parser, feather: float
+) -> Iterator[Tensor]:
     """The feathered mask (h,w) of each chosen crop, parsed a few at a time."""
     for first in range(0, len(chosen), PARSED_AT_ONCE):
         for face_map in parse(restored[list(chosen[first : first + PARSED_AT_ONCE])]):
@@ -196,16 +264,25 @@ def _kept(keep: Tensor, images: Tensor) -> Tensor:
     keep = keep.to(images.device, torch.float32).nan_to_num(1.0)
     height, width = images.shape[1:3]
     if keep.shape != (height, width):
-        keep = F.interpolate(keep[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
+        keep = F.interpolate(keep[None, None], (height, width), mode="bilinear", antialias=True)[
+            0, 0
+        ]
     return keep.clamp(0, 1)
 
 
 def _patch(
-    image: Tensor, restored: Tensor, to_crop: Affine, grown: float, look: _Look, face_mask: Tensor | None, kept: Tensor | None
+    image: Tensor,
+    restored: Tensor,
+    to_crop: Affine,
+    grown: float,
+    look: _Look,
+    face_mask: Tensor | None,
+    kept: Tensor | None,
 ) -> _Patch | None:
     """The face at its place in `image` (H,W,C), or None where no pixel of it would change.
 
-    to_crop: from there to `restored` (h,w,3). grown: how many times `image` is as large as the picture that the face was cut from.
+    to_crop: from there to `restored` (h,w,3). grown: how many times `image` is as large as the
+    picture that the face was cut from.
     """
     height, width = restored.shape[:2]
     to_unit = scaling(1 / width, 1 / height)
@@ -215,7 +292,9 @@ def _patch(
     if left >= right or top >= bottom:
         return None
     from_region = compose(compose(to_unit, to_crop), ((1.0, 0.0, left), (0.0, 1.0, top)))
-    weight = look.strength * _weight(from_region, bottom - top, right - left, look, face_mask, image.device)
+    weight = look.strength * _weight(
+        from_region, bottom - top, right - left, look, face_mask, image.device
+    )
     if kept is not None:
         weight = weight * (1 - kept[top:bottom, left:right])
     used_rows, used_columns = weight.amax(1).nonzero(), weight.amax(0).nonzero()
@@ -242,12 +321,22 @@ def _patch(
     pixels = warp(crop, from_crop, weight.shape[0], weight.shape[1], grown).movedim(0, -1)
     if look.keep_detail > 0:
         pixels = pixels + look.keep_detail * before
-    # Cubic resampling overshoots at edges. What was within [0,1] stays there; wider ranges keep theirs.
+    # Cubic resampling overshoots at edges. What was within [0,1] stays there; wider ranges keep
+    # theirs.
     return _Patch(rows, columns, pixels.clamp(min(0.0, lowest), max(1.0, highest)), weight)
 
 
-def _weight(to_unit: Affine, height: int, width: int, look: _Look, face_mask: Tensor | None, device: torch.device) -> Tensor:
-    """The mask (height,width) of a crop, 0 at its border. to_unit: from the mask's pixels to the crop as the unit square."""
+def _weight(
+    to_unit: Affine,
+    height: int,
+    width: int,
+    look: _Look,
+    face_mask: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """The mask (height,width) of a crop, 0 at its border. to_unit: from the mask's pixels to the
+    crop as the unit square.
+    """
     (a, b, c), (d, e, f) = to_unit
     across = torch.arange(width, dtype=torch.float64) + 0.5
     down = (torch.arange(height, dtype=torch.float64) + 0.5)[:, None]
@@ -273,9 +362,11 @@ def _ramp(x: Tensor) -> Tensor:
 
 
 def _blend(image: Tensor, out: Tensor, mask: Tensor, total: Tensor, patches: list[_Patch]) -> None:
-    """Writes the patches of one picture (H,W,C) into `out` and their joint weight into `mask`; `total` is scratch space (H,W).
+    """Writes the patches of one picture (H,W,C) into `out` and their joint weight into `mask`;
+    `total` is scratch space (H,W).
 
-    Where faces overlap, their pixels are averaged by weight, and the average has the weight that pasting one after the other gives.
+    Where faces overlap, their pixels are averaged by weight, and the average has the weight that
+    pasting one after the other gives.
     """
     for patch in patches:
         total[patch.rows, patch.columns] = 0
@@ -285,10 +376,16 @@ def _blend(image: Tensor, out: Tensor, mask: Tensor, total: Tensor, patches: lis
         mask[place] += patch.weight - mask[place] * patch.weight
     for patch in patches:
         place = patch.rows, patch.columns
-        share = (mask[place] * (patch.weight / total[place].clamp_min(torch.finfo(torch.float32).tiny)))[..., None]
+        share = (
+            mask[place] * (patch.weight / total[place].clamp_min(torch.finfo(torch.float32).tiny))
+        )[..., None]
         picture = image[place]
         channels = 3 if picture.shape[-1] >= 3 else 1
-        pixels = patch.pixels if channels == 3 else (patch.pixels * patch.pixels.new_tensor(LUMA)).sum(-1, keepdim=True)
+        pixels = (
+            patch.pixels
+            if channels == 3
+            else (patch.pixels * patch.pixels.new_tensor(LUMA)).sum(-1, keepdim=True)
+        )
         before = out[place][..., :channels]
         after = before.float() + share * (pixels - picture[..., :channels].float())
         before.copy_(torch.where(share > 0, after.to(out.dtype), before))

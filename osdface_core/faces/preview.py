@@ -15,14 +15,18 @@ from .choose import CHOSEN
 from .detect import finite
 from .face import Face
 
-# A preview is to be looked at; for the frames of a video at full size it would take as much memory as the video.
+# A preview is to be looked at; for the frames of a video at full size it would take as much memory
+# as the video.
 LONGEST_SIDE = 1024
 CHOSEN_COLOUR = (80, 255, 120)
 OTHER_COLOUR = (255, 90, 70)
 
 
-def draw(images: Tensor, faces: Sequence[Face], verdicts: Sequence[str], progress: Progress | None = None) -> Tensor:
-    """The pictures (B,H,W,C) in [0,1] -> (B,h,w,3), at most 1024 px a side: chosen faces in green, the rest in red.
+def draw(
+    images: Tensor, faces: Sequence[Face], verdicts: Sequence[str], progress: Progress | None = None
+) -> Tensor:
+    """The pictures (B,H,W,C) in [0,1] -> (B,h,w,3), at most 1024 px a side: chosen faces in green,
+    the rest in red.
 
     progress: called with 0 for each picture; what it raises ends the job.
     """
@@ -40,25 +44,41 @@ def draw(images: Tensor, faces: Sequence[Face], verdicts: Sequence[str], progres
             progress(0)
         pixels = _resized(image, size)
         if i in frames:
-            canvas = Image.frombytes("RGB", size[::-1], bytes((pixels * 255).round().byte().cpu().contiguous().flatten().numpy()))
+            canvas = Image.frombytes(
+                "RGB",
+                size[::-1],
+                bytes((pixels * 255).round().byte().cpu().contiguous().flatten().numpy()),
+            )
             for face, verdict in frames[i]:
-                _mark(ImageDraw.Draw(canvas), face, scale, CHOSEN_COLOUR if verdict == CHOSEN else OTHER_COLOUR)
-            pixels = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(*size, 3) / 255
+                _mark(
+                    ImageDraw.Draw(canvas),
+                    face,
+                    scale,
+                    CHOSEN_COLOUR if verdict == CHOSEN else OTHER_COLOUR,
+                )
+            pixels = (
+                torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(*size, 3)
+                / 255
+            )
         out[i] = pixels
     return out
 
 
 def before_after(before: Tensor, after: Tensor, progress: Progress | None = None) -> Tensor:
-    """The pictures (B,H,W,C) in [0,1] and what became of them -> (B,h,w,3) with both, parted by a white line.
+    """The pictures (B,H,W,C) in [0,1] and what became of them -> (B,h,w,3) with both, parted by a
+    white line.
 
-    Left and right, or above and below where a picture is wider than high. A single picture keeps its size, so that every pixel can be
-    looked at; the frames of a video are at most 1024 px a side. progress: as for `draw`.
+    Left and right, or above and below where a picture is wider than high. A single picture keeps
+    its size, so that every pixel can be looked at; the frames of a video are at most 1024 px a
+    side. progress: as for `draw`.
     """
     count, height, width = before.shape[:3]
     size = _reduced(height, width) if count > 1 else (height, width)
     line = max(2, max(size) // 200)
     above = width > height
-    out = torch.ones(count, *((2 * size[0] + line, size[1]) if above else (size[0], 2 * size[1] + line)), 3)
+    out = torch.ones(
+        count, *((2 * size[0] + line, size[1]) if above else (size[0], 2 * size[1] + line)), 3
+    )
     for i in range(count if height and width else 0):
         if progress:
             progress(0)
@@ -77,7 +97,9 @@ def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
     pixels = finite(colour(picture))
     if pixels.shape[:2] == size:
         return pixels
-    return F.interpolate(pixels.movedim(-1, 0)[None], size, mode="bilinear", antialias=True)[0].movedim(0, -1)
+    return F.interpolate(pixels.movedim(-1, 0)[None], size, mode="bilinear", antialias=True)[
+        0
+    ].movedim(0, -1)
 
 
 def _mark(draw: ImageDraw.ImageDraw, face: Face, scale: float, ink: tuple[int, int, int]) -> None:

@@ -1,4 +1,5 @@
-"""RetinaFace (Deng et al. 2020) with a ResNet50 or a MobileNet0.25 trunk, under the parameter names of facexlib's weight files.
+"""RetinaFace (Deng et al. 2020) with a ResNet50 or a MobileNet0.25 trunk, under the parameter names
+of facexlib's weight files.
 
 The built-in detector is the same with a narrower trunk of our own: 236,000 weights.
 """
@@ -12,7 +13,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from ..layers import Operations, filled
 
-# Two anchors of these sides at every cell of the three feature maps; what facexlib's files were trained with.
+# Two anchors of these sides at every cell of the three feature maps; what facexlib's files were
+# trained with.
 STEPS = (8, 16, 32)
 ANCHOR_SIDES = ((16, 32), (64, 128), (256, 512))
 VARIANCES = (0.1, 0.2)
@@ -22,9 +24,19 @@ ANCHORS_PER_CELL = 2
 NARROWEST = 12
 
 
-def conv_bn(channels: int, out: int, stride: int, slope: float | None, operations: Operations, kernel: int = 3) -> nn.Sequential:
+def conv_bn(
+    channels: int,
+    out: int,
+    stride: int,
+    slope: float | None,
+    operations: Operations,
+    kernel: int = 3,
+) -> nn.Sequential:
     """A convolution without bias, batch norm, and a leaky ReLU unless `slope` is None."""
-    layers = [operations.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(out)]
+    layers = [
+        operations.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(out),
+    ]
     return nn.Sequential(*layers, *([] if slope is None else [nn.LeakyReLU(slope, inplace=True)]))
 
 
@@ -49,10 +61,17 @@ class MobileNet(nn.Module):
         super().__init__()
         self.stage1 = nn.Sequential(
             conv_bn(3, 8, 2, 0.1, operations),
-            *(conv_dw(a, b, s, operations) for a, b, s in ((8, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1))),
+            *(
+                conv_dw(a, b, s, operations)
+                for a, b, s in ((8, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1))
+            ),
         )
-        self.stage2 = nn.Sequential(conv_dw(64, 128, 2, operations), *(conv_dw(128, 128, 1, operations) for _ in range(5)))
-        self.stage3 = nn.Sequential(conv_dw(128, 256, 2, operations), conv_dw(256, 256, 1, operations))
+        self.stage2 = nn.Sequential(
+            conv_dw(64, 128, 2, operations), *(conv_dw(128, 128, 1, operations) for _ in range(5))
+        )
+        self.stage3 = nn.Sequential(
+            conv_dw(128, 256, 2, operations), conv_dw(256, 256, 1, operations)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first = self.stage1(x)
@@ -61,7 +80,9 @@ class MobileNet(nn.Module):
 
 
 class Narrow(MobileNet):
-    """(B,3,H,W) -> features of 48, 96 and 160 channels at 1/8, 1/16 and 1/32 of the size: the built-in detector's."""
+    """(B,3,H,W) -> features of 48, 96 and 160 channels at 1/8, 1/16 and 1/32 of the size: the
+    built-in detector's.
+    """
 
     channels = (48, 96, 160)
 
@@ -70,10 +91,19 @@ class Narrow(MobileNet):
         first, second, third = self.channels
         self.stage1 = nn.Sequential(
             conv_bn(3, NARROWEST, 2, 0.1, operations),
-            *(conv_dw(a, b, s, operations) for a, b, s in ((NARROWEST, 24, 2), (24, 32, 1), (32, first, 2), (first, first, 1))),
+            *(
+                conv_dw(a, b, s, operations)
+                for a, b, s in ((NARROWEST, 24, 2), (24, 32, 1), (32, first, 2), (first, first, 1))
+            ),
         )
-        self.stage2 = nn.Sequential(conv_dw(first, second, 2, operations), *(conv_dw(second, second, 1, operations) for _ in range(3)))
-        self.stage3 = nn.Sequential(conv_dw(second, third, 2, operations), *(conv_dw(third, third, 1, operations) for _ in range(2)))
+        self.stage2 = nn.Sequential(
+            conv_dw(first, second, 2, operations),
+            *(conv_dw(second, second, 1, operations) for _ in range(3)),
+        )
+        self.stage3 = nn.Sequential(
+            conv_dw(second, third, 2, operations),
+            *(conv_dw(third, third, 1, operations) for _ in range(2)),
+        )
 
 
 class ResNet50(ResNet):
@@ -95,13 +125,19 @@ class ResNet50(ResNet):
 class FeaturePyramid(nn.Module):
     """Three feature maps brought to one width, the coarser ones added to the finer."""
 
-    def __init__(self, channels: tuple[int, ...], out: int, slope: float, operations: Operations) -> None:
+    def __init__(
+        self, channels: tuple[int, ...], out: int, slope: float, operations: Operations
+    ) -> None:
         super().__init__()
-        self.output1, self.output2, self.output3 = (conv_bn(c, out, 1, slope, operations, kernel=1) for c in channels)
+        self.output1, self.output2, self.output3 = (
+            conv_bn(c, out, 1, slope, operations, kernel=1) for c in channels
+        )
         self.merge1 = conv_bn(out, out, 1, slope, operations)
         self.merge2 = conv_bn(out, out, 1, slope, operations)
 
-    def forward(self, first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, first: Tensor, second: Tensor, third: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         third = self.output3(third)
         second = self.output2(second)
         second = self.merge2(second + F.interpolate(third, second.shape[2:], mode="nearest"))
@@ -111,7 +147,7 @@ class FeaturePyramid(nn.Module):
 
 
 class ContextModule(nn.Module):
-    """SSH's context module (Najibi et al. 2017): one, two and three 3x3 convolutions side by side."""
+    """SSH's context module (Najibi et al. 2017): one to three 3x3 convolutions in parallel."""
 
     def __init__(self, channels: int, slope: float, operations: Operations) -> None:
         super().__init__()
@@ -124,7 +160,11 @@ class ContextModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shared = self.conv5X5_1(x)
-        return F.relu(torch.cat([self.conv3X3(x), self.conv5X5_2(shared), self.conv7x7_3(self.conv7X7_2(shared))], 1))
+        return F.relu(
+            torch.cat(
+                [self.conv3X3(x), self.conv5X5_2(shared), self.conv7x7_3(self.conv7X7_2(shared))], 1
+            )
+        )
 
 
 class Head(nn.Module):
@@ -140,16 +180,22 @@ class Head(nn.Module):
 
 
 class RetinaFace(nn.Module):
-    """(B,3,H,W) in BGR, 0..255 less MEAN_BGR -> boxes (B,A,4), confidences (B,A) in 0..1 and landmarks (B,A,5,2), in pixels.
+    """(B,3,H,W) in BGR, 0..255 less MEAN_BGR -> boxes (B,A,4), confidences (B,A) in 0..1 and
+    landmarks (B,A,5,2), in pixels.
 
-    A is the number of anchors, in facexlib's order. Boxes are x1, y1, x2, y2. As in facexlib, a landmark on the centre of the
-    picture's first pixel is at (0, 0). looks_twice: its landmarks are good only in an upright window about the face.
+    A is the number of anchors, in facexlib's order. Boxes are x1, y1, x2, y2. As in facexlib, a
+    landmark on the centre of the picture's first pixel is at (0, 0). looks_twice: its landmarks are
+    good only in an upright window about the face.
     """
 
     def __init__(self, trunk: str, operations: Operations = nn) -> None:
         super().__init__()
         self.looks_twice = trunk == "narrow"
-        self.body = ResNet50() if trunk == "resnet50" else (Narrow if trunk == "narrow" else MobileNet)(operations)
+        self.body = (
+            ResNet50()
+            if trunk == "resnet50"
+            else (Narrow if trunk == "narrow" else MobileNet)(operations)
+        )
         width, slope = {"resnet50": (256, 0.0), "narrow": (48, 0.1)}.get(trunk, (64, 0.1))
         self.fpn = FeaturePyramid(self.body.channels, width, slope, operations)
         self.ssh1, self.ssh2, self.ssh3 = (ContextModule(width, slope, operations) for _ in STEPS)
@@ -159,7 +205,8 @@ class RetinaFace(nn.Module):
 
     @property
     def home(self) -> torch.device:
-        """The device where pictures must be. A host may page parameters in and out as they are used; buffers stay where it computes.
+        """The device where pictures must be. A host may page parameters in and out as they are
+        used; buffers stay where it computes.
 
         Not called `device`: hosts set an attribute of that name on the modules that they hold.
         """
@@ -167,7 +214,9 @@ class RetinaFace(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         maps = self.fpn(*self.body(x))
-        features = [module(m) for module, m in zip((self.ssh1, self.ssh2, self.ssh3), maps, strict=True)]
+        features = [
+            module(m) for module, m in zip((self.ssh1, self.ssh2, self.ssh3), maps, strict=True)
+        ]
         classes, boxes, landmarks = (
             torch.cat([head(feature) for head, feature in zip(heads, features, strict=True)], 1)
             for heads in (self.ClassHead, self.BboxHead, self.LandmarkHead)
@@ -175,12 +224,16 @@ class RetinaFace(nn.Module):
         centres, sides = anchors(x.shape[2], x.shape[3], x.device)
         half = torch.exp(boxes[..., 2:] * VARIANCES[1]) * sides[:, None] / 2
         middle = centres + boxes[..., :2] * VARIANCES[0] * sides[:, None]
-        points = centres[:, None] + landmarks.unflatten(-1, (5, 2)) * VARIANCES[0] * sides[:, None, None]
+        points = (
+            centres[:, None] + landmarks.unflatten(-1, (5, 2)) * VARIANCES[0] * sides[:, None, None]
+        )
         return torch.cat([middle - half, middle + half], -1), classes.softmax(-1)[..., 1], points
 
 
 def anchors(height: int, width: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Centres (A,2) as (x,y) and sides (A,) of the square anchors for a picture of this size, in pixels."""
+    """Centres (A,2) as (x,y) and sides (A,) of the square anchors for a picture of this size, in
+    pixels.
+    """
     centres, sides = [], []
     for step, pair in zip(STEPS, ANCHOR_SIDES, strict=True):
         y = (torch.arange(-(-height // step), device=device) + 0.5) * step

@@ -1,4 +1,4 @@
-"""Follows faces over the frames of a video, and steadies the crops. Knows places, never identities."""
+"""Follows faces over the frames of a video and smooths their crops: by place, never by identity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from .face import Affine, Box
 
 # Two frames are compared as pictures of so many pixels a side.
 THUMBNAIL = 24
-# How far structure (1 - correlation) and colours (share of pixels in another bin) of two thumbnails may differ within a shot.
+# How far structure (1 - correlation) and colours (share of pixels in another bin) of two thumbnails
+# may differ within a shot.
 CUT_STRUCTURE, CUT_COLOURS = 0.15, 0.12
 # Of unlike frames, one or two between like ones are a flash, not a cut.
 LONGEST_FLASH = 2
@@ -45,7 +46,8 @@ def thumbnails(images: Tensor) -> Tensor:
 def unlike(one: Tensor, other: Tensor) -> bool:
     """Whether a cut lies between two thumbnails: neither their structure nor their colours agree.
 
-    Motion changes where things are but not the colours; light changes the colours but not where things are.
+    Motion changes where things are but not the colours; light changes the colours but not where
+    things are.
     """
     a, b = (x - x.mean() for x in (one.mean(0), other.mean(0)))
     power = float(a.norm() * b.norm())
@@ -58,7 +60,9 @@ def unlike(one: Tensor, other: Tensor) -> bool:
 
 
 def _histogram(thumbnail: Tensor) -> Tensor:
-    """Shares of 4 x 4 x 4 colours, each pixel spread over its neighbours so that a slight change of light moves little."""
+    """Shares of 4 x 4 x 4 colours, each pixel spread over its neighbours so that a slight change of
+    light moves little.
+    """
     position = thumbnail.flatten(1) * 3
     low = position.floor().clamp(max=2)
     high_share = position - low
@@ -72,7 +76,9 @@ def _histogram(thumbnail: Tensor) -> Tensor:
 
 
 def shots(small: Tensor) -> list[int]:
-    """The shot of each frame of a video, from its thumbnails. A flash or a blank frame is a shot of its own within another."""
+    """The shot of each frame of a video, from its thumbnails. A flash or a blank frame is a shot of
+    its own within another.
+    """
     numbers: list[int] = []
     current, last, following = 0, 0, 0
     for frame in range(len(small)):
@@ -96,7 +102,9 @@ def shots(small: Tensor) -> list[int]:
 
 @dataclass
 class Track:
-    """One face over the frames of a shot: its detections by frame, in order of frames; `bridged` are those put in."""
+    """One face over the frames of a shot: its detections by frame, in order of frames; `bridged`
+    are those put in.
+    """
 
     shot: int
     detections: dict[int, Detection] = field(default_factory=dict)
@@ -114,10 +122,14 @@ def overlap(a: Box, b: Box) -> float:
 
 
 def follow(found: Sequence[Sequence[Detection]], shot_numbers: Sequence[int]) -> list[Track]:
-    """Joins the faces of each shot by their overlap from frame to frame, and bridges short misses."""
+    """Joins the faces of each shot by their overlap from frame to frame; bridges short misses."""
     tracks: list[Track] = []
     for frame, (detections, shot) in enumerate(zip(found, shot_numbers, strict=True)):
-        alive = [t for t in tracks if t.shot == shot and frame - next(reversed(t.detections)) <= FORGOTTEN]
+        alive = [
+            t
+            for t in tracks
+            if t.shot == shot and frame - next(reversed(t.detections)) <= FORGOTTEN
+        ]
         pairs = sorted(
             (
                 (overlap(expected, detection.box), -i, -j)
@@ -157,7 +169,9 @@ def _expected(track: Track, frame: int) -> Box:
 
 
 def _like_size(a: Box, b: Box) -> bool:
-    ratio = math.sqrt(max((a[2] - a[0]) * (a[3] - a[1]), 1e-6) / max((b[2] - b[0]) * (b[3] - b[1]), 1e-6))
+    ratio = math.sqrt(
+        max((a[2] - a[0]) * (a[3] - a[1]), 1e-6) / max((b[2] - b[0]) * (b[3] - b[1]), 1e-6)
+    )
     return 1 / GROWTH < ratio < GROWTH
 
 
@@ -179,20 +193,25 @@ def _between(first: Detection, last: Detection, share: float) -> Detection:
         return tuple(x + (y - x) * share for x, y in zip(a, b, strict=True))
 
     x1, y1, x2, y2 = mix(first.box, last.box)
-    landmarks = tuple((x, y) for x, y in (mix(a, b) for a, b in zip(first.landmarks, last.landmarks, strict=True)))
+    landmarks = tuple(
+        (x, y) for x, y in (mix(a, b) for a, b in zip(first.landmarks, last.landmarks, strict=True))
+    )
     return Detection((x1, y1, x2, y2), landmarks, min(first.score, last.score), first.angle)
 
 
 # Steadiness
 
 
-def steadied(matrices: dict[int, Affine], bridged: set[int], size: int, smoothing: float) -> dict[int, Affine]:
+def steadied(
+    matrices: dict[int, Affine], bridged: set[int], size: int, smoothing: float
+) -> dict[int, Affine]:
     """The alignment of one face over its frames, with less jitter and no lag.
 
-    matrices: picture -> crop, by frame. bridged: frames whose matrix is a guess. size: the crop's side. smoothing: 0..1.
-    Centre, logarithm of the size and angle are each smoothed on their own (Whittaker 1923, Eilers 2003: least squares with a penalty
-    on second differences), which looks ahead as far as back and so never trails; a jump of a single frame counts little (Huber).
-    Frames further apart than can be bridged are smoothed apart.
+    matrices: picture -> crop, by frame. bridged: frames whose matrix is a guess. size: the crop's
+    side. smoothing: 0..1. Centre, logarithm of the size and angle are each smoothed on their own
+    (Whittaker 1923, Eilers 2003: least squares with a penalty on second differences), which looks
+    ahead as far as back and so never trails; a jump of a single frame counts little (Huber). Frames
+    further apart than can be bridged are smoothed apart.
     """
     if smoothing <= 0:
         return matrices
@@ -206,7 +225,9 @@ def steadied(matrices: dict[int, Affine], bridged: set[int], size: int, smoothin
         if len(everything) < 3:
             out |= {frame: matrices[frame] for frame in run}
             continue
-        weights = np.array([1.0 if frame in matrices and frame not in bridged else 0.0 for frame in everything])
+        weights = np.array(
+            [1.0 if frame in matrices and frame not in bridged else 0.0 for frame in everything]
+        )
         poses = np.zeros((len(everything), 4))
         for i, frame in enumerate(everything):
             if frame in matrices:
@@ -219,12 +240,13 @@ def steadied(matrices: dict[int, Affine], bridged: set[int], size: int, smoothin
     return out
 
 
-# Decades that the penalty on the centre's second differences grows by from no smoothing to full. A change of size or
-# tilt is seen as shimmer long before one of place is, and heads are quicker to move than to grow or tilt.
+# Decades that the penalty on the centre's second differences grows by from no smoothing to full. A
+# change of size or tilt is seen as shimmer long before one of place is, and heads are quicker to
+# move than to grow or tilt.
 STRONGEST = 2.5
 SIZE_FACTOR, ANGLE_FACTOR = 10.0, 10.0
-# Rounds of reweighting; values that a drift is the mean of; and how far it must stand out of the noise before it is believed, since a
-# detector's noise is not white.
+# Rounds of reweighting; values that a drift is the mean of; and how far it must stand out of the
+# noise before it is believed, since a detector's noise is not white.
 ROUNDS, RUN, DRIFT = 6, 5, 5.0
 
 
@@ -239,8 +261,9 @@ def _middle(size: int) -> complex:
 
 
 def _pose(matrix: Affine, size: int) -> tuple[float, float, float, float]:
-    """Where the landmarks' mean is in the picture, the logarithm of the scale, and the angle. About that point the errors of the
-    four are independent."""
+    """Where the landmarks' mean is in the picture, the logarithm of the scale, and the angle. About
+    that point the errors of the four are independent.
+    """
     (a, _, x), (b, _, y) = matrix
     turn = complex(a, b)
     centre = (_middle(size) - complex(x, y)) / turn
@@ -256,18 +279,22 @@ def _matrix(pose: np.ndarray, size: int) -> Affine:
 def whittaker(values: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
     """Minimises sum w (y - z)^2 + strength * sum v (second difference of z)^2.
 
-    values, weights: (n,), n of 3 or more; a weight of 0 marks a gap, which is filled. In a few rounds w falls where a single value
-    is far off, and v where several in a row are off to one side: there the face really moves.
+    values, weights: (n,), n of 3 or more; a weight of 0 marks a gap, which is filled. In a few
+    rounds w falls where a single value is far off, and v where several in a row are off to one
+    side: there the face really moves.
     """
     measured = weights > 0
     data, bend = np.ones(len(values)), np.ones(len(values) - 2)
     smooth = values
-    # Third differences leave of a smooth motion next to nothing; of noise they make 20 times the variance.
+    # Third differences leave of a smooth motion next to nothing; of noise they make 20 times the
+    # variance.
     rough = np.abs(np.diff(values[measured], 3))
     noise = 1.4826 * float(np.median(rough)) / math.sqrt(20) if len(rough) else math.inf
     for _ in range(ROUNDS):
         # The least weight keeps gaps at an end from being free to go anywhere.
-        smooth = solveh_banded(_bands(strength * bend, weights * data + 1e-9), weights * data * values)
+        smooth = solveh_banded(
+            _bands(strength * bend, weights * data + 1e-9), weights * data * values
+        )
         residual = np.where(measured, values - smooth, 0.0)
         spread = 1.4826 * np.median(np.abs(residual[measured])) if measured.any() else 0.0
         if spread <= 0:

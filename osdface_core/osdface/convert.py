@@ -1,4 +1,6 @@
-"""Rewrites OSDFace's released files as safetensors: the visual embedder without its pickle, the LoRA under kohya's names."""
+"""Rewrites OSDFace's released files as safetensors: the visual embedder without its pickle, the
+LoRA under kohya's names.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,12 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.fetching import place, sha256_of
 
 LQ_PREFIX = "vqvae_LQ."
-VRE_PREFIXES = tuple(LQ_PREFIX + part for part in ("encoder.", "quant_conv.", "quantize.embedding."))
+VRE_PREFIXES = tuple(
+    LQ_PREFIX + part for part in ("encoder.", "quant_conv.", "quantize.embedding.")
+)
 PROJECTOR_PREFIX = "projector."
-# Values of the encoder, quant_conv and code book, and of the projector: none may be missing, none may be left over.
+# Values of the encoder, quant_conv and code book, and of the projector: none may be missing, none
+# may be left over.
 VRE_VALUES = 29_172_416 + 394_496
 KOHYA_PREFIX = "lora_unet_"
 
@@ -20,32 +25,47 @@ _NUMPY_TYPES = {"FloatStorage": "<f4", "HalfStorage": "<f2", "DoubleStorage": "<
 
 
 def convert_vre(checkpoint: Path, projector: Path, target: Path) -> Path:
-    """Writes `target` (117 MB) from associate_2.ckpt (1.8 GB) and embedding_change_weights.pth; both stay.
+    """Writes `target` (117 MB) from associate_2.ckpt (1.8 GB) and embedding_change_weights.pth;
+    both stay.
 
-    Tensors: `encoder.*`, `quant_conv.*`, `quantize.embedding.weight` and `projector.*`, in the type they had. Only their bytes are
-    read, and torch is not needed. The metadata names the SHA-256 of both sources. Raises OSDFaceError for files of another kind.
+    Tensors: `encoder.*`, `quant_conv.*`, `quantize.embedding.weight` and `projector.*`, in the type
+    they had. Only their bytes are read, and torch is not needed. The metadata names the SHA-256 of
+    both sources. Raises OSDFaceError for files of another kind.
     """
     import numpy as np
     from safetensors.numpy import save_file
 
     arrays: dict[str, np.ndarray] = {}
-    for path, prefixes, strip, prefix in ((checkpoint, VRE_PREFIXES, LQ_PREFIX, ""), (projector, (), "", PROJECTOR_PREFIX)):
+    for path, prefixes, strip, prefix in (
+        (checkpoint, VRE_PREFIXES, LQ_PREFIX, ""),
+        (projector, (), "", PROJECTOR_PREFIX),
+    ):
         with Checkpoint(path, prefixes) as opened:
             for name, tensor in opened.tensors.items():
                 if tensor.storage.kind not in _NUMPY_TYPES:
-                    raise OSDFaceError(f"{path.name} holds {name} as {tensor.storage.kind}: OSDFace's is fp32, fetch the released file.")
+                    raise OSDFaceError(
+                        f"{path.name} holds {name} as {tensor.storage.kind}: OSDFace's is fp32, "
+                        f"fetch the released file."
+                    )
                 flat = np.frombuffer(opened.read(tensor.storage), _NUMPY_TYPES[tensor.storage.kind])
                 view = np.lib.stride_tricks.as_strided(
-                    flat[tensor.offset :], tensor.shape, tuple(stride * flat.itemsize for stride in tensor.strides), writeable=False
+                    flat[tensor.offset :],
+                    tensor.shape,
+                    tuple(stride * flat.itemsize for stride in tensor.strides),
+                    writeable=False,
                 )
                 arrays[prefix + name.removeprefix(strip)] = np.ascontiguousarray(view)
     values = sum(math.prod(array.shape) for array in arrays.values())
     if values != VRE_VALUES:
         raise OSDFaceError(
-            f"{checkpoint.name} and {projector.name} are not OSDFace's: the visual embedder has {VRE_VALUES:,} values and they hold "
+            f"{checkpoint.name} and {projector.name} are not OSDFace's: the visual embedder has "
+            f"{VRE_VALUES:,} values and they hold "
             f"{values:,}; give the released associate_2.ckpt and embedding_change_weights.pth."
         )
-    metadata = {"format": "pt", **{f"sha256 of {path.name}": sha256_of(path) for path in (checkpoint, projector)}}
+    metadata = {
+        "format": "pt",
+        **{f"sha256 of {path.name}": sha256_of(path) for path in (checkpoint, projector)},
+    }
 
     def write(fresh: Path) -> str:
         save_file(arrays, fresh, metadata)
@@ -55,7 +75,8 @@ def convert_vre(checkpoint: Path, projector: Path, target: Path) -> Path:
 
 
 def convert_lora(source: Path, target: Path) -> Path:
-    """Writes `target`: the LoRA of `source`, in any spelling, under kohya's names, which ComfyUI's Load LoRA node knows all of.
+    """Writes `target`: the LoRA of `source`, in any spelling, under kohya's names, which ComfyUI's
+    Load LoRA node knows all of.
 
     Raises OSDFaceError unless `source` holds exactly OSDFace's 278 modules.
     """

@@ -22,19 +22,27 @@ WAVELET_SIDE = 512
 
 
 def matched(restored: Tensor, original: Tensor, weight: Tensor, method: str) -> Tensor:
-    """`restored` (H,W,3) in the colours of `original` (H,W,3), both fp32; weight (H,W) says where the face is.
+    """`restored` (H,W,3) in the colours of `original` (H,W,3), both fp32; weight (H,W) says where
+    the face is.
 
-    method: one of COLOR_MATCHES. Values stay within [0,1], or within the range of the two where that is wider.
+    method: one of COLOR_MATCHES. Values stay within [0,1], or within the range of the two where
+    that is wider.
     """
     if method == "none" or not bool((weight > 0).any()):
         return restored
-    result = mean_std(restored, original, weight) if method == "mean-std" else wavelet(restored, original, weight)
+    result = (
+        mean_std(restored, original, weight)
+        if method == "mean-std"
+        else wavelet(restored, original, weight)
+    )
     lowest, highest = torch.aminmax(torch.stack([restored, original]))
     return result.clamp(min(0.0, float(lowest)), max(1.0, float(highest)))
 
 
 def mean_std(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
-    """Gives each channel of CIE L*a*b* the original's weighted mean and standard deviation (Reinhard et al. 2001)."""
+    """Gives each channel of CIE L*a*b* the original's weighted mean and standard deviation
+    (Reinhard et al. 2001).
+    """
     share = (weight / weight.sum())[..., None]
     source, target = to_lab(restored), to_lab(original)
     source_mean, target_mean = (share * source).sum((0, 1)), (share * target).sum((0, 1))
@@ -48,7 +56,8 @@ def mean_std(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
 def wavelet(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
     """Keeps the restored crop's detail and takes the coarse rest from the original.
 
-    The a-trous wavelet of StableSR (Wang et al. 2023), five levels at 512 px, with its smoothing confined to the mask.
+    The a-trous wavelet of StableSR (Wang et al. 2023), five levels at 512 px, with its smoothing
+    confined to the mask.
     """
     difference = (original - restored).movedim(-1, 0)
     stack = torch.cat([difference * weight, weight[None]])[:, None]
@@ -67,10 +76,16 @@ def _extended(stack: Tensor, gap: int, down: bool = False) -> Tensor:
 
 
 def to_lab(rgb: Tensor) -> Tensor:
-    """sRGB (...,3) -> CIE L*a*b* (D65). Values beyond [0,1] go along the curves' ends, so that `to_rgb` brings them back."""
-    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4)
+    """sRGB (...,3) -> CIE L*a*b* (D65). Values beyond [0,1] go along the curves' ends, so that
+    `to_rgb` brings them back.
+    """
+    linear = torch.where(
+        rgb <= 0.04045, rgb / 12.92, ((rgb.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4
+    )
     xyz = linear @ rgb.new_tensor(_XYZ).T
-    f = torch.where(xyz > _DELTA**3, xyz.clamp_min(_DELTA**3) ** (1 / 3), xyz / (3 * _DELTA**2) + 4 / 29)
+    f = torch.where(
+        xyz > _DELTA**3, xyz.clamp_min(_DELTA**3) ** (1 / 3), xyz / (3 * _DELTA**2) + 4 / 29
+    )
     x, y, z = f.unbind(-1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
@@ -81,4 +96,8 @@ def to_rgb(lab: Tensor) -> Tensor:
     f = torch.stack([y + lab[..., 1] / 500, y, y - lab[..., 2] / 200], -1)
     xyz = torch.where(f > _DELTA, f**3, 3 * _DELTA**2 * (f - 4 / 29))
     linear = xyz @ torch.linalg.inv(lab.new_tensor(_XYZ)).T
-    return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055)
+    return torch.where(
+        linear <= 0.0031308,
+        linear * 12.92,
+        1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055,
+    )

@@ -1,7 +1,8 @@
 """Reads OSDFace's LoRA in every spelling, as data: module -> (down, up, scale).
 
-The released `pytorch_lora_weights.safetensors` mixes two spellings (attention in one, the rest in another), and ComfyUI's own
-loader drops the 128 attention modules of such a file with a log line. Here every tensor lands on a weight or the file is refused.
+The released `pytorch_lora_weights.safetensors` mixes two spellings (attention in one, the rest in
+another), and ComfyUI's own loader drops the 128 attention modules of such a file with a log line.
+Here every tensor lands on a weight or the file is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ CONTEXT = 1024
 TIME = 1280
 BLOCKS = 2  # residual blocks a level on the way down, one more on the way up
 
-_PREFIXES = ("base_model.model.unet.", "base_model.model.", "diffusion_model.", "unet.", "lora_unet_")
+_PREFIXES = (
+    "base_model.model.unet.",
+    "base_model.model.",
+    "diffusion_model.",
+    "unet.",
+    "lora_unet_",
+)
 _PART = re.compile(
     r"^(?P<module>.+?)[._](?:"
     r"(?P<down>lora_A(?:\.\w+)?\.weight|lora\.down\.weight|lora_down\.weight)|"
@@ -35,7 +42,8 @@ _PART = re.compile(
 class LoraModule:
     """One adapted layer. down (r,in[,kH,kW]), up (out,r[,1,1]); the weight gains scale * up.down.
 
-    diffusers and ldm: the base weight's name in the two layouts of the UNet, without the UNet's own prefix.
+    diffusers and ldm: the base weight's name in the two layouts of the UNet, without the UNet's own
+    prefix.
     """
 
     diffusers: str
@@ -64,15 +72,26 @@ def _transformer(name: str, ldm: str, width: int) -> Iterator[tuple[str, _Place]
         yield f"{name}.{layer}", _Place(f"{ldm}.{layer}", (width, width))
     inner = "transformer_blocks.0"
     for attention, context in (("attn1", width), ("attn2", CONTEXT)):
-        for layer, inside in (("to_q", width), ("to_k", context), ("to_v", context), ("to_out.0", width)):
-            yield f"{name}.{inner}.{attention}.{layer}", _Place(f"{ldm}.{inner}.{attention}.{layer}", (width, inside))
-    yield f"{name}.{inner}.ff.net.0.proj", _Place(f"{ldm}.{inner}.ff.net.0.proj", (8 * width, width))
+        for layer, inside in (
+            ("to_q", width),
+            ("to_k", context),
+            ("to_v", context),
+            ("to_out.0", width),
+        ):
+            yield (
+                f"{name}.{inner}.{attention}.{layer}",
+                _Place(f"{ldm}.{inner}.{attention}.{layer}", (width, inside)),
+            )
+    yield (
+        f"{name}.{inner}.ff.net.0.proj",
+        _Place(f"{ldm}.{inner}.ff.net.0.proj", (8 * width, width)),
+    )
     yield f"{name}.{inner}.ff.net.2", _Place(f"{ldm}.{inner}.ff.net.2", (width, 4 * width))
 
 
 @cache
 def modules() -> dict[str, _Place]:
-    """The 278 modules that OSDFace adapts: diffusers name -> LDM name and shape of the base weight."""
+    """The 278 modules that OSDFace adapts: diffusers name -> LDM name and shape of the weight."""
     found: dict[str, _Place] = {}
     levels = len(WIDTHS)
     skips = [WIDTHS[0]]
@@ -80,9 +99,13 @@ def modules() -> dict[str, _Place]:
     for i, width in enumerate(WIDTHS):
         for j in range(BLOCKS):
             slot = 1 + i * (BLOCKS + 1) + j
-            found |= _resnet(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{slot}.0", inside, width)
+            found |= _resnet(
+                f"down_blocks.{i}.resnets.{j}", f"input_blocks.{slot}.0", inside, width
+            )
             if i < levels - 1:
-                found |= _transformer(f"down_blocks.{i}.attentions.{j}", f"input_blocks.{slot}.1", width)
+                found |= _transformer(
+                    f"down_blocks.{i}.attentions.{j}", f"input_blocks.{slot}.1", width
+                )
             inside = width
             skips.append(width)
         if i < levels - 1:
@@ -96,19 +119,27 @@ def modules() -> dict[str, _Place]:
     for i, width in enumerate(reversed(WIDTHS)):
         for j in range(BLOCKS + 1):
             slot = i * (BLOCKS + 1) + j
-            found |= _resnet(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{slot}.0", inside + skips.pop(), width)
+            found |= _resnet(
+                f"up_blocks.{i}.resnets.{j}", f"output_blocks.{slot}.0", inside + skips.pop(), width
+            )
             if i > 0:
-                found |= _transformer(f"up_blocks.{i}.attentions.{j}", f"output_blocks.{slot}.1", width)
+                found |= _transformer(
+                    f"up_blocks.{i}.attentions.{j}", f"output_blocks.{slot}.1", width
+                )
             inside = width
         if i < levels - 1:
             slot = i * (BLOCKS + 1) + BLOCKS
-            found[f"up_blocks.{i}.upsamplers.0.conv"] = _Place(f"output_blocks.{slot}.{2 if i else 1}.conv", (width, width, 3, 3))
+            found[f"up_blocks.{i}.upsamplers.0.conv"] = _Place(
+                f"output_blocks.{slot}.{2 if i else 1}.conv", (width, width, 3, 3)
+            )
     return found
 
 
 @cache
 def _spellings() -> dict[str, str]:
-    """Every way a module's name is written -> its diffusers name: dotted or with kohya's underscores, diffusers or LDM."""
+    """Every way a module's name is written -> its diffusers name: dotted or with kohya's
+    underscores, diffusers or LDM.
+    """
     names = {}
     for name, place in modules().items():
         for spelling in (name, place.ldm):
@@ -118,7 +149,9 @@ def _spellings() -> dict[str, str]:
 
 
 def _split(key: str) -> tuple[str, str] | None:
-    """(diffusers module, "down" | "up" | "alpha") of a tensor's name; None if it is not one of OSDFace's."""
+    """(diffusers module, "down" | "up" | "alpha") of a tensor's name; None if it is not one of
+    OSDFace's.
+    """
     match = _PART.match(key)
     if match is None:
         return None
@@ -136,11 +169,13 @@ def _some(names: list[str]) -> str:
 
 
 def parse_lora(tensors: dict[str, Tensor], source: str = "the file") -> dict[str, LoraModule]:
-    """OSDFace's 278 modules by their diffusers names, from the tensors of a LoRA file in any spelling.
+    """OSDFace's 278 modules by their diffusers names, from the tensors of a LoRA file in any
+    spelling.
 
-    Accepted: `lora_A/lora_B` (peft), `lora.down/lora.up` (diffusers), `lora_down/lora_up` (kohya, with `lora_unet_` and
-    underscores), mixed as they come, each with or without an `alpha` (scale alpha/rank, else 1).
-    Raises OSDFaceError that names what is left over, missing, misshapen or not finite.
+    Accepted: `lora_A/lora_B` (peft), `lora.down/lora.up` (diffusers), `lora_down/lora_up` (kohya,
+    with `lora_unet_` and underscores), mixed as they come, each with or without an `alpha` (scale
+    alpha/rank, else 1). Raises OSDFaceError that names what is left over, missing, misshapen or not
+    finite.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     left_over = []
@@ -152,12 +187,25 @@ def parse_lora(tensors: dict[str, Tensor], source: str = "the file") -> dict[str
             parts.setdefault(found[0], {})[found[1]] = tensor
     remedy = "load pytorch_lora_weights.safetensors of OSDFace."
     if not parts:
-        raise OSDFaceError(f"{source} is not OSDFace's LoRA: none of its {len(tensors)} tensors belongs to it; {remedy}")
+        raise OSDFaceError(
+            f"{source} is not OSDFace's LoRA: none of its {len(tensors)} tensors belongs to it; "
+            f"{remedy}"
+        )
     if left_over:
-        raise OSDFaceError(f"{source} is not OSDFace's LoRA: it has tensors that belong to no adapted layer ({_some(left_over)}); {remedy}")
-    missing = [f"{name} ({part})" for name in modules() for part in ("down", "up") if part not in parts.get(name, {})]
+        raise OSDFaceError(
+            f"{source} is not OSDFace's LoRA: it has tensors that belong to no adapted layer "
+            f"({_some(left_over)}); {remedy}"
+        )
+    missing = [
+        f"{name} ({part})"
+        for name in modules()
+        for part in ("down", "up")
+        if part not in parts.get(name, {})
+    ]
     if missing:
-        raise OSDFaceError(f"{source} is incomplete: OSDFace's LoRA also has {_some(missing)}; {remedy}")
+        raise OSDFaceError(
+            f"{source} is incomplete: OSDFace's LoRA also has {_some(missing)}; {remedy}"
+        )
     return {name: _module(name, place, parts[name], source) for name, place in modules().items()}
 
 
@@ -167,18 +215,24 @@ def _module(name: str, place: _Place, part: dict[str, Tensor], source: str) -> L
     fits = rank > 0 and _is_shape(down, (rank, *inside)) and _is_shape(up, (out, rank))
     if not fits:
         raise OSDFaceError(
-            f"{source} has a wrong shape at {name}: down {tuple(down.shape)} and up {tuple(up.shape)} do not make the "
-            f"{place.shape} of Stable Diffusion 2.1; load pytorch_lora_weights.safetensors of OSDFace."
+            f"{source} has a wrong shape at {name}: down {tuple(down.shape)} and up "
+            f"{tuple(up.shape)} do not make the "
+            f"{place.shape} of Stable Diffusion 2.1; load pytorch_lora_weights.safetensors of "
+            f"OSDFace."
         )
     alpha = part.get("alpha")
     scale = 1.0 if alpha is None else float(alpha) / rank
     if not (down.isfinite().all() and up.isfinite().all() and math.isfinite(scale)):
-        raise OSDFaceError(f"{source} has values that are not finite at {name}: fetch the file again.")
+        raise OSDFaceError(
+            f"{source} has values that are not finite at {name}: fetch the file again."
+        )
     return LoraModule(f"{name}.weight", f"{place.ldm}.weight", down, up, scale)
 
 
 def _is_shape(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Equal but for trailing ones: a linear layer may be written as a 1x1 convolution and the other way round."""
+    """Equal but for trailing ones: a linear layer may be written as a 1x1 convolution and the other
+    way round.
+    """
     mine, wanted = list(tensor.shape), list(shape)
     for dims in (mine, wanted):
         while len(dims) > 2 and dims[-1] == 1:

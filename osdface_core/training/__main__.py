@@ -15,16 +15,37 @@ log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m osdface_core.training", description="Trains OSDFace; docs/training.md tells how.")
+    parser = argparse.ArgumentParser(
+        prog="python -m osdface_core.training",
+        description="Trains OSDFace; docs/training.md tells how.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, does in (("stage1", "the code books of the visual embedder"), ("stage2", "the restoration itself")):
+    for name, does in (
+        ("stage1", "the code books of the visual embedder"),
+        ("stage2", "the restoration itself"),
+    ):
         command = commands.add_parser(name, help=f"train {does}")
-        command.add_argument("--config", type=Path, required=True, help="YAML; examples are in osdface_core/training/configs")
-        command.add_argument("changes", nargs="*", metavar="key=value", help="changes to the configuration, such as run.steps=1000")
+        command.add_argument(
+            "--config",
+            type=Path,
+            required=True,
+            help="YAML; examples are in osdface_core/training/configs",
+        )
+        command.add_argument(
+            "changes",
+            nargs="*",
+            metavar="key=value",
+            help="changes to the configuration, such as run.steps=1000",
+        )
     command = commands.add_parser("prepare", help="cut aligned faces out of a folder of pictures")
     command.add_argument("pictures", type=Path, help="folder, searched through")
     command.add_argument("faces", type=Path, help="folder to write to")
-    command.add_argument("--detector", type=Path, required=True, help="weights of a RetinaFace, as `python install.py` fetches them")
+    command.add_argument(
+        "--detector",
+        type=Path,
+        required=True,
+        help="weights of a RetinaFace, as `python install.py` fetches them",
+    )
     command.add_argument("--size", type=int, default=512, help="pixels a side of a face")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -47,8 +68,13 @@ def _train(stage: str, path: Path, changes: list[str]) -> None:
         from .stage1 import Stage1, Stage1Task
         from .stage2 import Stage2, Stage2Task
     except ImportError as error:
-        raise OSDFaceError(f"Training needs {error.name}: run `pip install -r requirements-dev.txt`.") from error
-    kinds: dict[str, tuple[Any, Any]] = {"stage1": (Stage1, Stage1Task), "stage2": (Stage2, Stage2Task)}
+        raise OSDFaceError(
+            f"Training needs {error.name}: run `pip install -r requirements-dev.txt`."
+        ) from error
+    kinds: dict[str, tuple[Any, Any]] = {
+        "stage1": (Stage1, Stage1Task),
+        "stage2": (Stage2, Stage2Task),
+    }
     kind, make = kinds[stage]
     config = read_config(kind, path, changes)
     accelerator = accelerator_for(config.run)

@@ -1,9 +1,11 @@
 """Trains the built-in autoencoder by self-reconstruction.
 
-    python -m osdface_core.training.autoencoder PICTURES --detector FILE --hold-out 6 --minutes 30 --out autoencoder.safetensors
+    python -m osdface_core.training.autoencoder PICTURES --detector FILE --hold-out 6 \\
+        --minutes 30 --out autoencoder.safetensors
 
-PICTURES is a folder. Crops are taken from the pictures and, where the weights of a RetinaFace are given, from the faces that it finds in
-them, aligned as the model will see them. The schedule runs to the end of the minutes given, whatever the machine does in them.
+PICTURES is a folder. Crops are taken from the pictures and, where the weights of a RetinaFace are
+given, from the faces that it finds in them, aligned as the model will see them. The schedule runs
+to the end of the minutes given, whatever the machine does in them.
 """
 
 from __future__ import annotations
@@ -35,37 +37,56 @@ log = logging.getLogger(__name__)
 
 SIDE = 512
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-# Share of the crops that are blurred and noisy: a picture to be restored goes through the same encoder.
+# Share of the crops that are blurred and noisy: a picture to be restored goes through the same
+# encoder.
 DEGRADED = 0.3
 
 
 def held_out(path: Path, every: int) -> bool:
-    """Whether the number at the end of a file's name is a multiple of `every`; such pictures are for measuring alone."""
+    """Whether the number at the end of a file's name is a multiple of `every`; such pictures are
+    for measuring alone.
+    """
     number = re.search(r"(\d+)$", path.stem)
     return bool(every and number and int(number[1]) % every == 0)
 
 
 def training_pictures(folder: Path, hold_out: int) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES and not held_out(path, hold_out)]
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in PICTURE_SUFFIXES and not held_out(path, hold_out)
+    ]
 
 
 def squares(paths: list[Path], detector: Path | None) -> Tensor:
-    """Every picture's middle square at 512 px and, with a detector, its largest face as an aligned crop of 512 px: (N,3,512,512) bytes."""
+    """Every picture's middle square at 512 px and, with a detector, its largest face as an aligned
+    crop of 512 px: (N,3,512,512) bytes.
+    """
     network = build_retinaface(read_tensors(detector)) if detector else None
     found = []
     for path in paths:
         image = Image.open(path).convert("RGB")
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        found.append(np.asarray(image.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)))
+        found.append(
+            np.asarray(
+                image.crop((left, top, left + side, top + side)).resize(
+                    (SIDE, SIDE), Image.Resampling.LANCZOS
+                )
+            )
+        )
         if network:
             pixels = torch.from_numpy(np.asarray(image).copy()).float()[None] / 255
-            crops = find_faces(pixels, network, confidence=0.5, choice=Choice("largest")).faces.crops
+            crops = find_faces(
+                pixels, network, confidence=0.5, choice=Choice("largest")
+            ).faces.crops
             found += [(crop.clamp(0, 1) * 255).round().byte().numpy() for crop in crops]
     return torch.from_numpy(np.stack(found)).movedim(-1, 1).contiguous()
 
 
-def batches(pictures: Tensor, side: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
+def batches(
+    pictures: Tensor, side: int, count: int, generator: torch.Generator
+) -> Iterator[Tensor]:
     """Random crops, mirrored or not, (count,3,side,side) in [-1,1]."""
     pixels = math.ceil(side / STRIDE) * STRIDE
     while True:
@@ -80,8 +101,12 @@ def batches(pictures: Tensor, side: int, count: int, generator: torch.Generator)
         poor = int(count * DEGRADED)
         if poor:
             factor = float(torch.rand((), generator=generator)) * 6 + 2
-            small = F.interpolate(x[:poor], scale_factor=1 / factor, mode="bilinear", antialias=True)
-            small = small + torch.randn(small.shape, generator=generator) * 0.12 * float(torch.rand((), generator=generator))
+            small = F.interpolate(
+                x[:poor], scale_factor=1 / factor, mode="bilinear", antialias=True
+            )
+            small = small + torch.randn(small.shape, generator=generator) * 0.12 * float(
+                torch.rand((), generator=generator)
+            )
             x[:poor] = F.interpolate(small, (pixels, pixels), mode="bicubic").clamp(-1, 1)
         yield x
 
@@ -114,7 +139,11 @@ def train(
         if elapsed >= minutes:
             break
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (done + 1) / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * elapsed / minutes)) / 2)
+            group["lr"] = (
+                rate
+                * min(1, (done + 1) / 100)
+                * (0.01 + 0.99 * (1 + math.cos(math.pi * elapsed / minutes)) / 2)
+            )
         crops = drawn.contiguous(memory_format=torch.channels_last)
         with autocast("cpu", torch.bfloat16):
             given = network(crops)
@@ -125,7 +154,9 @@ def train(
         optimizer.step()
         done += 1
         keep = min(0.999, done / (done + 50))
-        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in network.parameters()], 1 - keep)
+        torch._foreach_lerp_(
+            list(average.parameters()), [p.detach() for p in network.parameters()], 1 - keep
+        )
         mean += (float(loss) - mean) * max(0.01, 1 / done)
         if elapsed - shown > 0.5:
             shown = elapsed
@@ -135,15 +166,26 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pictures", type=Path)
-    parser.add_argument("--detector", type=Path, help="weights of a RetinaFace, to train on aligned faces too")
-    parser.add_argument("--hold-out", type=int, default=0, help="leave out pictures whose number is a multiple of this")
+    parser.add_argument(
+        "--detector", type=Path, help="weights of a RetinaFace, to train on aligned faces too"
+    )
+    parser.add_argument(
+        "--hold-out",
+        type=int,
+        default=0,
+        help="leave out pictures whose number is a multiple of this",
+    )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--side", type=int, default=128, help="pixels a side of the crops")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=1, help="on a busy machine one is faster than two")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="on a busy machine one is faster than two"
+    )
     parser.add_argument("--cache", type=Path, help="where the squares are kept from run to run")
     parser.add_argument("--start", type=Path, help="go on from these weights")
     parser.add_argument("--out", type=Path, required=True)
@@ -162,7 +204,9 @@ def main() -> None:
         network.load_state_dict({name: t.float() for name, t in load_file(given.start).items()})
     else:
         network.start(pictures[::4, :, ::1, ::1].float() / 127.5 - 1)
-    average = train(pictures, network, given.minutes, side=given.side, batch=given.batch, rate=given.rate)
+    average = train(
+        pictures, network, given.minutes, side=given.side, batch=given.batch, rate=given.rate
+    )
     save_file({name: t.half().contiguous() for name, t in average.state_dict().items()}, given.out)
 
 

@@ -1,4 +1,6 @@
-"""YAML to dataclasses: every key known, every value of its kind, or one sentence that says which is not."""
+"""YAML to dataclasses: every key known, every value of its kind, or one sentence that says which is
+not.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +19,30 @@ Config = TypeVar("Config")
 
 
 def read_config(kind: type[Config], path: Path, changes: Sequence[str] = ()) -> Config:
-    """The configuration `path` as the dataclass `kind`, with changes such as "run.steps=1000" made to it.
+    """The configuration `path` as the dataclass `kind`, with changes such as "run.steps=1000" made
+    to it.
 
-    Raises OSDFaceError for a file that cannot be read, an unknown key, or a value of the wrong kind.
+    Raises OSDFaceError for a file that cannot be read, an unknown key, or a value of the wrong
+    kind.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         for change in changes:
             name, equals, value = change.partition("=")
             if not equals:
-                raise OSDFaceError(f"`{change}` changes nothing: write key=value, such as run.steps=1000.")
+                raise OSDFaceError(
+                    f"`{change}` changes nothing: write key=value, such as run.steps=1000."
+                )
             *folders, last = name.split(".")
             place = tree
             for folder in folders:
                 place = place.setdefault(folder, {})
             place[last] = yaml.safe_load(value)
     except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise OSDFaceError(f"{path} cannot be read as a configuration ({' '.join(str(error).split())}): give a YAML file.") from error
+        raise OSDFaceError(
+            f"{path} cannot be read as a configuration ({' '.join(str(error).split())}): give a "
+            f"YAML file."
+        ) from error
     return typing.cast(Config, _made(kind, tree, ""))
 
 
@@ -44,7 +53,9 @@ def written(config: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, tuple | list):
@@ -53,27 +64,44 @@ def _plain(value: Any) -> Any:
 
 
 def _made(kind: Any, value: Any, where: str) -> Any:
-    """`value` as `kind`: a dataclass, tuple[X, ...], tuple[X, Y], dict, X | None, Literal, Path, bool, int, float or str."""
+    """`value` as `kind`: a dataclass, tuple[X, ...], tuple[X, Y], dict, X | None, Literal, Path,
+    bool, int, float or str.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _made(next(a for a in arguments if a is not types.NoneType), value, where)
+        return (
+            None
+            if value is None
+            else _made(next(a for a in arguments if a is not types.NoneType), value, where)
+        )
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         fields = {field.name: field for field in dataclasses.fields(kind)}
         for key in value:
             if key not in fields:
                 place = f"`{where}`" if where else "the configuration"
-                raise OSDFaceError(f"The key `{key}` in {place} is unknown; known are {', '.join(fields)}: correct the spelling.")
+                raise OSDFaceError(
+                    f"The key `{key}` in {place} is unknown; known are {', '.join(fields)}: "
+                    f"correct the spelling."
+                )
         nothing = dataclasses.MISSING
         for name, field in fields.items():
             if name not in value and field.default is nothing and field.default_factory is nothing:
-                raise OSDFaceError(f"`{f'{where}.{name}'.strip('.')}` is missing from the configuration: give it a value.")
-        return kind(**{key: _made(hints[key], v, f"{where}.{key}".strip(".")) for key, v in value.items()})  # type: ignore[operator]
+                raise OSDFaceError(
+                    f"`{f'{where}.{name}'.strip('.')}` is missing from the configuration: give it "
+                    f"a value."
+                )
+        return kind(
+            **{key: _made(hints[key], v, f"{where}.{key}".strip(".")) for key, v in value.items()}
+        )  # type: ignore[operator]
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is Ellipsis:
             return tuple(_made(arguments[0], v, f"{where}.{i}") for i, v in enumerate(value))
         if len(value) == len(arguments):
-            return tuple(_made(a, v, f"{where}.{i}") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
+            return tuple(
+                _made(a, v, f"{where}.{i}")
+                for i, (a, v) in enumerate(zip(arguments, value, strict=True))
+            )
     if origin is typing.Literal:
         word = "no" if value is False else value  # as YAML reads it
         if word in arguments:
@@ -89,5 +117,9 @@ def _made(kind: Any, value: Any, where: str) -> Any:
             return float(value)  # YAML takes 1e-4 for a word
         except (TypeError, ValueError):
             pass
-    wanted = " or ".join(map(str, arguments)) if origin is typing.Literal else getattr(kind, "__name__", str(kind))
+    wanted = (
+        " or ".join(map(str, arguments))
+        if origin is typing.Literal
+        else getattr(kind, "__name__", str(kind))
+    )
     raise OSDFaceError(f"`{where}` is {value!r}; {wanted} is wanted: correct the value.")

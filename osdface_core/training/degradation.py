@@ -1,7 +1,9 @@
-"""Makes a low-quality face out of a good one: blur, shrinking, noise, JPEG, once or several times over, and back to its size.
+"""Makes a low-quality face out of a good one: blur, shrinking, noise, JPEG, once or several times
+over, and back to its size.
 
-Second-order degradation after Real-ESRGAN (Wang et al. 2021, section 3), whose kernels these are; OSDFace runs one chain twice.
-All that is random comes from the generator given, so that a seed and a sample's number make the same picture everywhere.
+Second-order degradation after Real-ESRGAN (Wang et al. 2021, section 3), whose kernels these are;
+OSDFace runs one chain twice. All that is random comes from the generator given, so that a seed and
+a sample's number make the same picture everywhere.
 """
 
 from __future__ import annotations
@@ -23,19 +25,31 @@ from ..errors import OSDFaceError
 Range = tuple[float, float]
 T = TypeVar("T")
 
-KERNELS = ("none", "iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso", "sinc")
+KERNELS = (
+    "none",
+    "iso",
+    "aniso",
+    "generalized_iso",
+    "generalized_aniso",
+    "plateau_iso",
+    "plateau_aniso",
+    "sinc",
+)
 NOISES = ("none", "gaussian", "poisson")
 RESIZES = ("area", "bilinear", "bicubic", "nearest")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One chain of blur, shrinking, noise and JPEG. A pair is a range, drawn from evenly; a mapping gives each kind its chance.
+    """One chain of blur, shrinking, noise and JPEG. A pair is a range, drawn from evenly; a mapping
+    gives each kind its chance.
 
-    kernel_size: taps a side, odd numbers of the range. sigma: the Gaussian's, in pixels, along each axis. generalized, plateau: the
-    exponents of these kernels. shrink: the sides are divided by this. noise: standard deviation, of 255. poisson: strength of
-    shot noise, as Real-ESRGAN scales it. grey: chance that noise is the same in all channels. jpeg: quality; jpeg_chance: of being
-    compressed at all. enlarge: the size is restored at the stage's end, not only at the last stage's.
+    kernel_size: taps a side, odd numbers of the range. sigma: the Gaussian's, in pixels, along each
+    axis. generalized, plateau: the exponents of these kernels. shrink: the sides are divided by
+    this. noise: standard deviation, of 255. poisson: strength of shot noise, as Real-ESRGAN scales
+    it. grey: chance that noise is the same in all channels. jpeg: quality; jpeg_chance: of being
+    compressed at all. enlarge: the size is restored at the stage's end, not only at the last
+    stage's.
     """
 
     kernels: dict[str, float] = field(default_factory=lambda: {"iso": 0.5, "aniso": 0.5})
@@ -44,7 +58,9 @@ class Stage:
     generalized: Range = (0.5, 4.0)
     plateau: Range = (1.0, 2.0)
     shrink: Range = (0.8, 16.0)
-    resize: dict[str, float] = field(default_factory=lambda: {"area": 1.0, "bilinear": 1.0, "bicubic": 1.0})
+    resize: dict[str, float] = field(
+        default_factory=lambda: {"area": 1.0, "bilinear": 1.0, "bicubic": 1.0}
+    )
     noises: dict[str, float] = field(default_factory=lambda: {"gaussian": 1.0})
     noise: Range = (0.0, 15.0)
     poisson: Range = (0.05, 3.0)
@@ -54,14 +70,28 @@ class Stage:
     enlarge: bool = True
 
     def __post_init__(self) -> None:
-        for name, given, known in (("kernels", self.kernels, KERNELS), ("noises", self.noises, NOISES), ("resize", self.resize, RESIZES)):
-            if not given or set(given) - set(known) or min(given.values()) < 0 or not sum(given.values()):
-                raise OSDFaceError(f"`{name}` of a degradation is {given}; chances of {', '.join(known)} are wanted: correct them.")
+        for name, given, known in (
+            ("kernels", self.kernels, KERNELS),
+            ("noises", self.noises, NOISES),
+            ("resize", self.resize, RESIZES),
+        ):
+            if (
+                not given
+                or set(given) - set(known)
+                or min(given.values()) < 0
+                or not sum(given.values())
+            ):
+                raise OSDFaceError(
+                    f"`{name}` of a degradation is {given}; chances of {', '.join(known)} are "
+                    f"wanted: correct them."
+                )
 
 
 @dataclass(frozen=True)
 class Degradation:
-    """stages: run one after the other. sinc: chance of a sinc filter at the end, for ringing (Real-ESRGAN, section 3.4)."""
+    """stages: run one after the other. sinc: chance of a sinc filter at the end, for ringing
+    (Real-ESRGAN, section 3.4).
+    """
 
     stages: tuple[Stage, ...] = (Stage(), Stage())
     sinc: float = 0.0
@@ -75,8 +105,12 @@ class Degradation:
             if stage.enlarge:
                 x = resized(x, size, picked(stage.resize, generator))
         if drawn((0, 1), generator) < self.sinc:
-            x = blurred(x, sinc_kernel(_odd((7, 21), generator), drawn((math.pi / 3, math.pi), generator)))
-        x = resized(x, size, picked(self.stages[-1].resize, generator) if self.stages else "bicubic")
+            x = blurred(
+                x, sinc_kernel(_odd((7, 21), generator), drawn((math.pi / 3, math.pi), generator))
+            )
+        x = resized(
+            x, size, picked(self.stages[-1].resize, generator) if self.stages else "bicubic"
+        )
         return x[0].clamp(0, 1).mul(255).round().div(255)
 
 
@@ -92,7 +126,13 @@ def drawn(of: Range, generator: torch.Generator) -> float:
 
 def picked(chances: dict[str, float], generator: torch.Generator) -> str:
     names = list(chances)
-    return names[int(torch.multinomial(torch.tensor([float(chances[n]) for n in names]), 1, generator=generator))]
+    return names[
+        int(
+            torch.multinomial(
+                torch.tensor([float(chances[n]) for n in names]), 1, generator=generator
+            )
+        )
+    ]
 
 
 def _odd(of: tuple[int, int], generator: torch.Generator) -> int:
@@ -118,7 +158,8 @@ def resized(x: Tensor, size: tuple[int, int] | torch.Size, mode: str) -> Tensor:
         return x
     if mode in ("area", "nearest"):
         return F.interpolate(x, tuple(size), mode=mode)
-    # Without antialiasing, as OpenCV resizes, and with it Real-ESRGAN and the test sets of the field.
+    # Without antialiasing, as OpenCV resizes, and with it Real-ESRGAN and the test sets of the
+    # field.
     return F.interpolate(x, tuple(size), mode=mode, align_corners=False).clamp(0, 1)
 
 
@@ -128,25 +169,48 @@ def kernel(kind: str, stage: Stage, generator: torch.Generator) -> Tensor:
     if kind == "sinc":
         return sinc_kernel(size, drawn((math.pi / (3 if size < 13 else 5), math.pi), generator))
     across = drawn(stage.sigma, generator)
-    along, angle = (drawn(stage.sigma, generator), drawn((-math.pi, math.pi), generator)) if kind.endswith("aniso") else (across, 0.0)
-    exponent = drawn(stage.generalized if kind.startswith("generalized") else stage.plateau, generator)
-    return gaussian_kernel(size, across, along, angle, kind.partition("_")[0] if "_" in kind else "gaussian", exponent)
+    along, angle = (
+        (drawn(stage.sigma, generator), drawn((-math.pi, math.pi), generator))
+        if kind.endswith("aniso")
+        else (across, 0.0)
+    )
+    exponent = drawn(
+        stage.generalized if kind.startswith("generalized") else stage.plateau, generator
+    )
+    return gaussian_kernel(
+        size, across, along, angle, kind.partition("_")[0] if "_" in kind else "gaussian", exponent
+    )
 
 
-def gaussian_kernel(size: int, across: float, along: float, angle: float, shape: str = "gaussian", exponent: float = 1.0) -> Tensor:
-    """(size,size) fp32 of sum 1. shape: gaussian exp(-q/2), generalized exp(-q^b/2), plateau 1/(1+q^b); q is the squared distance in
-    standard deviations along two axes that are turned by `angle`, b the exponent (Liu et al. 2020, Real-ESRGAN section 3.1)."""
+def gaussian_kernel(
+    size: int,
+    across: float,
+    along: float,
+    angle: float,
+    shape: str = "gaussian",
+    exponent: float = 1.0,
+) -> Tensor:
+    """(size,size) fp32 of sum 1. shape: gaussian exp(-q/2), generalized exp(-q^b/2), plateau
+    1/(1+q^b); q is the squared distance in standard deviations along two axes that are turned by
+    `angle`, b the exponent (Liu et al. 2020, Real-ESRGAN section 3.1).
+    """
     steps = torch.arange(size, dtype=torch.float64) - size // 2
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     u = (x * math.cos(angle) + y * math.sin(angle)) / across
     v = (y * math.cos(angle) - x * math.sin(angle)) / along
     q = u**2 + v**2
-    weights = 1 / (1 + q**exponent) if shape == "plateau" else torch.exp(-0.5 * q ** (exponent if shape == "generalized" else 1.0))
+    weights = (
+        1 / (1 + q**exponent)
+        if shape == "plateau"
+        else torch.exp(-0.5 * q ** (exponent if shape == "generalized" else 1.0))
+    )
     return (weights / weights.sum()).float()
 
 
 def sinc_kernel(size: int, cutoff: float) -> Tensor:
-    """(size,size) fp32 of sum 1: the low-pass filter that cuts at `cutoff` radians a pixel in every direction."""
+    """(size,size) fp32 of sum 1: the low-pass filter that cuts at `cutoff` radians a pixel in every
+    direction.
+    """
     steps = torch.arange(size, dtype=torch.float64) - size // 2
     radius = (steps[:, None] ** 2 + steps[None, :] ** 2).sqrt()
     weights = cutoff * torch.special.bessel_j1(cutoff * radius) / (2 * math.pi * radius)
@@ -155,7 +219,9 @@ def sinc_kernel(size: int, cutoff: float) -> Tensor:
 
 
 def blurred(x: Tensor, weights: Tensor) -> Tensor:
-    """(1,3,H,W) correlated with (k,k), the edge mirrored; by Fourier transform, which for 41 taps is far faster on a CPU."""
+    """(1,3,H,W) correlated with (k,k), the edge mirrored; by Fourier transform, which for 41 taps
+    is far faster on a CPU.
+    """
     border = weights.shape[-1] // 2
     padded = F.pad(x, [border] * 4, mode="reflect" if border < min(x.shape[-2:]) else "replicate")
     size = padded.shape[-2:]
@@ -176,7 +242,9 @@ def noisy(x: Tensor, stage: Stage, generator: torch.Generator) -> Tensor:
     levels = x.mean(1, keepdim=True) if grey else x
     levels = (levels * 255).round().clamp(0, 255) / 255
     photons = 2.0 ** math.ceil(math.log2(max(2, len(levels.unique()))))
-    return x + drawn(stage.poisson, generator) * (torch.poisson(levels * photons, generator=generator) / photons - levels)
+    return x + drawn(stage.poisson, generator) * (
+        torch.poisson(levels * photons, generator=generator) / photons - levels
+    )
 
 
 def compressed(x: Tensor, quality: int) -> Tensor:
@@ -185,4 +253,7 @@ def compressed(x: Tensor, quality: int) -> Tensor:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality)
     with Image.open(file) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).movedim(-1, 0)[None].float() / 255
+        return (
+            torch.from_numpy(np.asarray(image.convert("RGB")).copy()).movedim(-1, 0)[None].float()
+            / 255
+        )

@@ -15,9 +15,11 @@ POOLED = 1280
 
 
 class PatchDiscriminator(nn.Module):
-    """(B,3,H,W) in [0,1] -> (B,1,h,w): pix2pix's (Isola et al. 2017), which judges patches of 70 px where `layers` is 3.
+    """(B,3,H,W) in [0,1] -> (B,1,h,w): pix2pix's (Isola et al. 2017), which judges patches of 70 px
+    where `layers` is 3.
 
-    Group norm takes the place of batch norm, so that a picture's verdict does not depend on its batch, nor on how many processes share it.
+    Group norm takes the place of batch norm, so that a picture's verdict does not depend on its
+    batch, nor on how many processes share it.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
@@ -26,7 +28,11 @@ class PatchDiscriminator(nn.Module):
         inside = channels
         for i in range(1, layers + 1):
             out = channels * min(2**i, 8)
-            parts += [Conv2d(inside, out, 4, 2 if i < layers else 1, 1, bias=False), GroupNorm(8, out), nn.LeakyReLU(0.2)]
+            parts += [
+                Conv2d(inside, out, 4, 2 if i < layers else 1, 1, bias=False),
+                GroupNorm(8, out),
+                nn.LeakyReLU(0.2),
+            ]
             inside = out
         self.layers = nn.Sequential(*parts, Conv2d(inside, 1, 4, 1, 1))
 
@@ -35,11 +41,13 @@ class PatchDiscriminator(nn.Module):
 
 
 class UNetDiscriminator(nn.Module):
-    """OSDFace's kind: the way down and the middle of a diffusion UNet, shown noised latents and the face's codes.
+    """OSDFace's kind: the way down and the middle of a diffusion UNet, shown noised latents and the
+    face's codes.
 
-    Of an SDXL UNet (`addition_embed_type` text_time), two linear maps widen the codes to its two text encoders' 768 + 1280 and a third,
-    77*features -> 1280, makes its pooled embedding (an author's answer in issue 12 of jkwang28/OSDFace); of any other, one linear map
-    makes its context. The head after the middle is our choice: mean over positions, then two layers.
+    Of an SDXL UNet (`addition_embed_type` text_time), two linear maps widen the codes to its two
+    text encoders' 768 + 1280 and a third, 77*features -> 1280, makes its pooled embedding (an
+    author's answer in issue 12 of jkwang28/OSDFace); of any other, one linear map makes its
+    context. The head after the middle is our choice: mean over positions, then two layers.
     """
 
     def __init__(self, unet: Any, features: int) -> None:
@@ -51,10 +59,14 @@ class UNetDiscriminator(nn.Module):
         unet.conv_norm_out = unet.conv_out = None
         self.unet = unet
         context = unet.config.cross_attention_dim
-        self.context = nn.ModuleList(Linear(features, part) for part in ((768, context - 768) if self.sdxl else (context,)))
+        self.context = nn.ModuleList(
+            Linear(features, part) for part in ((768, context - 768) if self.sdxl else (context,))
+        )
         if self.sdxl:
             self.pooled = Linear(TOKENS * features, POOLED)
-        self.head = nn.Sequential(Linear(width, width // 2), nn.LeakyReLU(0.2), Linear(width // 2, 1))
+        self.head = nn.Sequential(
+            Linear(width, width // 2), nn.LeakyReLU(0.2), Linear(width // 2, 1)
+        )
         self.register_buffer("alphas", alphas_cumprod(), persistent=False)
         self.alphas: Tensor
 
@@ -69,7 +81,9 @@ class UNetDiscriminator(nn.Module):
             side = 8 * latents.shape[-1]
             sizes = torch.tensor([side, side, 0, 0, side, side], device=x.device).expand(len(x), -1)
             added = {"text_embeds": self.pooled(codes.flatten(1)), "time_ids": sizes}
-            time = time + unet.get_aug_embed(emb=time, encoder_hidden_states=context, added_cond_kwargs=added)
+            time = time + unet.get_aug_embed(
+                emb=time, encoder_hidden_states=context, added_cond_kwargs=added
+            )
         x = unet.conv_in(x)
         for block in unet.down_blocks:
             if getattr(block, "has_cross_attention", False):
@@ -85,5 +99,3 @@ def noise_for(generators: list[torch.Generator], like: Tensor) -> tuple[Tensor, 
     steps = torch.cat([torch.randint(0, TIMESTEPS, (1,), generator=g) for g in generators])
     noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators])
     return steps.to(like.device), noise.to(like)
-
-

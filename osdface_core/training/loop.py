@@ -1,7 +1,8 @@
-"""The training loop that every stage shares: devices, precision and processes by accelerate; logs, averages, checkpoints, samples.
+"""The training loop that every stage shares: devices, precision and processes by accelerate; logs,
+averages, checkpoints, samples.
 
-A run that was stopped and goes on gives the same bits as one that was not: all that changes is in the checkpoint, and what is random
-about a sample comes from the sample's number.
+A run that was stopped and goes on gives the same bits as one that was not: all that changes is in
+the checkpoint, and what is random about a sample comes from the sample's number.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ CHECKPOINT = "step_{:07d}.pt"
 
 @dataclass(frozen=True)
 class Run:
-    """folder: where all goes. steps: optimisation steps in all. batch: samples of a process at a time; accumulate: so many batches make
-    a step; a step sees batch x accumulate x processes samples. precision: no | bf16 | fp16. cpu: even where there is a GPU. ema: of
-    the averaged weights, which are the ones exported. threads: of the processor, 0 as torch has it. keep: checkpoints kept."""
+    """folder: where all goes. steps: optimisation steps in all. batch: samples of a process at a
+    time; accumulate: so many batches make a step; a step sees batch x accumulate x processes
+    samples. precision: no | bf16 | fp16. cpu: even where there is a GPU. ema: of the averaged
+    weights, which are the ones exported. threads: of the processor, 0 as torch has it. keep:
+    checkpoints kept.
+    """
 
     folder: Path
     steps: int
@@ -59,7 +63,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW. warmup: steps in which the rate rises to learning_rate. schedule: what follows. clip: the gradient's largest norm, or 0."""
+    """AdamW. warmup: steps in which the rate rises to learning_rate. schedule: what follows. clip:
+    the gradient's largest norm, or 0.
+    """
 
     learning_rate: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -77,8 +83,10 @@ class Optimiser:
 
 
 class Task(Protocol):
-    """What a stage trains. `networks` by name take turns in this order on every batch; the loop puts them on their device and wraps
-    them, so that `losses` must call them through `networks`, or `bare(networks[...])` where their gradient is not wanted."""
+    """What a stage trains. `networks` by name take turns in this order on every batch; the loop
+    puts them on their device and wraps them, so that `losses` must call them through `networks`, or
+    `bare(networks[...])` where their gradient is not wanted.
+    """
 
     networks: dict[str, nn.Module]
     optimisers: dict[str, Optimiser]
@@ -93,7 +101,9 @@ class Task(Protocol):
         """Called when step number `step`, from 1 on, is done."""
 
     def show(self, count: int) -> tuple[Tensor, dict[str, float]]:
-        """Held-out samples: a picture (3,H,W) in [0,1] and what was measured; with the averaged weights in place."""
+        """Held-out samples: a picture (3,H,W) in [0,1] and what was measured; with the averaged
+        weights in place.
+        """
 
     def export(self, folder: Path) -> None:
         """Writes what other programs read; with the averaged weights in place."""
@@ -111,13 +121,18 @@ def accelerator_for(run: Run) -> Accelerator:
         project_dir=str(run.folder),
     )
     if run.precision == "bf16" and accelerator.device.type == "cpu" and not computes_in_bf16():
-        log.warning('This processor has no instructions for bf16, which makes it many times slower: set run.precision="no".')
+        log.warning(
+            "This processor has no instructions for bf16, which makes it many times slower: set "
+            'run.precision="no".'
+        )
     set_seed(run.seed)
     return accelerator
 
 
 def bare(network: nn.Module) -> nn.Module:
-    """The network inside the wrapper that several processes need; its forward still runs in the run's precision."""
+    """The network inside the wrapper that several processes need; its forward still runs in the
+    run's precision.
+    """
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
@@ -128,7 +143,9 @@ def trained(network: nn.Module) -> dict[str, Tensor]:
 
 
 class Average:
-    """Exponential moving average of the trained parameters; early on a shorter one, min(decay, (1+n)/(10+n))."""
+    """Exponential moving average of the trained parameters; early on a shorter one, min(decay,
+    (1+n)/(10+n)).
+    """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.live = [p for p in network.parameters() if p.requires_grad]
@@ -153,9 +170,11 @@ class Average:
 
 
 def train(task: Task, run: Run, configuration: str) -> None:
-    """Trains from the last checkpoint in `run.folder`, or from the start. configuration: what config.yaml there will hold.
+    """Trains from the last checkpoint in `run.folder`, or from the start. configuration: what
+    config.yaml there will hold.
 
-    Raises OSDFaceError for a checkpoint of another configuration, before anything is written, and where a loss is no number any more.
+    Raises OSDFaceError for a checkpoint of another configuration, before anything is written, and
+    where a loss is no number any more.
     """
     accelerator = task.accelerator
     own = {name: bare(network) for name, network in task.networks.items()}
@@ -178,10 +197,23 @@ def train(task: Task, run: Run, configuration: str) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "config.yaml").write_text(configuration, encoding="utf-8")
     accelerator.init_trackers("log")
-    count = sum(p.numel() for network in own.values() for p in network.parameters() if p.requires_grad)
+    count = sum(
+        p.numel() for network in own.values() for p in network.parameters() if p.requires_grad
+    )
     seen = run.batch * run.accumulate * accelerator.num_processes
-    log.info("%d pictures, %.2f million weights to train, %d samples a step", len(task.samples), count / 1e6, seen)
-    log.info("From step %d to %d on %s in %s", step, run.steps, accelerator.device, run.precision.replace("no", "fp32"))
+    log.info(
+        "%d pictures, %.2f million weights to train, %d samples a step",
+        len(task.samples),
+        count / 1e6,
+        seen,
+    )
+    log.info(
+        "From step %d to %d on %s in %s",
+        step,
+        run.steps,
+        accelerator.device,
+        run.precision.replace("no", "fp32"),
+    )
     feed = batches(
         task.samples,
         batch=run.batch,
@@ -207,7 +239,9 @@ def train(task: Task, run: Run, configuration: str) -> None:
                     total, parts = task.losses(name, batch)
                     accelerator.backward(total)
                     if accelerator.sync_gradients and task.optimisers[name].clip:
-                        accelerator.clip_grad_norm_(task.networks[name].parameters(), task.optimisers[name].clip)
+                        accelerator.clip_grad_norm_(
+                            task.networks[name].parameters(), task.optimisers[name].clip
+                        )
                     optimisers[name].step()
                     optimisers[name].zero_grad()
                     for key, value in parts.items():
@@ -222,13 +256,24 @@ def train(task: Task, run: Run, configuration: str) -> None:
         last = step == run.steps
         if step % run.log_every == 0 or last:
             since = (step - 1) % run.log_every + 1
-            means = {key: float(accelerator.reduce(value, "mean")) / min(since, step - begun_at) for key, value in sums.items()}
+            means = {
+                key: float(accelerator.reduce(value, "mean")) / min(since, step - begun_at)
+                for key, value in sums.items()
+            }
             check_finite(means, step)
             sums = {}
             speed = (step - begun_at) / (time.monotonic() - begun)
-            rates = {f"rate/{name}": settings.rate(step - 1, run.steps) for name, settings in task.optimisers.items()}
+            rates = {
+                f"rate/{name}": settings.rate(step - 1, run.steps)
+                for name, settings in task.optimisers.items()
+            }
             accelerator.log(means | rates | {"steps_a_second": speed}, step=step)
-            log.info("step %d: %s, %.2f steps/s", step, ", ".join(f"{key} {value:.4g}" for key, value in means.items()), speed)
+            log.info(
+                "step %d: %s, %.2f steps/s",
+                step,
+                ", ".join(f"{key} {value:.4g}" for key, value in means.items()),
+                speed,
+            )
         if run.samples and (step % run.sample_every == 0 or last):
             _show(task, run, averages, step)
         if step % run.checkpoint_every == 0 or last:
@@ -262,8 +307,14 @@ def _show(task: Task, run: Run, averages: dict[str, Average], step: int) -> None
         Image.fromarray(pixels.movedim(0, -1).numpy()).save(folder / f"{step:07d}.png")
         if tracker := task.accelerator.get_tracker("tensorboard", unwrap=True):
             tracker.add_image("samples", pixels, step)
-        task.accelerator.log({f"held_out/{key}": value for key, value in measured.items()}, step=step)
-        log.info("step %d, held out: %s", step, ", ".join(f"{key} {value:.3f}" for key, value in measured.items()))
+        task.accelerator.log(
+            {f"held_out/{key}": value for key, value in measured.items()}, step=step
+        )
+        log.info(
+            "step %d, held out: %s",
+            step,
+            ", ".join(f"{key} {value:.3f}" for key, value in measured.items()),
+        )
     task.accelerator.wait_for_everyone()
 
 
@@ -292,7 +343,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _save(
-    run: Run, accelerator: Accelerator, step: int, own: dict[str, nn.Module], optimisers: dict[str, Any], averages: dict[str, Average]
+    run: Run,
+    accelerator: Accelerator,
+    step: int,
+    own: dict[str, nn.Module],
+    optimisers: dict[str, Any],
+    averages: dict[str, Average],
 ) -> None:
     randomness = gather_object([_randomness()])
     if accelerator.is_main_process:
@@ -314,7 +370,11 @@ def _save(
 
 
 def _resume(
-    run: Run, accelerator: Accelerator, own: dict[str, nn.Module], optimisers: dict[str, Any], averages: dict[str, Average]
+    run: Run,
+    accelerator: Accelerator,
+    own: dict[str, nn.Module],
+    optimisers: dict[str, Any],
+    averages: dict[str, Average],
 ) -> int:
     """The step to go on from."""
     if not (found := checkpoints(run.folder)):
@@ -332,7 +392,8 @@ def _resume(
                 kept.copy_(value)
     except (KeyError, ValueError, RuntimeError, EOFError) as error:
         raise OSDFaceError(
-            f"{found[-1]} is no checkpoint of this configuration ({' '.join(str(error).split())[:200]}): give another run.folder."
+            f"{found[-1]} is no checkpoint of this configuration "
+            f"({' '.join(str(error).split())[:200]}): give another run.folder."
         ) from error
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])

@@ -1,4 +1,5 @@
-"""What a restored face is judged by. Pictures are (B,3,H,W) in [0,1]; every function gives a mean over the batch.
+"""What a restored face is judged by. Pictures are (B,3,H,W) in [0,1]; every function gives a mean
+over the batch.
 
 Networks come from files of other projects, named at each; nothing is fetched.
 """
@@ -31,9 +32,13 @@ class Term:
 
 
 def wanted(name: str, term: Term, files: str = "") -> bool:
-    """Whether a term is on. files: what its network's files are, if it needs any; without them it is off, and the log says so."""
+    """Whether a term is on. files: what its network's files are, if it needs any; without them it
+    is off, and the log says so.
+    """
     if term.weight and files and not term.files:
-        log.warning("%s is switched off: `losses.%s.files` names no network (%s).", name, name, files)
+        log.warning(
+            "%s is switched off: `losses.%s.files` names no network (%s).", name, name, files
+        )
         return False
     if not term.weight:
         log.info("%s is switched off: its weight is 0.", name)
@@ -41,56 +46,76 @@ def wanted(name: str, term: Term, files: str = "") -> bool:
 
 
 def charbonnier(given: Tensor, right: Tensor, epsilon: float = 1e-3) -> Tensor:
-    """Mean of sqrt(difference^2 + epsilon^2) - epsilon: an absolute difference that is smooth at 0."""
+    """Mean of sqrt(difference^2 + epsilon^2) - epsilon: an absolute difference, smooth at 0."""
     return ((given - right).square() + epsilon**2).sqrt().mean() - epsilon
 
 
 def differences(given: Tensor, right: Tensor) -> Tensor:
     """Mean absolute difference of the steps between neighbouring pixels, across and down."""
-    return sum(((given.diff(dim=d) - right.diff(dim=d)).abs().mean() for d in (-1, -2)), given.new_zeros(()))
+    return sum(
+        ((given.diff(dim=d) - right.diff(dim=d)).abs().mean() for d in (-1, -2)),
+        given.new_zeros(()),
+    )
 
 
 def energies(given: Tensor, right: Tensor, window: int = 16, lags: Sequence[int] = (1,)) -> Tensor:
-    """Mean absolute difference of the steps' root mean square in squares of `window` px: how much detail there is, wherever it lies.
+    """Mean absolute difference of the steps' root mean square in squares of `window` px: how much
+    detail there is, wherever it lies.
 
-    lags: pixels between the two of a step. With 2 beside 1 a checkerboard of single pixels no longer passes for texture.
+    lags: pixels between the two of a step. With 2 beside 1 a checkerboard of single pixels no
+    longer passes for texture.
     """
 
     def of(x: Tensor, lag: int) -> Tensor:
-        across, down = (x[..., lag:] - x[..., :-lag]).square(), (x[..., lag:, :] - x[..., :-lag, :]).square()
+        across, down = (
+            (x[..., lag:] - x[..., :-lag]).square(),
+            (x[..., lag:, :] - x[..., :-lag, :]).square(),
+        )
         steps = across[..., :-lag, :] + down[..., :-lag]
         return (F.avg_pool2d(steps.mean(1, keepdim=True), window) + 1e-6).sqrt()
 
-    return sum(((of(given, lag) - of(right, lag)).abs().mean() for lag in lags), given.new_zeros(())) / len(lags)
+    return sum(
+        ((of(given, lag) - of(right, lag)).abs().mean() for lag in lags), given.new_zeros(())
+    ) / len(lags)
 
 
 def coarse(given: Tensor, right: Tensor, sizes: Sequence[int] = (4, 8)) -> Tensor:
-    """Mean squared difference of the squares' means, of each of these sizes in pixels, added up. The mean of all that the picture
-    may have been makes it least, as it does the pixels' squared error; but here detail that nobody can foretell does not count.
+    """Mean squared difference of the squares' means, of each of these sizes in pixels, added up.
+    The mean of all that the picture may have been makes it least, as it does the pixels' squared
+    error; but here detail that nobody can foretell does not count.
     """
-    return sum((F.avg_pool2d(given - right, size).square().mean() for size in sizes), given.new_zeros(()))
+    return sum(
+        (F.avg_pool2d(given - right, size).square().mean() for size in sizes), given.new_zeros(())
+    )
 
 
 def lattice(given: Tensor, right: Tensor, block: int = 8, window: int = 64) -> Tensor:
-    """Mean squared difference, averaged over the pixels that have the same place in their block, in squares of `window` px: what a pattern
-    that repeats with the latents' blocks leaves, such as lines of one pixel, and a constant difference, but no texture of another kind."""
+    """Mean squared difference, averaged over the pixels that have the same place in their block, in
+    squares of `window` px: what a pattern that repeats with the latents' blocks leaves, such as
+    lines of one pixel, and a constant difference, but no texture of another kind.
+    """
     by_place = F.pixel_unshuffle(given - right, block)
     return F.avg_pool2d(by_place, min(window // block, *by_place.shape[-2:])).square().mean()
 
 
 def edges(pictures: Tensor) -> Tensor:
-    """(B,3,H,W) -> (B,1,H,W): Sobel's gradient magnitude of the channels' mean, sqrt(gx^2 + gy^2 + 1e-6), zeros beyond the border.
+    """(B,3,H,W) -> (B,1,H,W): Sobel's gradient magnitude of the channels' mean, sqrt(gx^2 + gy^2 +
+    1e-6), zeros beyond the border.
 
     So OSDFace's demonstration of edge-aware DISTS computes it.
     """
-    across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=pictures.device)
+    across = torch.tensor(
+        [[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=pictures.device
+    )
     filters = torch.stack([across, across.T])[:, None].to(pictures)
     gx, gy = F.conv2d(pictures.mean(1, keepdim=True), filters, padding=1).split(1, dim=1)
     return (gx.square() + gy.square() + 1e-6).sqrt()
 
 
 class VGG16(nn.Module):
-    """torchvision's VGG16 up to relu5_3; gives relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of pictures normalised for it."""
+    """torchvision's VGG16 up to relu5_3; gives relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of
+    pictures normalised for it.
+    """
 
     LEVELS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
     WIDTHS = (64, 128, 256, 512, 512)
@@ -115,19 +140,24 @@ class VGG16(nn.Module):
 
 
 class HannPool(nn.Module):
-    """(B,C,H,W) -> half the size: root of the squares' mean under a 3 x 3 Hann window, which does not alias (Henaff and Simoncelli)."""
+    """(B,C,H,W) -> half the size: root of the squares' mean under a 3 x 3 Hann window, which does
+    not alias (Henaff and Simoncelli).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         window = torch.tensor([0.5, 1.0, 0.5], device=x.device, dtype=x.dtype)
         window = torch.outer(window, window) / 4
-        power = F.conv2d(x.square(), window.expand(x.shape[1], 1, 3, 3), stride=2, padding=1, groups=x.shape[1])
+        power = F.conv2d(
+            x.square(), window.expand(x.shape[1], 1, 3, 3), stride=2, padding=1, groups=x.shape[1]
+        )
         return (power + 1e-12).sqrt()
 
 
 class DISTS(nn.Module):
     """Deep image structure and texture similarity (Ding et al. 2020): 0 for equal pictures.
 
-    Files: torchvision's vgg16-397923af.pth and the authors' weights.pt (`alpha`, `beta`; pyiqa's DISTS_weights-f5e65c96.pth).
+    Files: torchvision's vgg16-397923af.pth and the authors' weights.pt (`alpha`, `beta`; pyiqa's
+    DISTS_weights-f5e65c96.pth).
     """
 
     CHANNELS = (3, *VGG16.WIDTHS)
@@ -145,11 +175,17 @@ class DISTS(nn.Module):
     def forward(self, given: Tensor, right: Tensor) -> Tensor:
         total = (self.alpha.sum() + self.beta.sum()).reshape(())
         alike = given.new_zeros(len(given))
-        parts = zip(self.alpha.split(self.CHANNELS, 1), self.beta.split(self.CHANNELS, 1), strict=True)
-        for x, y, (alpha, beta) in zip(self.features(given), self.features(right), parts, strict=True):
+        parts = zip(
+            self.alpha.split(self.CHANNELS, 1), self.beta.split(self.CHANNELS, 1), strict=True
+        )
+        for x, y, (alpha, beta) in zip(
+            self.features(given), self.features(right), parts, strict=True
+        ):
             x_mean, y_mean = (v.mean((2, 3), keepdim=True) for v in (x, y))
             texture = (2 * x_mean * y_mean + 1e-6) / (x_mean.square() + y_mean.square() + 1e-6)
-            x_power, y_power = ((v - m).square().mean((2, 3), keepdim=True) for v, m in ((x, x_mean), (y, y_mean)))
+            x_power, y_power = (
+                (v - m).square().mean((2, 3), keepdim=True) for v, m in ((x, x_mean), (y, y_mean))
+            )
             covariance = (x * y).mean((2, 3), keepdim=True) - x_mean * y_mean
             structure = (2 * covariance + 1e-6) / (x_power + y_power + 1e-6)
             alike = alike + ((alpha * texture + beta * structure) / total).sum((1, 2, 3))
@@ -163,16 +199,23 @@ def edge_aware_dists(network: DISTS, given: Tensor, right: Tensor) -> Tensor:
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual similarity (Zhang et al. 2018) over VGG16. Files: torchvision's vgg16-397923af.pth and the authors' vgg.pth."""
+    """Learned perceptual similarity (Zhang et al. 2018) over VGG16. Files: torchvision's
+    vgg16-397923af.pth and the authors' vgg.pth.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.vgg = VGG16()
         self.pool = nn.MaxPool2d(2, 2)
-        self.weights = nn.ParameterList(nn.Parameter(torch.empty(1, width, 1, 1)) for width in VGG16.WIDTHS)
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(1, width, 1, 1)) for width in VGG16.WIDTHS
+        )
 
     def forward(self, given: Tensor, right: Tensor) -> Tensor:
-        found = (self.vgg((x * 2 - 1 - x.new_tensor(_SHIFT)) / x.new_tensor(_SCALE), self.pool) for x in (given, right))
+        found = (
+            self.vgg((x * 2 - 1 - x.new_tensor(_SHIFT)) / x.new_tensor(_SCALE), self.pool)
+            for x in (given, right)
+        )
         total = given.new_zeros(())
         for x, y, weight in zip(*found, self.weights, strict=True):
             x, y = (v / (v.square().sum(1, keepdim=True).sqrt() + 1e-10) for v in (x, y))  # noqa: PLW2901
@@ -185,7 +228,9 @@ _SCALE = [[[0.458]], [[0.448]], [[0.450]]]
 
 
 def _for_imagenet(x: Tensor) -> Tensor:
-    return (x - x.new_tensor([[[0.485]], [[0.456]], [[0.406]]])) / x.new_tensor([[[0.229]], [[0.224]], [[0.225]]])
+    return (x - x.new_tensor([[[0.485]], [[0.456]], [[0.406]]])) / x.new_tensor(
+        [[[0.229]], [[0.224]], [[0.225]]]
+    )
 
 
 class SqueezeExcite(nn.Module):
@@ -222,18 +267,29 @@ class Bottleneck(nn.Module):
 class ArcFace(nn.Module):
     """ArcFace's IR-SE50 (Deng et al. 2019). File: facexlib's recognition_arcface_ir_se50.pth.
 
-    Takes FFHQ-aligned crops; the part of them that it is shown, at 112 px, is the one that pSp takes (Richardson et al. 2021).
+    Takes FFHQ-aligned crops; the part of them that it is shown, at 112 px, is the one that pSp
+    takes (Richardson et al. 2021).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.input_layer = nn.Sequential(Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
+        self.input_layer = nn.Sequential(
+            Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64)
+        )
         levels = ((64, 64, 3), (64, 128, 4), (128, 256, 14), (256, 512, 3))
         self.body = nn.Sequential(
-            *(Bottleneck(out if i else inside, out, 1 if i else 2) for inside, out, count in levels for i in range(count))
+            *(
+                Bottleneck(out if i else inside, out, 1 if i else 2)
+                for inside, out, count in levels
+                for i in range(count)
+            )
         )
         self.output_layer = nn.Sequential(
-            nn.BatchNorm2d(512), nn.Dropout(0.0), nn.Flatten(), Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512)
+            nn.BatchNorm2d(512),
+            nn.Dropout(0.0),
+            nn.Flatten(),
+            Linear(512 * 7 * 7, 512),
+            nn.BatchNorm1d(512),
         )
 
     def forward(self, faces: Tensor) -> Tensor:
@@ -242,7 +298,9 @@ class ArcFace(nn.Module):
 
     def of_crops(self, crops: Tensor) -> Tensor:
         height, width = crops.shape[-2:]
-        part = crops[..., height * 35 // 256 : height * 223 // 256, width * 32 // 256 : width * 220 // 256]
+        part = crops[
+            ..., height * 35 // 256 : height * 223 // 256, width * 32 // 256 : width * 220 // 256
+        ]
         return self(F.interpolate(part, (112, 112), mode="bilinear", antialias=True) * 2 - 1)
 
 
@@ -254,7 +312,9 @@ def identity(network: ArcFace, given: Tensor, right: Tensor) -> Tensor:
 
 
 def gan_losses(kind: str, fake: Tensor | None = None, real: Tensor | None = None) -> Tensor:
-    """What a discriminator that gives `fake` and `real` pays; with `fake` alone what the generator pays. kind: softplus | hinge."""
+    """What a discriminator that gives `fake` and `real` pays; with `fake` alone what the generator
+    pays. kind: softplus | hinge.
+    """
     if fake is None:
         raise ValueError("a GAN loss needs what the discriminator says of the fake")
     if real is None:
@@ -269,39 +329,70 @@ def _tensors(files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _vgg(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"vgg.{name}": tensor for name, tensor in tensors.items() if name.startswith("features.")}
+    return {
+        f"vgg.{name}": tensor for name, tensor in tensors.items() if name.startswith("features.")
+    }
 
 
 def load_dists(files: Sequence[Path]) -> DISTS:
     tensors = _tensors(files)
     state = _vgg(tensors) | {name: tensors[name] for name in ("alpha", "beta") if name in tensors}
-    return filled(DISTS, state, "The files given for DISTS do not fit it", "give vgg16-397923af.pth and DISTS' weights.pt.", spare=True)
+    return filled(
+        DISTS,
+        state,
+        "The files given for DISTS do not fit it",
+        "give vgg16-397923af.pth and DISTS' weights.pt.",
+        spare=True,
+    )
 
 
 def load_lpips(files: Sequence[Path]) -> LPIPS:
     tensors = _tensors(files)
     state = _vgg(tensors)
-    state |= {f"weights.{i}": tensors[key] for i in range(5) if (key := f"lin{i}.model.1.weight") in tensors}
-    return filled(LPIPS, state, "The files given for LPIPS do not fit it", "give vgg16-397923af.pth and LPIPS' vgg.pth.", spare=True)
+    state |= {
+        f"weights.{i}": tensors[key]
+        for i in range(5)
+        if (key := f"lin{i}.model.1.weight") in tensors
+    }
+    return filled(
+        LPIPS,
+        state,
+        "The files given for LPIPS do not fit it",
+        "give vgg16-397923af.pth and LPIPS' vgg.pth.",
+        spare=True,
+    )
 
 
 def load_arcface(files: Sequence[Path]) -> ArcFace:
-    return filled(ArcFace, _tensors(files), "The file given for the identity loss does not fit", "give recognition_arcface_ir_se50.pth.")
+    return filled(
+        ArcFace,
+        _tensors(files),
+        "The file given for the identity loss does not fit",
+        "give recognition_arcface_ir_se50.pth.",
+    )
 
 
 def measures(given: Tensor, right: Tensor) -> dict[str, float]:
-    """PSNR in dB and the gradient energy as a share of the original's, means over the pictures (B,3,H,W) in [0,1]."""
+    """PSNR in dB and the gradient energy as a share of the original's, means over the pictures
+    (B,3,H,W) in [0,1].
+    """
     given = given.clamp(0, 1)
     error = (given - right).square().mean((1, 2, 3))
 
     def energy(x: Tensor) -> Tensor:
         return sum((x.diff(dim=d).square().mean((1, 2, 3)) for d in (-1, -2)), x.new_zeros(len(x)))
 
-    return {"psnr": float((-10 * error.clamp(min=1e-10).log10()).mean()), "sharpness": float((energy(given) / energy(right)).mean())}
+    return {
+        "psnr": float((-10 * error.clamp(min=1e-10).log10()).mean()),
+        "sharpness": float((energy(given) / energy(right)).mean()),
+    }
 
 
 def check_finite(losses: dict[str, float], step: int) -> None:
     """Raises OSDFaceError for a loss that is NaN or infinite."""
     for name, value in losses.items():
         if not -float("inf") < value < float("inf"):
-            raise OSDFaceError(f"{name} became {value} at step {step}: go on from the last checkpoint with a lower learning rate.")
+            raise OSDFaceError(
+                f"{name} became {value} at step {step}: go on from the last checkpoint with a "
+                f"lower learning rate."
+            )

@@ -1,4 +1,6 @@
-"""Cuts the faces out of a folder of pictures, aligned as OSDFace's training data are, one file a face."""
+"""Cuts the faces out of a folder of pictures, aligned as OSDFace's training data are, one file a
+face.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def prepare(pictures: Path, faces: Path, detector: Path, size: int) -> None:
-    """Writes NAME.png for a picture's first face, face1_NAME.png, ... for others, so that all keep its number; folders are kept, too.
+    """Writes NAME.png for a picture's first face, face1_NAME.png, ... for others, so that all keep
+    its number; folders are kept, too.
 
     A picture that is done is passed over. Raises OSDFaceError.
     """
@@ -38,7 +41,9 @@ def prepare(pictures: Path, faces: Path, detector: Path, size: int) -> None:
         except OSError as error:
             log.warning("%s is passed over: %s", path, error)
             continue
-        crops = find_faces(torch.from_numpy(pixels).float()[None] / 255, network, crop_size=size).faces.crops
+        crops = find_faces(
+            torch.from_numpy(pixels).float()[None] / 255, network, crop_size=size
+        ).faces.crops
         place.mkdir(parents=True, exist_ok=True)
         for i, crop in enumerate(crops):
             name = f"{path.stem}.png" if i == 0 else f"face{i}_{path.stem}.png"

@@ -1,4 +1,6 @@
-"""Stage 2: the diffusion UNet learns to restore a face in one step, led by the visual prompts (OSDFace, section 3.3)."""
+"""Stage 2: the diffusion UNet learns to restore a face in one step, led by the visual prompts
+(OSDFace, section 3.3).
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ from .losses import (
 
 log = logging.getLogger(__name__)
 
-# The layers that OSDFace adapts, by the last part of their names: 278 in Stable Diffusion 2.1's UNet.
+# The layers that OSDFace adapts, by the last part of their names: 278 in Stable Diffusion 2.1's
+# UNet.
 ADAPTED = re.compile(
     r".*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2|conv_shortcut|time_emb_proj"
     r"|downsamplers\.0\.conv|upsamplers\.0\.conv)"
@@ -54,7 +57,9 @@ LORA_FILE, VRE_FILE = "pytorch_lora_weights.safetensors", "osdface_vre.safetenso
 
 @dataclass(frozen=True)
 class Network:
-    """A diffusers network: its folder, or what it is to be made of, anew; `weights` a safetensors file for the latter."""
+    """A diffusers network: its folder, or what it is to be made of, anew; `weights` a safetensors
+    file for the latter.
+    """
 
     folder: Path | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -63,8 +68,9 @@ class Network:
 
 @dataclass(frozen=True)
 class Autoencoding:
-    """kind: kl, diffusers' AutoencoderKL, or builtin, our small one, from `weights`. train: which of it is trained; grain: the small
-    one's last layer that says how much grain there is."""
+    """kind: kl, diffusers' AutoencoderKL, or builtin, our small one, from `weights`. train: which
+    of it is trained; grain: the small one's last layer that says how much grain there is.
+    """
 
     kind: Literal["kl", "builtin"] = "kl"
     folder: Path | None = None
@@ -84,8 +90,10 @@ class Lora:
 
 @dataclass(frozen=True)
 class Gan:
-    """weight: of what the generator pays. discriminator: unet, OSDFace's kind, over the UNet in `network`; or patch, over pixels, made
-    anew. lora_rank: of the adapters that the UNet discriminator is trained through, 0 to train all of it. start: first step."""
+    """weight: of what the generator pays. discriminator: unet, OSDFace's kind, over the UNet in
+    `network`; or patch, over pixels, made anew. lora_rank: of the adapters that the UNet
+    discriminator is trained through, 0 to train all of it. start: first step.
+    """
 
     weight: float = 0.0
     discriminator: Literal["unet", "patch"] = "unet"
@@ -99,9 +107,11 @@ class Gan:
 
 @dataclass(frozen=True)
 class Losses:
-    """mse, coarse, lattice, charbonnier, differences, energies: of pixels, weights alone, and energy_lags, the last one's. latent: of the
-    latents, squared. autoencoding: how much those of pixels weigh for undegraded pictures through the autoencoder alone, a quarter of
-    each batch, without which a trained decoder forgets them. The others as `Term`."""
+    """mse, coarse, lattice, charbonnier, differences, energies: of pixels, weights alone, and
+    energy_lags, the last one's. latent: of the latents, squared. autoencoding: how much those of
+    pixels weigh for undegraded pictures through the autoencoder alone, a quarter of each batch,
+    without which a trained decoder forgets them. The others as `Term`.
+    """
 
     mse: float = 1.0
     coarse: float = 0.0
@@ -119,9 +129,11 @@ class Losses:
 
 @dataclass(frozen=True)
 class Stage2:
-    """vre: a file of stage 1, associate_2.ckpt or osdface_vre.safetensors; a projector in it, or beside it, is gone on from.
-    train: the UNet's LoRA, or all of it, each with the projector; or nothing but what `vae.train` names. frozen_precision: of the
-    networks that are not trained, the embedder excepted. gradient_checkpointing: computes activations twice instead of keeping them."""
+    """vre: a file of stage 1, associate_2.ckpt or osdface_vre.safetensors; a projector in it, or
+    beside it, is gone on from. train: the UNet's LoRA, or all of it, each with the projector; or
+    nothing but what `vae.train` names. frozen_precision: of the networks that are not trained, the
+    embedder excepted. gradient_checkpointing: computes activations twice instead of keeping them.
+    """
 
     run: Run
     data: Pictures
@@ -141,7 +153,7 @@ class Stage2:
 
 
 class KL(nn.Module):
-    """diffusers' autoencoder as pixels in [0,1] to scaled latents, the posterior's mean, and back."""
+    """diffusers' autoencoder: pixels in [0,1] to scaled latents, the posterior's mean, and back."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -149,7 +161,10 @@ class KL(nn.Module):
         self.scale = vae.config.scaling_factor
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.vae.encode((pixels * 2 - 1).to(self.vae.dtype)).latent_dist.mode().float() * self.scale
+        return (
+            self.vae.encode((pixels * 2 - 1).to(self.vae.dtype)).latent_dist.mode().float()
+            * self.scale
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode((latents / self.scale).to(self.vae.dtype)).sample.float() / 2 + 0.5
@@ -181,13 +196,21 @@ def make_vae(config: Autoencoding, dtype: torch.dtype) -> KL | Builtin:
     else:
         from diffusers import AutoencoderKL
 
-        made = KL(_network(AutoencoderKL, Network(config.folder, config.config, config.weights), "vae"))
+        made = KL(
+            _network(AutoencoderKL, Network(config.folder, config.config, config.weights), "vae")
+        )
     made.requires_grad_(False)
     if config.train == "none":
         return made.to(dtype)
     if config.train == "grain" and not isinstance(made, Builtin):
-        raise OSDFaceError("`vae.train` is grain, which only the built-in autoencoder has: set vae.kind=builtin.")
-    names = {"all": ("",), "grain": ("decoder.conv_grain",), "decoder": ("decoder", "post_quant_conv")}[config.train]
+        raise OSDFaceError(
+            "`vae.train` is grain, which only the built-in autoencoder has: set vae.kind=builtin."
+        )
+    names = {
+        "all": ("",),
+        "grain": ("decoder.conv_grain",),
+        "decoder": ("decoder", "post_quant_conv"),
+    }[config.train]
     modules = dict(made.vae.named_modules())
     for part in (modules[name] for name in names if name in modules):
         part.requires_grad_(True)
@@ -202,18 +225,24 @@ def _network(kind: Any, network: Network, name: str) -> Any:
             folder = inside if inside.is_dir() else network.folder
             return kind.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
         if not network.config:
-            raise OSDFaceError(f"`{name}` names neither a folder nor a config: give a folder in diffusers' layout.")
+            raise OSDFaceError(
+                f"`{name}` names neither a folder nor a config: give a folder in diffusers' layout."
+            )
         made = kind.from_config(network.config)
         if network.weights:
             made.load_state_dict({key: t.float() for key, t in load_file(network.weights).items()})
         return made
     except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
         why = " ".join(str(error).split())[:200]
-        raise OSDFaceError(f"`{name}` cannot be loaded ({why}): give a folder in diffusers' layout.") from error
+        raise OSDFaceError(
+            f"`{name}` cannot be loaded ({why}): give a folder in diffusers' layout."
+        ) from error
 
 
 def load_vre(path: Path, hidden: int) -> VisualEmbedder:
-    """The embedder of degraded faces, frozen, with the file's projector or else a new one, which alone is to be trained."""
+    """The embedder of degraded faces, frozen, with the file's projector or else a new one, which
+    alone is to be trained.
+    """
     tensors = read_tensors(path, (LQ_PREFIX, *BARE_PREFIXES))
     state = {name.removeprefix(LQ_PREFIX): t for name, t in tensors.items()}
     state = {name: t for name, t in state.items() if name.startswith(BARE_PREFIXES)}
@@ -222,8 +251,13 @@ def load_vre(path: Path, hidden: int) -> VisualEmbedder:
             projector = read_tensors(beside[0])
         else:
             if "quant_conv.weight" not in state:
-                raise OSDFaceError(f"{path.name} holds no embedder of degraded faces: give stage 1's file of part lq or associate.")
-            projector = Projector(shape=Shape(features=len(state["quant_conv.weight"]), hidden=hidden)).state_dict()
+                raise OSDFaceError(
+                    f"{path.name} holds no embedder of degraded faces: give stage 1's file of "
+                    f"part lq or associate."
+                )
+            projector = Projector(
+                shape=Shape(features=len(state["quant_conv.weight"]), hidden=hidden)
+            ).state_dict()
             log.info("The projector starts anew: %s holds none.", path.name)
         state |= {f"projector.{name}": t for name, t in projector.items()}
     network = build_embedder(state, source=path.name)
@@ -232,16 +266,22 @@ def load_vre(path: Path, hidden: int) -> VisualEmbedder:
 
 
 def adapted_layers(unet: nn.Module) -> list[str]:
-    return [name for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d) and ADAPTED.fullmatch(name)]
+    return [
+        name
+        for name, layer in unet.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and ADAPTED.fullmatch(name)
+    ]
 
 
 def add_lora(unet: Any, rank: int, alpha: int) -> list[str]:
-    """Puts a LoRA on the layers that OSDFace adapts; all else is frozen. The names of the layers."""
+    """Puts a LoRA on the layers that OSDFace adapts; all else is frozen. Returns their names."""
     from peft import LoraConfig
 
     names = adapted_layers(unet)
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian"))
+    unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian")
+    )
     return names
 
 
@@ -251,27 +291,42 @@ def start_lora(unet: Any, path: Path) -> None:
         layer = modules[module.diffusers.removesuffix(".weight")]
         down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         if len(module.down) != len(down):
-            raise OSDFaceError(f"{path.name} has rank {len(module.down)} and `lora.rank` is {len(down)}: set lora.rank to the file's.")
+            raise OSDFaceError(
+                f"{path.name} has rank {len(module.down)} and `lora.rank` is {len(down)}: set "
+                f"lora.rank to the file's."
+            )
         with torch.no_grad():
             down.copy_(module.down.view_as(down))
             up.copy_(module.up.view_as(up) * (module.scale / layer.scaling["default"]))
 
 
 def lora_tensors(unet: Any) -> dict[str, Tensor]:
-    """The LoRA as the released file spells it: `lora.down/up` in attention, `lora_A/lora_B` elsewhere, its scale (alpha/rank) put in."""
+    """The LoRA as the released file spells it: `lora.down/up` in attention, `lora_A/lora_B`
+    elsewhere, its scale (alpha/rank) put in.
+    """
     found = {}
     for name, layer in unet.named_modules():
         if not hasattr(layer, "lora_A") or "default" not in layer.lora_A:
             continue
         attention = re.search(r"\.(to_[qkv]|to_out\.0)$", name)
         down, up = ("lora.down", "lora.up") if attention else ("lora_A", "lora_B")
-        found[f"unet.{name}.{down}.weight"] = layer.lora_A["default"].weight.detach().float().cpu().contiguous()
-        found[f"unet.{name}.{up}.weight"] = (layer.lora_B["default"].weight * layer.scaling["default"]).detach().float().cpu().contiguous()
+        found[f"unet.{name}.{down}.weight"] = (
+            layer.lora_A["default"].weight.detach().float().cpu().contiguous()
+        )
+        found[f"unet.{name}.{up}.weight"] = (
+            (layer.lora_B["default"].weight * layer.scaling["default"])
+            .detach()
+            .float()
+            .cpu()
+            .contiguous()
+        )
     return found
 
 
 class Generator(nn.Module):
-    """What is trained: projector, UNet, and what of the autoencoder is asked for, run as inference runs them."""
+    """What is trained: projector, UNet, and what of the autoencoder is asked for, run as inference
+    runs them.
+    """
 
     def __init__(self, unet: Any, projector: nn.Module, vae: KL | Builtin, timestep: int) -> None:
         super().__init__()
@@ -279,9 +334,12 @@ class Generator(nn.Module):
         alpha = float(alphas_cumprod()[timestep])
         self.signal, self.noise = alpha**0.5, (1 - alpha) ** 0.5
 
-    def forward(self, pixels: Tensor, codes: Tensor, clean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """pixels (B,3,H,W) in [0,1], codes (B,77,features) -> restored pixels, not clamped, and x0 (B,4,H/8,W/8); beside them pictures
-        `clean` as the autoencoder alone gives them back."""
+    def forward(
+        self, pixels: Tensor, codes: Tensor, clean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """pixels (B,3,H,W) in [0,1], codes (B,77,features) -> restored pixels, not clamped, and x0
+        (B,4,H/8,W/8); beside them pictures `clean` as the autoencoder alone gives them back.
+        """
         with autocast(pixels.device.type, enabled=False):
             prompts = self.projector(codes)
         latents = self.vae.encode(pixels)
@@ -299,12 +357,15 @@ class Stage2Task:
         device = accelerator.device
         files, self.measured = split(config.data)
         self.samples = Samples(files, config.data, config.degradation, config.run.seed)
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.frozen_precision]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            config.frozen_precision
+        ]
         self.embedder = load_vre(config.vre, config.projector_hidden).to(device)
         unet = _network(UNet2DConditionModel, config.unet, "unet")
         if (unet.config.cross_attention_dim, unet.config.in_channels) != (WIDTH, LATENT_CHANNELS):
             raise OSDFaceError(
-                f"`unet` takes {unet.config.in_channels} channels and prompts of {unet.config.cross_attention_dim}; {LATENT_CHANNELS} and "
+                f"`unet` takes {unet.config.in_channels} channels and prompts of "
+                f"{unet.config.cross_attention_dim}; {LATENT_CHANNELS} and "
                 f"{WIDTH} are wanted: give the UNet of Stable Diffusion 2.1-base."
             )
         if config.train == "lora":
@@ -322,11 +383,21 @@ class Stage2Task:
             unet.enable_gradient_checkpointing()
             if isinstance(vae, KL):
                 vae.vae.enable_gradient_checkpointing()
-        self.networks: dict[str, nn.Module] = {"generator": Generator(unet, self.embedder.projector, vae, config.timestep).to(device)}
+        self.networks: dict[str, nn.Module] = {
+            "generator": Generator(unet, self.embedder.projector, vae, config.timestep).to(device)
+        }
         self.optimisers = {"generator": config.optimiser}
         terms = config.losses
-        self.dists = load_dists(terms.ea_dists.files).to(device) if wanted("ea_dists", terms.ea_dists, "VGG16's and DISTS'") else None
-        self.face = load_arcface(terms.identity.files).to(device) if wanted("identity", terms.identity, "ArcFace's IR-SE50") else None
+        self.dists = (
+            load_dists(terms.ea_dists.files).to(device)
+            if wanted("ea_dists", terms.ea_dists, "VGG16's and DISTS'")
+            else None
+        )
+        self.face = (
+            load_arcface(terms.identity.files).to(device)
+            if wanted("identity", terms.identity, "ArcFace's IR-SE50")
+            else None
+        )
         if judge := self._discriminator():
             self.networks["discriminator"] = judge
             self.optimisers["discriminator"] = config.discriminator_optimiser or config.optimiser
@@ -340,15 +411,23 @@ class Stage2Task:
         if gan.discriminator == "patch":
             return PatchDiscriminator(gan.channels, gan.layers)
         if not gan.network.folder and not gan.network.config:
-            log.warning("gan is switched off: `losses.gan.network` names no UNet for its discriminator (SDXL's in OSDFace).")
+            log.warning(
+                "gan is switched off: `losses.gan.network` names no UNet for its discriminator "
+                "(SDXL's in OSDFace)."
+            )
             return None
         from diffusers import UNet2DConditionModel
         from peft import LoraConfig
 
-        judge = UNetDiscriminator(_network(UNet2DConditionModel, gan.network, "unet"), self.embedder.quant_conv.out_channels)
+        judge = UNetDiscriminator(
+            _network(UNet2DConditionModel, gan.network, "unet"),
+            self.embedder.quant_conv.out_channels,
+        )
         if gan.lora_rank:
             judge.unet.requires_grad_(False)
-            adapter = LoraConfig(r=gan.lora_rank, lora_alpha=gan.lora_rank, target_modules=adapted_layers(judge.unet))
+            adapter = LoraConfig(
+                r=gan.lora_rank, lora_alpha=gan.lora_rank, target_modules=adapted_layers(judge.unet)
+            )
             judge.unet.add_adapter(adapter)
         if self.config.gradient_checkpointing:
             judge.unet.enable_gradient_checkpointing()
@@ -359,13 +438,20 @@ class Stage2Task:
         with torch.no_grad(), self.accelerator.autocast():
             return generator.vae.encode(pictures)
 
-    def _verdict(self, network: nn.Module, pixels: Tensor, latents: Tensor, numbers: list[int], salt: int) -> Tensor:
-        """What the discriminator says of these pictures, whose codes are `self.codes`, as many times over as there are pictures."""
+    def _verdict(
+        self, network: nn.Module, pixels: Tensor, latents: Tensor, numbers: list[int], salt: int
+    ) -> Tensor:
+        """What the discriminator says of these pictures, whose codes are `self.codes`, as many
+        times over as there are pictures.
+        """
         if isinstance(bare(network), PatchDiscriminator):
             return network(pixels)
         times = len(latents) // len(numbers)
         generators = [generator_for(self.config.run.seed, -3 - salt, n) for n in numbers]
-        steps, noise = (v.repeat(times, *[1] * (v.ndim - 1)) for v in noise_for(generators, latents[: len(numbers)]))
+        steps, noise = (
+            v.repeat(times, *[1] * (v.ndim - 1))
+            for v in noise_for(generators, latents[: len(numbers)])
+        )
         return network(latents, self.codes.repeat(times, 1, 1), steps, noise)
 
     def _of_pixels(self, given: Tensor, right: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -391,7 +477,9 @@ class Stage2Task:
             assert self.fake is not None
             pixels, latents = self.fake
             latents = torch.cat([latents, self._latents(right)])
-            both = self._verdict(self.networks[name], torch.cat([pixels, right]), latents, numbers, salt=1)
+            both = self._verdict(
+                self.networks[name], torch.cat([pixels, right]), latents, numbers, salt=1
+            )
             total = gan_losses(terms.gan.loss, *both.chunk(2))
             return total * on, {"discriminator": total}
         with torch.no_grad():
@@ -413,7 +501,10 @@ class Stage2Task:
             parts["identity"] = identity(self.face, given, right)
             total = total + terms.identity.weight * parts["identity"]
         if on and "discriminator" in self.networks:
-            parts["gan"] = gan_losses(terms.gan.loss, self._verdict(bare(self.networks["discriminator"]), given, x0, numbers, salt=0))
+            parts["gan"] = gan_losses(
+                terms.gan.loss,
+                self._verdict(bare(self.networks["discriminator"]), given, x0, numbers, salt=0),
+            )
             total = total + terms.gan.weight * parts["gan"]
         return total, parts | {"total": total}
 
@@ -421,13 +512,23 @@ class Stage2Task:
         pass
 
     def show(self, count: int) -> tuple[Tensor, dict[str, float]]:
-        """Rows: degraded, restored, original. Measured over all held-out pictures, whole, beside what the degraded ones measure."""
-        held = Samples(self.measured or self.samples.files, self.config.data, self.config.degradation, self.config.run.seed, still=True)
+        """Rows: degraded, restored, original. Measured over all held-out pictures, whole, beside
+        what the degraded ones measure.
+        """
+        held = Samples(
+            self.measured or self.samples.files,
+            self.config.data,
+            self.config.degradation,
+            self.config.run.seed,
+            still=True,
+        )
         generator = bare(self.networks["generator"])
         rows: list[list[Tensor]] = [[], [], []]
         figures: dict[str, list[float]] = {}
         for n in range(len(held) if self.measured else min(count, len(held))):
-            sample = {key: value[None].to(self.accelerator.device) for key, value in held[n].items()}
+            sample = {
+                key: value[None].to(self.accelerator.device) for key, value in held[n].items()
+            }
             restored = generator(sample["lq"], self.embedder.codes(sample["face"]))[0].clamp(0, 1)
             for prefix, picture in (("", restored), ("lq_", sample["lq"])):
                 for key, value in measures(picture, sample["hq"]).items():
@@ -435,12 +536,18 @@ class Stage2Task:
             if n < count:
                 for row, picture in zip(rows, (sample["lq"], restored, sample["hq"]), strict=True):
                     row.append(picture)
-        return grid([torch.cat(row) for row in rows]), {key: sum(of) / len(of) for key, of in figures.items()}
+        return grid([torch.cat(row) for row in rows]), {
+            key: sum(of) / len(of) for key, of in figures.items()
+        }
 
     def export(self, folder: Path) -> None:
-        """osdface_vre.safetensors; pytorch_lora_weights.safetensors, or the folder unet; the autoencoder where it was trained."""
+        """osdface_vre.safetensors; pytorch_lora_weights.safetensors, or the folder unet; the
+        autoencoder where it was trained.
+        """
         generator: Any = bare(self.networks["generator"])
-        vre = {name: t.detach().cpu().contiguous() for name, t in self.embedder.state_dict().items()}
+        vre = {
+            name: t.detach().cpu().contiguous() for name, t in self.embedder.state_dict().items()
+        }
         save_file(vre, folder / VRE_FILE)
         if self.config.train == "lora":
             save_file(lora_tensors(generator.unet), folder / LORA_FILE)
@@ -450,7 +557,8 @@ class Stage2Task:
             if isinstance(generator.vae, KL):
                 generator.vae.vae.save_pretrained(folder / "vae")
             else:
-                state = {name: t.detach().cpu().contiguous() for name, t in generator.vae.vae.state_dict().items()}
+                state = {
+                    name: t.detach().cpu().contiguous()
+                    for name, t in generator.vae.vae.state_dict().items()
+                }
                 save_file(state, folder / "autoencoder.safetensors")
-
-

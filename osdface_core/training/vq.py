@@ -1,7 +1,8 @@
-"""The vector-quantised autoencoders of stage 1: the visual embedder's encoder and code book, and a decoder that mirrors the encoder.
+"""The vector-quantised autoencoders of stage 1: the visual embedder's encoder and code book, and a
+decoder that mirrors the encoder.
 
-Names of parameters are those of OSDFace's checkpoint: `encoder.*`, `quant_conv.*`, `quantize.embedding.weight`, `post_quant_conv.*`,
-`decoder.*`.
+Names of parameters are those of OSDFace's checkpoint: `encoder.*`, `quant_conv.*`,
+`quantize.embedding.weight`, `post_quant_conv.*`, `decoder.*`.
 """
 
 from __future__ import annotations
@@ -30,11 +31,15 @@ class Upsample(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """One resolution of the decoder: three blocks, each followed by attention at the first level, then an upsampling if there is more."""
+    """One resolution of the decoder: three blocks, each followed by attention at the first level,
+    then an upsampling if there is more.
+    """
 
     def __init__(self, channels: int, out: int, first: bool, last: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList([ResnetBlock(channels, out, nn), *(ResnetBlock(out, out, nn) for _ in range(2))])
+        self.block = nn.ModuleList(
+            [ResnetBlock(channels, out, nn), *(ResnetBlock(out, out, nn) for _ in range(2))]
+        )
         self.attn = nn.ModuleList([Attention(out, nn) for _ in self.block] if first else [])
         if not last:
             self.upsample = Upsample(out)
@@ -72,8 +77,10 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class Coded:
-    """picture (B,3,side,side) in about [-1,1]; features (B,C,16,16) before quantisation; commitment, codebook: the two parts of the
-    quantiser's loss; codes (B,16,16): which entries were taken."""
+    """picture (B,3,side,side) in about [-1,1]; features (B,C,16,16) before quantisation;
+    commitment, codebook: the two parts of the quantiser's loss; codes (B,16,16): which entries were
+    taken.
+    """
 
     picture: Tensor
     features: Tensor
@@ -83,7 +90,9 @@ class Coded:
 
 
 class Quantizer(nn.Module):
-    """Each position's features become the nearest entry of the code book; the gradient passes as if they had not."""
+    """Each position's features become the nearest entry of the code book; the gradient passes as if
+    they had not.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -93,7 +102,9 @@ class Quantizer(nn.Module):
         self.uses: Tensor
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(what is decoded, commitment loss, code book loss, codes). Distances in fp32: squares of lower precision choose other codes."""
+        """(what is decoded, commitment loss, code book loss, codes). Distances in fp32: squares of
+        lower precision choose other codes.
+        """
         with autocast(features.device.type, enabled=False):
             features = features.float()
             z = features.movedim(1, -1)
@@ -119,24 +130,36 @@ class VQAutoencoder(nn.Module):
         self.decoder = Decoder(shape)
         for module in self.modules():
             if isinstance(module, Attention):
-                module.norm2.requires_grad_(False)  # never used; kept because the released checkpoint has it
+                module.norm2.requires_grad_(
+                    False
+                )  # never used; kept because the released checkpoint has it
 
     def forward(self, pictures: Tensor) -> Coded:
         """pictures (B,3,side,side), in the range that the encoder is trained for."""
         features = self.quant_conv(self.encoder(pictures))
         chosen, commitment, codebook, codes = self.quantize(features)
-        return Coded(self.decoder(self.post_quant_conv(chosen)).float(), features.float(), commitment, codebook, codes)
+        return Coded(
+            self.decoder(self.post_quant_conv(chosen)).float(),
+            features.float(),
+            commitment,
+            codebook,
+            codes,
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """What a file holds of it."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name != "quantize.uses"}
+        return {
+            name: tensor for name, tensor in self.state_dict().items() if name != "quantize.uses"
+        }
 
 
 def association(hq: Tensor, lq: Tensor, scale: Tensor | float) -> Tensor:
-    """How badly the features of a good face and of its degraded copy find each other among all others of the batch.
+    """How badly the features of a good face and of its degraded copy find each other among all
+    others of the batch.
 
-    hq, lq (B,C,H,W), pre-quantisation. Both are brought to length 1; S = scale * hq . lq over all B*H*W positions; the mean of the cross
-    entropies of its rows and of its columns with the diagonal (DAEFR, Tsai et al. 2024, after CLIP).
+    hq, lq (B,C,H,W), pre-quantisation. Both are brought to length 1; S = scale * hq . lq over all
+    B*H*W positions; the mean of the cross entropies of its rows and of its columns with the
+    diagonal (DAEFR, Tsai et al. 2024, after CLIP).
     """
     a, b = (F.normalize(v.movedim(1, -1).flatten(0, -2), dim=1) for v in (hq, lq))
     similarity = scale * a @ b.T

@@ -1,1 +1,3 @@
-"""Weight files: which there are, how they are fetched and checked, and how pickled ones are read without running them."""
+"""Weight files: which there are, how they are fetched and checked, and how pickled ones are read
+without running them.
+"""

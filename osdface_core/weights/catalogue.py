@@ -1,4 +1,6 @@
-"""Every weight file: its name, what it is for, where it goes, where it comes from, and how it is recognised."""
+"""Every weight file: its name, what it is for, where it goes, where it comes from, and how it is
+recognised.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ FACES = "facedetection"
 LORAS = "loras"
 CHECKPOINTS = "checkpoints"
 
-# Folders under the host's models folder that are searched for the files of a folder, the first being where a file is put.
+# Folders under the host's models folder that are searched for the files of a folder, the first
+# being where a file is put.
 SEARCHED = {
     OSDFACE: (OSDFACE,),
     FACES: (FACES, "facerestore_models", OSDFACE),
@@ -26,12 +29,12 @@ SEARCHED = {
 class WeightFile:
     """One file.
 
-    addresses: in the order in which they are tried; `hub:OWNER/REPOSITORY/FILE` on the Hugging Face hub, or a URL.
-    size: bytes; about is for those whose size is not known to the byte. sha256: None where only the hub's own metadata tells it.
-    signature: names and shapes of a few tensors that no other file has, by which it is recognised under any name.
-    made_from: the files that it is converted from, for one that cannot be downloaded.
-    needed: False for what is fetched only when asked, or only to be converted.
-    by_hand: where a person finds it when every address is gone.
+    addresses: in the order in which they are tried; `hub:OWNER/REPOSITORY/FILE` on the Hugging Face
+    hub, or a URL. size: bytes; about is for those whose size is not known to the byte. sha256: None
+    where only the hub's own metadata tells it. signature: names and shapes of a few tensors that no
+    other file has, by which it is recognised under any name. made_from: the files that it is
+    converted from, for one that cannot be downloaded. needed: False for what is fetched only when
+    asked, or only to be converted. by_hand: where a person finds it when every address is gone.
     """
 
     name: str
@@ -54,7 +57,10 @@ class WeightFile:
 
 
 _HUB_FOLDER = "hub:alecccdd/OSDFace/"
-_OSDFACE_BY_HAND = "https://huggingface.co/alecccdd/OSDFace, or the Google Drive folder that https://github.com/jkwang28/OSDFace names"
+_OSDFACE_BY_HAND = (
+    "https://huggingface.co/alecccdd/OSDFace, or the Google Drive folder that "
+    "https://github.com/jkwang28/OSDFace names"
+)
 _NO_LICENCE = "none stated by its authors (jkwang28/OSDFace)"
 _FACEXLIB = "xinntao/facexlib/releases/download/"
 _CODEFORMER = "sczhou/CodeFormer/releases/download/v0.1.0/"
@@ -68,7 +74,11 @@ VRE = WeightFile(
     by_hand=_OSDFACE_BY_HAND,
     about=118_300_000,
     made_from=("associate_2.ckpt", "embedding_change_weights.pth"),
-    signature={"encoder.conv_in.weight": (64, 3, 3, 3), "quantize.embedding.weight": (1024, 512), "projector.conv2.weight": (1024, 256, 1)},
+    signature={
+        "encoder.conv_in.weight": (64, 3, 3, 3),
+        "quantize.embedding.weight": (1024, 512),
+        "projector.conv2.weight": (1024, 256, 1),
+    },
 )
 LORA = WeightFile(
     name="pytorch_lora_weights.safetensors",
@@ -98,7 +108,10 @@ VRE_CHECKPOINT = WeightFile(
     by_hand=_OSDFACE_BY_HAND,
     about=1_800_000_000,
     addresses=(_HUB_FOLDER + "associate_2.ckpt",),
-    signature={"vqvae_LQ.encoder.conv_in.weight": (64, 3, 3, 3), "vqvae_LQ.quantize.embedding.weight": (1024, 512)},
+    signature={
+        "vqvae_LQ.encoder.conv_in.weight": (64, 3, 3, 3),
+        "vqvae_LQ.quantize.embedding.weight": (1024, 512),
+    },
     needed=False,
 )
 PROJECTOR = WeightFile(
@@ -125,7 +138,10 @@ DETECTOR = WeightFile(
         RELEASES + _CODEFORMER + "detection_Resnet50_Final.pth",
         "hub:camenduru/facexlib/detection_Resnet50_Final.pth",
     ),
-    signature={"body.layer1.0.conv1.weight": (64, 64, 1, 1), "ClassHead.0.conv1x1.weight": (4, 256, 1, 1)},
+    signature={
+        "body.layer1.0.conv1.weight": (64, 64, 1, 1),
+        "ClassHead.0.conv1x1.weight": (4, 256, 1, 1),
+    },
 )
 SMALL_DETECTOR = WeightFile(
     name="detection_mobilenet0.25_Final.pth",
@@ -155,7 +171,10 @@ PARSER = WeightFile(
         "hub:camenduru/facexlib/parsing_parsenet.pth",
         "hub:gmk123/GFPGAN/parsing_parsenet.pth",
     ),
-    signature={"encoder.0.conv2d.weight": (64, 3, 3, 3), "out_mask_conv.conv2d.weight": (19, 64, 3, 3)},
+    signature={
+        "encoder.0.conv2d.weight": (64, 3, 3, 3),
+        "out_mask_conv.conv2d.weight": (19, 64, 3, 3),
+    },
 )
 BASE = WeightFile(
     name="v2-1_512-ema-pruned.safetensors",
@@ -163,7 +182,8 @@ BASE = WeightFile(
     folder=CHECKPOINTS,
     licence="CreativeML Open RAIL++-M (Stability AI)",
     by_hand=(
-        "the web or https://huggingface.co/models, searching for `stable-diffusion-2-1-base v2-1_512-ema-pruned.safetensors`: "
+        "the web or https://huggingface.co/models, searching for `stable-diffusion-2-1-base "
+        "v2-1_512-ema-pruned.safetensors`: "
         "its maker took the model down, mirrors exist"
     ),
     size=5_214_604_494,
@@ -174,12 +194,25 @@ BASE = WeightFile(
     ),
     signature={
         "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
-        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (
+            320,
+            1024,
+        ),
     },
     needed=False,
 )
 
-CATALOGUE = (VRE, LORA, KOHYA_LORA, DETECTOR, SMALL_DETECTOR, PARSER, VRE_CHECKPOINT, PROJECTOR, BASE)
+CATALOGUE = (
+    VRE,
+    LORA,
+    KOHYA_LORA,
+    DETECTOR,
+    SMALL_DETECTOR,
+    PARSER,
+    VRE_CHECKPOINT,
+    PROJECTOR,
+    BASE,
+)
 BY_NAME = {entry.name: entry for entry in CATALOGUE}
 
 
@@ -193,5 +226,7 @@ def sources(entry: WeightFile) -> Iterator[WeightFile]:
 
 
 def canonical_names(folder: str) -> list[str]:
-    """Names that a menu of a folder's files offers whether or not they are there, so that a shared workflow always validates."""
+    """Names that a menu of a folder's files offers whether or not they are there, so that a shared
+    workflow always validates.
+    """
     return [entry.name for entry in CATALOGUE if entry.folder == folder and entry.needed]

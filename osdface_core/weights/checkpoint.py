@@ -1,8 +1,10 @@
-"""A pickled torch checkpoint taken as data: which tensors it holds and where their bytes lie. Nothing in it is ever called.
+"""A pickled torch checkpoint taken as data: which tensors it holds and where their bytes lie.
+Nothing in it is ever called.
 
-Neither torch nor numpy is imported here, so that a conversion of 1.8 GB costs no more memory than the tensors it keeps.
-torch.load(weights_only=True) is not used because it refuses the foreign classes that Lightning writes into callbacks and
-hyper-parameters; here every class that a pickle names is a record of its name.
+Neither torch nor numpy is imported here, so that a conversion of 1.8 GB costs no more memory than
+the tensors it keeps. torch.load(weights_only=True) is not used because it refuses the foreign
+classes that Lightning writes into callbacks and hyper-parameters; here every class that a pickle
+names is a record of its name.
 """
 
 from __future__ import annotations
@@ -36,12 +38,38 @@ ITEM_SIZES = {
     "BoolStorage": 1,
 }
 
-# What may be named out of the standard library. Everything is inert here, so this protects nobody: it tells a user
-# that a file which names os.system was made by somebody who meant it to be run.
-_PLAIN_MODULES = {"collections", "typing", "argparse", "datetime", "pathlib", "decimal", "fractions", "uuid", "enum", "abc", "re"}
+# What may be named out of the standard library. Everything is inert here, so this protects nobody:
+# it tells a user that a file which names os.system was made by somebody who meant it to be run.
+_PLAIN_MODULES = {
+    "collections",
+    "typing",
+    "argparse",
+    "datetime",
+    "pathlib",
+    "decimal",
+    "fractions",
+    "uuid",
+    "enum",
+    "abc",
+    "re",
+}
 _PLAIN_NAMES = {
     ("builtins", name)
-    for name in ("set", "frozenset", "list", "dict", "tuple", "int", "float", "complex", "str", "bytes", "bytearray", "bool", "slice")
+    for name in (
+        "set",
+        "frozenset",
+        "list",
+        "dict",
+        "tuple",
+        "int",
+        "float",
+        "complex",
+        "str",
+        "bytes",
+        "bytearray",
+        "bool",
+        "slice",
+    )
 } | {
     ("builtins", "object"),
     ("builtins", "range"),
@@ -75,7 +103,9 @@ class Storage(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A view of a storage; offset and strides in elements. It lies within its storage and is not larger than it."""
+    """A view of a storage; offset and strides in elements. It lies within its storage and is not
+    larger than it.
+    """
 
     storage: Storage
     offset: int
@@ -84,7 +114,8 @@ class StoredTensor:
 
 
 class _Inert(dict[Any, Any]):
-    """Stands for whatever a pickle makes of a class or function: the name, the arguments, the items. It does nothing.
+    """Stands for whatever a pickle makes of a class or function: the name, the arguments, the
+    items. It does nothing.
 
     A dict, because an OrderedDict arrives as a call followed by items.
     """
@@ -127,9 +158,14 @@ class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type[_Inert]:
         module = _PYTHON_2.get(module, module)
         root = module.partition(".")[0]
-        if root in sys.stdlib_module_names and module not in _PLAIN_MODULES and (module, name) not in _PLAIN_NAMES:
+        if (
+            root in sys.stdlib_module_names
+            and module not in _PLAIN_MODULES
+            and (module, name) not in _PLAIN_NAMES
+        ):
             raise OSDFaceError(
-                f"{self._name} is refused: it is made to run {module}.{name} when loaded, which weights have no use for; nothing of it "
+                f"{self._name} is refused: it is made to run {module}.{name} when loaded, which "
+                f"weights have no use for; nothing of it "
                 "was run, delete it and fetch the file from its official page."
             )
         return type("_Inert", (_Inert,), {"path": f"{module}.{name}"})
@@ -146,22 +182,32 @@ class _Reader(pickle.Unpickler):
             ) if issubclass(kind, _Inert) and elements >= 0:
                 module, _, name = kind.path.rpartition(".")
                 storage = Storage(name, key, elements)
-                if module in ("torch", "torch.cuda") and name in ITEM_SIZES and self.storages.setdefault(key, storage) == storage:
+                if (
+                    module in ("torch", "torch.cuda")
+                    and name in ITEM_SIZES
+                    and self.storages.setdefault(key, storage) == storage
+                ):
                     return storage
         raise pickle.UnpicklingError("a storage of an unknown kind")
 
 
 def _damaged(name: str, why: str, cause: BaseException | None = None) -> NoReturn:
-    raise OSDFaceError(f"{name} cannot be read as a checkpoint ({why}): fetch the file again.") from cause
+    raise OSDFaceError(
+        f"{name} cannot be read as a checkpoint ({why}): fetch the file again."
+    ) from cause
 
 
 def _walk(data: io.BytesIO) -> None:
-    """Goes through a pickle's opcodes without doing them. Raises UnpicklingError for what would hang or crash the unpickler.
+    """Goes through a pickle's opcodes without doing them. Raises UnpicklingError for what would
+    hang or crash the unpickler.
 
-    That is a memo slot far beyond what was written, for which it would allocate gigabytes, and tuples nested so deep, or repeated
-    so often within one another, that to hash one as a key of a dict overflows the stack or takes for ever.
+    That is a memo slot far beyond what was written, for which it would allocate gigabytes, and
+    tuples nested so deep, or repeated so often within one another, that to hash one as a key of a
+    dict overflows the stack or takes for ever.
     """
-    stack: list[tuple[int, int] | None] = []  # depth and number of items of each value, were it hashed; None for a mark
+    stack: list[
+        tuple[int, int] | None
+    ] = []  # depth and number of items of each value, were it hashed; None for a mark
     memo: dict[object, tuple[int, int] | None] = {}
     for opcode, arg, _ in pickletools.genops(data):
         name = opcode.name
@@ -184,14 +230,19 @@ def _walk(data: io.BytesIO) -> None:
         for left in opcode.stack_after:
             value = (0, 1)
             if name.startswith("TUPLE") or name == "FROZENSET":
-                value = 1 + max((depth for depth, _ in items), default=0), 1 + sum(count for _, count in items)
+                value = (
+                    1 + max((depth for depth, _ in items), default=0),
+                    1 + sum(count for _, count in items),
+                )
                 if value[0] > _DEEPEST_TUPLE or value[1] > _PICKLE_LIMIT:
                     raise pickle.UnpicklingError("it nests tuples without end")
             stack.append(None if left is pickletools.markobject else value)
 
 
 def _unpickle(data: io.BytesIO, name: str) -> tuple[Any, dict[str, Storage]]:
-    """The pickle that starts where `data` stands, and the storages it names; leaves `data` standing behind it."""
+    """The pickle that starts where `data` stands, and the storages it names; leaves `data` standing
+    behind it.
+    """
     try:
         start = data.tell()
         _walk(data)
@@ -203,26 +254,43 @@ def _unpickle(data: io.BytesIO, name: str) -> tuple[Any, dict[str, Storage]]:
         return top, reader.storages
     except OSDFaceError:
         raise
-    except Exception as error:  # the pickle module documents that a damaged pickle may raise anything
+    except (
+        Exception
+    ) as error:  # the pickle module documents that a damaged pickle may raise anything
         _damaged(name, f"its pickle is damaged: {str(error) or type(error).__name__:.120}", error)
 
 
 def _tensor(value: Any, name: str, key: str) -> StoredTensor | None:
     """The tensor that a record describes; None for a plain value.
 
-    Raises OSDFaceError for a record of anything else, and for a view that leaves its storage or repeats its elements.
+    Raises OSDFaceError for a record of anything else, and for a view that leaves its storage or
+    repeats its elements.
     """
-    while isinstance(value, _Inert) and value.path in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
+    while isinstance(value, _Inert) and value.path in (
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+    ):
         value = value.args[0] if value.args else None
     if not isinstance(value, _Inert):
         return None
-    match value.args if value.path in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor") else ():
+    match (
+        value.args
+        if value.path in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
+        else ()
+    ):
         case (Storage() as storage, int() as offset, shape, strides, *_):
             if isinstance(shape, _Inert) and shape.path == "torch.Size" and len(shape.args) == 1:
                 shape = shape.args[0]
-            if _is_sizes(shape) and _is_sizes(strides) and len(shape) == len(strides) and offset >= 0:
+            if (
+                _is_sizes(shape)
+                and _is_sizes(strides)
+                and len(shape) == len(strides)
+                and offset >= 0
+            ):
                 elements = math.prod(shape)
-                last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+                last = offset + sum(
+                    (size - 1) * stride for size, stride in zip(shape, strides, strict=True)
+                )
                 if elements == 0 or (last < storage.elements and elements <= storage.elements):
                     return StoredTensor(storage, offset, tuple(shape), tuple(strides))
             _damaged(name, f"{key:.80} lies outside its storage")
@@ -230,26 +298,33 @@ def _tensor(value: Any, name: str, key: str) -> StoredTensor | None:
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(isinstance(size, int) and size >= 0 for size in value)
+    return isinstance(value, (tuple, list)) and all(
+        isinstance(size, int) and size >= 0 for size in value
+    )
 
 
 class Checkpoint:
     """An open checkpoint; close it, or use it in a `with`.
 
-    tensors: those of the state dict (the top level, or what lies under its "state_dict") whose name starts with one of
-    `prefixes`; all if there are none. Their bytes are read by `read`, and no others ever.
+    tensors: those of the state dict (the top level, or what lies under its "state_dict") whose name
+    starts with one of `prefixes`; all if there are none. Their bytes are read by `read`, and no
+    others ever.
     """
 
     tensors: dict[str, StoredTensor]
 
     def __init__(self, path: Path, prefixes: tuple[str, ...] = ()) -> None:
-        """Raises OSDFaceError, in one sentence, for a file that is no checkpoint, is damaged, or is made to run code."""
+        """Raises OSDFaceError, in one sentence, for a file that is no checkpoint, is damaged, or is
+        made to run code.
+        """
         self._name = path.name
         self._file = path.open("rb")
         try:
             self._size = os.fstat(self._file.fileno()).st_size
             start = self._file.read(len(_LEGACY_START))
-            top, self._copy_storage = self._open_zip() if start.startswith(b"PK") else self._open_legacy(start)
+            top, self._copy_storage = (
+                self._open_zip() if start.startswith(b"PK") else self._open_legacy(start)
+            )
             self.tensors = dict(self._select(top, prefixes))
             used = {tensor.storage.key: tensor.storage.size for tensor in self.tensors.values()}
             if sum(used.values()) > self._size:
@@ -273,9 +348,21 @@ class Checkpoint:
     def _select(self, top: Any, prefixes: tuple[str, ...]) -> Iterator[tuple[str, StoredTensor]]:
         if isinstance(top, dict) and isinstance(top.get("state_dict"), dict):
             top = top["state_dict"]
-        if isinstance(top, _Inert) and top.path == "collections.OrderedDict" and top.args and isinstance(top.args[0], list):
+        if (
+            isinstance(top, _Inert)
+            and top.path == "collections.OrderedDict"
+            and top.args
+            and isinstance(top.args[0], list)
+        ):
             # Python 2 wrote an OrderedDict as a list of pairs.
-            top = {key: value for key, value in (pair for pair in top.args[0] if isinstance(pair, list | tuple) and len(pair) == 2)}
+            top = {
+                key: value
+                for key, value in (
+                    pair
+                    for pair in top.args[0]
+                    if isinstance(pair, list | tuple) and len(pair) == 2
+                )
+            }
         found = False
         for key, value in top.items() if isinstance(top, dict) else ():
             if isinstance(key, str) and key.startswith(prefixes or ""):
@@ -285,27 +372,58 @@ class Checkpoint:
                     yield key, tensor
         if not found:
             wanted = f" whose names start with {' or '.join(prefixes)}" if prefixes else ""
-            raise OSDFaceError(f"{self._name} holds no tensors{wanted}: it is another file than the one wanted, fetch that one.")
+            raise OSDFaceError(
+                f"{self._name} holds no tensors{wanted}: it is another file than the one wanted, "
+                f"fetch that one."
+            )
 
     def _open_zip(self) -> tuple[Any, Callable[[Storage, memoryview], None]]:
         try:
             archive = zipfile.ZipFile(self._file)
             entries = {info.filename: info for info in archive.infolist()}
-        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error) as error:
-            raise OSDFaceError(f"{self._name} is cut off or damaged ({error}): fetch the file again.") from error
+        except (
+            zipfile.BadZipFile,
+            NotImplementedError,
+            OSError,
+            ValueError,
+            struct.error,
+        ) as error:
+            raise OSDFaceError(
+                f"{self._name} is cut off or damaged ({error}): fetch the file again."
+            ) from error
         for info in entries.values():
-            if ".." in info.filename.split("/") or info.filename.startswith("/") or "\\" in info.filename or ":" in info.filename:
-                raise OSDFaceError(f"{self._name} is refused: it holds an entry that points outside itself ({info.filename:.80}).")
-            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+            if (
+                ".." in info.filename.split("/")
+                or info.filename.startswith("/")
+                or "\\" in info.filename
+                or ":" in info.filename
+            ):
                 raise OSDFaceError(
-                    f"{self._name} is refused: {info.filename:.80} is packed and would unpack to {info.file_size} bytes, "
+                    f"{self._name} is refused: it holds an entry that points outside itself "
+                    f"({info.filename:.80})."
+                )
+            if (
+                info.compress_type != zipfile.ZIP_STORED
+                or info.compress_size != info.file_size
+                or info.flag_bits & 1
+            ):
+                raise OSDFaceError(
+                    f"{self._name} is refused: {info.filename:.80} is packed and would unpack to "
+                    f"{info.file_size} bytes, "
                     "where torch stores tensors as they are; fetch the file from its official page."
                 )
         if sum(info.file_size for info in entries.values()) > self._size:
             _damaged(self._name, "its entries are larger than the file")
-        pickles = [filename for filename in entries if filename.endswith("/data.pkl") and filename.count("/") == 1]
+        pickles = [
+            filename
+            for filename in entries
+            if filename.endswith("/data.pkl") and filename.count("/") == 1
+        ]
         if len(pickles) != 1:
-            raise OSDFaceError(f"{self._name} is a zip archive but no torch checkpoint: give the .ckpt or .pth file itself.")
+            raise OSDFaceError(
+                f"{self._name} is a zip archive but no torch checkpoint: give the .ckpt or .pth "
+                f"file itself."
+            )
         root = pickles[0].removesuffix("data.pkl")
         if entries[pickles[0]].file_size > _PICKLE_LIMIT:
             _damaged(self._name, "its pickle is larger than any checkpoint's")
@@ -313,13 +431,28 @@ class Checkpoint:
         def copy(entry: str, into: memoryview) -> None:
             try:
                 if entries[entry].file_size != len(into):
-                    _damaged(self._name, f"{entry:.80} has {entries[entry].file_size} bytes instead of {len(into)}")
+                    _damaged(
+                        self._name,
+                        f"{entry:.80} has {entries[entry].file_size} bytes instead of {len(into)}",
+                    )
                 with archive.open(entries[entry]) as source:
                     _fill(source, into)
-            except (KeyError, zipfile.BadZipFile, NotImplementedError, OSError, EOFError, ValueError, struct.error) as error:
+            except (
+                KeyError,
+                zipfile.BadZipFile,
+                NotImplementedError,
+                OSError,
+                EOFError,
+                ValueError,
+                struct.error,
+            ) as error:
                 _damaged(self._name, str(error), error)
 
-        order = bytearray(entries[root + "byteorder"].file_size) if root + "byteorder" in entries else bytearray(b"little")
+        order = (
+            bytearray(entries[root + "byteorder"].file_size)
+            if root + "byteorder" in entries
+            else bytearray(b"little")
+        )
         if root + "byteorder" in entries:
             copy(root + "byteorder", memoryview(order))
         if order != b"little":
@@ -332,22 +465,35 @@ class Checkpoint:
     def _open_legacy(self, start: bytes) -> tuple[Any, Callable[[Storage, memoryview], None]]:
         """torch's format before 1.6: five pickles, then each storage's element count and bytes."""
         if start != _LEGACY_START:
-            raise OSDFaceError(f"{self._name} is {_looks_like(start, self._size)}: fetch the file again from its official page.")
+            raise OSDFaceError(
+                f"{self._name} is {_looks_like(start, self._size)}: fetch the file again from its "
+                f"official page."
+            )
         self._file.seek(0)
         head = io.BytesIO(self._file.read(_PICKLE_LIMIT))
         _, protocol, system = (_unpickle(head, self._name)[0] for _ in range(3))
         top, storages = _unpickle(head, self._name)
         keys, _ = _unpickle(head, self._name)
         position = head.tell()
-        if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict) or system.get("little_endian") is not True:
+        if (
+            protocol != _LEGACY_PROTOCOL
+            or not isinstance(system, dict)
+            or system.get("little_endian") is not True
+        ):
             _damaged(self._name, "it was written by an unknown version of torch")
-        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(storages):
+        if (
+            not isinstance(keys, list)
+            or not all(isinstance(key, str) for key in keys)
+            or set(keys) != set(storages)
+        ):
             _damaged(self._name, "its list of storages does not match its tensors")
         places = {}
         for key in keys:
             places[key] = position + 8
             if position + 8 + storages[key].size > self._size:
-                raise OSDFaceError(f"{self._name} is cut off at {self._size} bytes: fetch the file again.")
+                raise OSDFaceError(
+                    f"{self._name} is cut off at {self._size} bytes: fetch the file again."
+                )
             self._file.seek(position)
             if struct.unpack("<q", self._file.read(8)) != (storages[key].elements,):
                 _damaged(self._name, "the size of a storage is not what its tensors say")

@@ -1,7 +1,9 @@
-"""Brings one file of the catalogue into its folder, whole and verified, or leaves the folder as it was.
+"""Brings one file of the catalogue into its folder, whole and verified, or leaves the folder as it
+was.
 
-huggingface_hub, which every host has with transformers, does the transfers: from the hub and, by the same function, from release
-pages. It retries, resumes, waits as Retry-After says, and respects HF_ENDPOINT, HF_HUB_DOWNLOAD_TIMEOUT and the proxy variables.
+huggingface_hub, which every host has with transformers, does the transfers: from the hub and, by
+the same function, from release pages. It retries, resumes, waits as Retry-After says, and respects
+HF_ENDPOINT, HF_HUB_DOWNLOAD_TIMEOUT and the proxy variables.
 """
 
 from __future__ import annotations
@@ -102,7 +104,9 @@ def recorded_sha256(path: Path) -> str | None:
     if not record.is_file():
         return None
     digest = record.read_text(encoding="utf-8").split(maxsplit=1)[:1]
-    return digest[0].lower() if digest and len(digest[0]) == hashlib.sha256().digest_size * 2 else None
+    return (
+        digest[0].lower() if digest and len(digest[0]) == hashlib.sha256().digest_size * 2 else None
+    )
 
 
 def record_sha256(path: Path, digest: str) -> None:
@@ -114,9 +118,11 @@ def record_sha256(path: Path, digest: str) -> None:
 
 
 def place(path: Path, write: Callable[[Path], str]) -> Path:
-    """Makes the file `path` by `write`, which fills the temporary name it is given and returns the content's SHA-256.
+    """Makes the file `path` by `write`, which fills the temporary name it is given and returns the
+    content's SHA-256.
 
-    The file is there whole or not at all; its digest is recorded beside it. Raises OSDFaceError for a full or read-only disk.
+    The file is there whole or not at all; its digest is recorded beside it. Raises OSDFaceError for
+    a full or read-only disk.
     """
     from filelock import FileLock
 
@@ -139,19 +145,32 @@ def place(path: Path, write: Callable[[Path], str]) -> Path:
 def disk_error(path: Path, error: OSError) -> OSDFaceError:
     """The sentence for a disk that does not take a file."""
     if error.errno in _DISK_FULL:
-        return OSDFaceError(f"The disk of {path.parent} is full: {path.name} was not written; make room and run this again.")
+        return OSDFaceError(
+            f"The disk of {path.parent} is full: {path.name} was not written; make room and run "
+            f"this again."
+        )
     if error.errno in _NOT_WRITABLE:
-        return OSDFaceError(f"{path.parent} cannot be written to: {path.name} was not written; allow it, or name another models folder.")
+        return OSDFaceError(
+            f"{path.parent} cannot be written to: {path.name} was not written; allow it, or name "
+            f"another models folder."
+        )
     return OSDFaceError(f"{path} cannot be written ({error.strerror or error}).")
 
 
-def fetch(entry: WeightFile, folder: Path, progress: Progress | None = None, unreachable: set[str] | None = None) -> Path:
+def fetch(
+    entry: WeightFile,
+    folder: Path,
+    progress: Progress | None = None,
+    unreachable: set[str] | None = None,
+) -> Path:
     """Downloads `entry` into `folder` unless it is there, and returns its path.
 
-    The content is checked against the catalogue's SHA-256, else against the one recorded here before, else the hub's. A broken
-    download is resumed, in this run or the next. Two processes do not hurt each other: the second waits for the first.
-    progress: called several times a second, in the caller's thread. unreachable: hosts that did not answer; filled and heeded.
-    Raises UnreachableError when no address gives the file, another OSDFaceError for what is wrong on this machine.
+    The content is checked against the catalogue's SHA-256, else against the one recorded here
+    before, else the hub's. A broken download is resumed, in this run or the next. Two processes do
+    not hurt each other: the second waits for the first. progress: called several times a second, in
+    the caller's thread. unreachable: hosts that did not answer; filled and heeded. Raises
+    UnreachableError when no address gives the file, another OSDFaceError for what is wrong on this
+    machine.
     """
     from filelock import FileLock, Timeout
 
@@ -173,7 +192,9 @@ def fetch(entry: WeightFile, folder: Path, progress: Progress | None = None, unr
                 if progress:
                     progress(0, entry.expected_size)
         try:
-            if path.is_file() and (waiting or sha256_of(path) == (entry.sha256 or recorded_sha256(path))):
+            if path.is_file() and (
+                waiting or sha256_of(path) == (entry.sha256 or recorded_sha256(path))
+            ):
                 return path
             return _fetch(entry, path, incomplete, progress, unreachable)
         finally:
@@ -182,7 +203,13 @@ def fetch(entry: WeightFile, folder: Path, progress: Progress | None = None, unr
         raise disk_error(path, error) from error
 
 
-def _fetch(entry: WeightFile, path: Path, incomplete: Path, progress: Progress | None, unreachable: set[str]) -> Path:
+def _fetch(
+    entry: WeightFile,
+    path: Path,
+    incomplete: Path,
+    progress: Progress | None,
+    unreachable: set[str],
+) -> Path:
     why = []
     for address in entry.addresses:
         host = urlsplit(_release(address)).netloc if not address.startswith(HUB) else HUB
@@ -193,7 +220,11 @@ def _fetch(entry: WeightFile, path: Path, incomplete: Path, progress: Progress |
         try:
             source = _source(address, entry, path, progress)
             part = incomplete / f"{entry.name}.{(source.sha256 or 'unknown')[:12]}.part"
-            _check_space(path, (source.size or entry.expected_size) - (part.stat().st_size if part.is_file() else 0))
+            _check_space(
+                path,
+                (source.size or entry.expected_size)
+                - (part.stat().st_size if part.is_file() else 0),
+            )
             digest = _transfer(entry, source, part, progress)
         except _NextAddress as error:
             if isinstance(error, _NotReached):
@@ -202,7 +233,8 @@ def _fetch(entry: WeightFile, path: Path, incomplete: Path, progress: Progress |
             why.append(f"{address}: {error}")
             continue
         finally:
-            # A transfer that was given up may still hold its file, which Windows then does not let go.
+            # A transfer that was given up may still hold its file, which Windows then does not let
+            # go.
             with suppress(FileNotFoundError, PermissionError):
                 if not part.stat().st_size:
                     part.unlink()
@@ -216,9 +248,15 @@ def _fetch(entry: WeightFile, path: Path, incomplete: Path, progress: Progress |
 
 
 def _release(address: str) -> str:
-    """The address, or its place on the mirror that OSDFACE_RELEASES names instead of https://github.com."""
+    """The address, or its place on the mirror that OSDFACE_RELEASES names instead of
+    https://github.com.
+    """
     mirror = os.environ.get("OSDFACE_RELEASES")
-    return mirror.rstrip("/") + "/" + address.removeprefix(RELEASES) if mirror and address.startswith(RELEASES) else address
+    return (
+        mirror.rstrip("/") + "/" + address.removeprefix(RELEASES)
+        if mirror and address.startswith(RELEASES)
+        else address
+    )
 
 
 def _source(address: str, entry: WeightFile, path: Path, progress: Progress | None) -> _Source:
@@ -229,7 +267,9 @@ def _source(address: str, entry: WeightFile, path: Path, progress: Progress | No
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
     except ImportError as error:
-        raise _NextAddress("huggingface_hub is not installed: run this with the Python of ComfyUI") from error
+        raise _NextAddress(
+            "huggingface_hub is not installed: run this with the Python of ComfyUI"
+        ) from error
     owner, repository, file = address.removeprefix(HUB).split("/", 2)
     url = hf_hub_url(f"{owner}/{repository}", file, endpoint=os.environ.get("HF_ENDPOINT") or None)
 
@@ -250,7 +290,8 @@ def _check_space(path: Path, wanted: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if wanted + SPARE_DISK > free:
         raise OSDFaceError(
-            f"The disk of {path.parent} has {free / 1e6:,.0f} MB free and {path.name} wants {(wanted + SPARE_DISK) / 1e6:,.0f} MB: "
+            f"The disk of {path.parent} has {free / 1e6:,.0f} MB free and {path.name} wants "
+            f"{(wanted + SPARE_DISK) / 1e6:,.0f} MB: "
             "make room, or name another models folder."
         )
 
@@ -278,9 +319,13 @@ class _Part(io.BufferedRandom):
 
 
 def _transfer(entry: WeightFile, source: _Source, part: Path, progress: Progress | None) -> str:
-    """Fills `part` from where it stands and returns its SHA-256. A part that is not the wanted file is removed."""
+    """Fills `part` from where it stands and returns its SHA-256. A part that is not the wanted file
+    is removed.
+    """
     resumed = part.is_file() and part.stat().st_size > 0
-    if source.sha256 is None or (resumed and source.size is not None and part.stat().st_size > source.size):
+    if source.sha256 is None or (
+        resumed and source.size is not None and part.stat().st_size > source.size
+    ):
         part.unlink(missing_ok=True)
         resumed = False
     _tried(lambda: _get_on(entry, source, part, progress), entry, progress)
@@ -304,14 +349,18 @@ def _seen(part: Path) -> str:
 
 
 def _get_on(entry: WeightFile, source: _Source, part: Path, progress: Progress | None) -> None:
-    """Transfers, going on after each break for as long as more comes: only newer versions of huggingface_hub do so themselves."""
+    """Transfers, going on after each break for as long as more comes: only newer versions of
+    huggingface_hub do so themselves.
+    """
     for _ in range(MOST_BREAKS):
         before = part.stat().st_size if part.is_file() else 0
         try:
             return _get(entry, source, part, progress)
         except _Failed as error:
             now = part.stat().st_size if part.is_file() else 0
-            if source.size is not None and now > source.size:  # the whole file came after the first half
+            if (
+                source.size is not None and now > source.size
+            ):  # the whole file came after the first half
                 part.unlink()
             elif now <= before or getattr(error.cause, "response", None) is not None:
                 raise
@@ -319,7 +368,9 @@ def _get_on(entry: WeightFile, source: _Source, part: Path, progress: Progress |
 
 
 def _get(entry: WeightFile, source: _Source, part: Path, progress: Progress | None) -> None:
-    """One transfer, in a thread of its own so that a server that stalls cannot keep the caller from stopping."""
+    """One transfer, in a thread of its own so that a server that stalls cannot keep the caller from
+    stopping.
+    """
     from huggingface_hub.file_download import http_get
 
     file = _Part(part)
@@ -328,7 +379,13 @@ def _get(entry: WeightFile, source: _Source, part: Path, progress: Progress | No
     def work() -> None:
         try:
             with file:
-                http_get(source.url, file, resume_size=file.there, expected_size=source.size, displayed_filename=entry.name)
+                http_get(
+                    source.url,
+                    file,
+                    resume_size=file.there,
+                    expected_size=source.size,
+                    displayed_filename=entry.name,
+                )
         except _Stopped:
             pass
         except Exception as error:  # told apart in _tried, in the caller's thread
@@ -380,8 +437,9 @@ def _tried(work: Callable[[], _T], entry: WeightFile, progress: Progress | None)
 def _wait(error: Exception, attempt: int) -> float:
     """Seconds to wait before the next attempt; raises where there is to be none.
 
-    huggingface_hub's exceptions differ from version to version: told apart are those with a response, those of the disk, its
-    check of the size (a bare OSError), and the rest, in which no server answered.
+    huggingface_hub's exceptions differ from version to version: told apart are those with a
+    response, those of the disk, its check of the size (a bare OSError), and the rest, in which no
+    server answered.
     """
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
@@ -390,7 +448,9 @@ def _wait(error: Exception, attempt: int) -> float:
     if status is None or response is None:
         if type(error) is OSError:
             raise _NextAddress("gave a file of another size") from error
-        raise _NotReached(f"the server was not reached, or broke off ({str(error) or type(error).__name__:.200})") from error
+        raise _NotReached(
+            f"the server was not reached, or broke off ({str(error) or type(error).__name__:.200})"
+        ) from error
     asked = str(response.headers.get("Retry-After", ""))
     seconds = float(asked) if asked.isdigit() else float(attempt)
     if status not in TRY_AGAIN or attempt == TRIES or seconds > LONGEST_WAIT:

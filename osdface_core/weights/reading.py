@@ -1,4 +1,4 @@
-"""Reads the tensors of a weight file: safetensors, or a pickled checkpoint that is never executed."""
+"""Reads the tensors of a weight file: safetensors, or a pickled checkpoint, never executed."""
 
 from __future__ import annotations
 
@@ -26,14 +26,19 @@ _DTYPES = {
 
 
 def read_tensors(path: Path, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pth or .ckpt file by name, on the CPU; the format is told by the content.
+    """The tensors of a .safetensors, .pth or .ckpt file by name, on the CPU; the format is told by
+    the content.
 
-    A checkpoint's top-level "state_dict" is unwrapped. prefixes: keep only the names that start with one of them, as they are
-    spelt; the bytes of the others are not read. Tensors that share a storage in the file share it here.
-    Raises OSDFaceError, in one sentence, for a file that is missing, damaged, of another kind, or made to run code.
+    A checkpoint's top-level "state_dict" is unwrapped. prefixes: keep only the names that start
+    with one of them, as they are spelt; the bytes of the others are not read. Tensors that share a
+    storage in the file share it here. Raises OSDFaceError, in one sentence, for a file that is
+    missing, damaged, of another kind, or made to run code.
     """
     if not path.is_file():
-        raise OSDFaceError(f"There is no file {path}: run `python install.py` in the folder of this extension, or put the file there.")
+        raise OSDFaceError(
+            f"There is no file {path}: run `python install.py` in the folder of this extension, "
+            f"or put the file there."
+        )
     try:
         if is_safetensors(path):
             return _read_safetensors(path, prefixes)
@@ -45,7 +50,10 @@ def read_tensors(path: Path, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor
             }
             return {name: _view(flat, tensor) for name, tensor in checkpoint.tensors.items()}
     except OSError as error:
-        raise OSDFaceError(f"{path} cannot be read ({error.strerror or error}): check the disk and the file's permissions.") from error
+        raise OSDFaceError(
+            f"{path} cannot be read ({error.strerror or error}): check the disk and the file's "
+            f"permissions."
+        ) from error
 
 
 def _view(flat: dict[str, Tensor], tensor: StoredTensor) -> Tensor:
@@ -64,10 +72,16 @@ def is_safetensors(path: Path) -> bool:
 def _read_safetensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes or "")}  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith(prefixes or "")]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
-        raise OSDFaceError(f"{path.name} is cut off or damaged ({error}): fetch the file again.") from error
+        raise OSDFaceError(
+            f"{path.name} is cut off or damaged ({error}): fetch the file again."
+        ) from error
     if not tensors:
         wanted = f" whose names start with {' or '.join(prefixes)}" if prefixes else ""
-        raise OSDFaceError(f"{path.name} holds no tensors{wanted}: it is another file than the one wanted, fetch that one.")
+        raise OSDFaceError(
+            f"{path.name} holds no tensors{wanted}: it is another file than the one wanted, fetch "
+            f"that one."
+        )
     return tensors

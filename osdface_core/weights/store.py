@@ -1,4 +1,6 @@
-"""What of the catalogue is on this machine, whether it is right, and how what is missing gets there."""
+"""What of the catalogue is on this machine, whether it is right, and how what is missing gets
+there.
+"""
 
 from __future__ import annotations
 
@@ -67,11 +69,13 @@ def target(entry: WeightFile, folders: Folders) -> Path:
 def command(*options: str) -> str:
     """The line that brings weights, ready to be pasted."""
     script = Path(__file__).resolve().parents[2] / "install.py"
-    return " ".join(f'"{part}"' if " " in part else part for part in (sys.executable, str(script), *options))
+    return " ".join(
+        f'"{part}"' if " " in part else part for part in (sys.executable, str(script), *options)
+    )
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a file's tensors, none of which is read. Raises OSDFaceError, or OSError."""
+    """Names and shapes of a file's tensors, which are not read. Raises OSDFaceError, or OSError."""
     from .checkpoint import Checkpoint
     from .reading import is_safetensors
 
@@ -80,9 +84,12 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
         try:
             with safe_open(path, framework="np") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                names = file.keys()
+                return {name: tuple(file.get_slice(name).get_shape()) for name in names}
         except SafetensorError as error:
-            raise OSDFaceError(f"{path.name} is cut off or damaged ({error}): fetch the file again.") from error
+            raise OSDFaceError(
+                f"{path.name} is cut off or damaged ({error}): fetch the file again."
+            ) from error
     with Checkpoint(path) as checkpoint:
         return {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
 
@@ -94,7 +101,9 @@ def fits(entry: WeightFile, held: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def recognise(path: Path) -> WeightFile | None:
-    """The file of the catalogue that `path` is, by its content; None for any other, readable or not."""
+    """The file of the catalogue that `path` is, by its content; None for any other, readable or
+    not.
+    """
     try:
         held = shapes(path)
     except (OSDFaceError, OSError):
@@ -103,18 +112,26 @@ def recognise(path: Path) -> WeightFile | None:
 
 
 def recognise_all(folder: Path) -> dict[str, Path]:
-    """Files of the catalogue that lie in or under `folder`, whatever they are called there, by their names in the catalogue."""
+    """Files of the catalogue that lie in or under `folder`, whatever they are called there, by
+    their names in the catalogue.
+    """
     found: dict[str, Path] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if (entry := recognise(path)) is not None:
-            known = entry.sha256 is not None and path.stat().st_size == entry.size and sha256_of(path) == entry.sha256
+            known = (
+                entry.sha256 is not None
+                and path.stat().st_size == entry.size
+                and sha256_of(path) == entry.sha256
+            )
             if known or entry.name not in found:
                 found[entry.name] = path
     return found
 
 
 def inspect(entry: WeightFile, folders: Folders) -> Finding:
-    """How the file stands: its content against the known digest; without one, or where it differs, whether it does its work."""
+    """How the file stands: its content against the known digest; without one, or where it differs,
+    whether it does its work.
+    """
     path = find(entry, folders)
     if path is None:
         return Finding(entry, State.MISSING, f"wanted in {target(entry, folders).parent}")
@@ -130,13 +147,21 @@ def judge(entry: WeightFile, path: Path) -> Finding:
         if not fits(entry, shapes(path)):
             return Finding(entry, State.WRONG, "it does not hold the tensors of that file", path)
         if entry.sha256 is None and known is not None:
-            return Finding(entry, State.WRONG, f"its SHA-256 is no longer the one recorded beside it in {path.name}{RECORD}", path)
+            return Finding(
+                entry,
+                State.WRONG,
+                f"its SHA-256 is no longer the one recorded beside it in {path.name}{RECORD}",
+                path,
+            )
         if entry in (DETECTOR, SMALL_DETECTOR):
             from ..faces.detector_check import build_detector
             from .reading import read_tensors
 
             build_detector(read_tensors(path))
-            why = "not the official file (another SHA-256), but it has the same layout and finds one face where one face is drawn"
+            why = (
+                "not the official file (another SHA-256), but it has the same layout and finds one "
+                "face where one face is drawn"
+            )
         elif entry.sha256 is not None:
             why = "not the official file (another SHA-256), but it has the same layout"
         else:
@@ -158,10 +183,11 @@ def obtain(
     keep_original: bool = False,
     unreachable: set[str] | None = None,
 ) -> Path:
-    """Puts the file in its place: copied from `given` (paths by the catalogue's names), converted, or downloaded.
+    """Puts the file in its place: copied from `given` (paths by the catalogue's names), converted,
+    or downloaded.
 
-    What is downloaded only to be converted is removed afterwards unless `keep_original`. Raises OSDFaceError as `fetch` and the
-    conversions do.
+    What is downloaded only to be converted is removed afterwards unless `keep_original`. Raises
+    OSDFaceError as `fetch` and the conversions do.
     """
     given = given or {}
     into = target(entry, folders)
@@ -169,12 +195,18 @@ def obtain(
         return _copy(entry, given[entry.name], into)
     if not entry.made_from:
         if offline:
-            raise UnreachableError(f"{entry.name} is missing and downloads are off: put it into {into.parent}.", ["downloads are off"])
+            raise UnreachableError(
+                f"{entry.name} is missing and downloads are off: put it into {into.parent}.",
+                ["downloads are off"],
+            )
         return fetch(entry, into.parent, progress, unreachable)
     parts = []
     for source in map(BY_NAME.__getitem__, entry.made_from):
         path = given.get(source.name) or find(source, folders)
-        parts.append(path or obtain(source, folders, progress=progress, offline=offline, unreachable=unreachable))
+        parts.append(
+            path
+            or obtain(source, folders, progress=progress, offline=offline, unreachable=unreachable)
+        )
     from ..osdface import convert
 
     if entry is VRE:
@@ -201,14 +233,21 @@ def _copy(entry: WeightFile, source: Path, into: Path) -> Path:
     return into if into.exists() and into.samefile(source) else place(into, write)
 
 
-def ensure(name: str, folders: Folders, *, allow_download: bool = False, progress: Progress | None = None) -> Path:
-    """The path of a file of the catalogue, fetched (and converted) first if it is missing and that is allowed.
+def ensure(
+    name: str, folders: Folders, *, allow_download: bool = False, progress: Progress | None = None
+) -> Path:
+    """The path of a file of the catalogue, fetched (and converted) first if it is missing and that
+    is allowed.
 
-    progress: see fetching.Progress; what it raises stops the download. Raises OSDFaceError that says how to get the file.
+    progress: see fetching.Progress; what it raises stops the download. Raises OSDFaceError that
+    says how to get the file.
     """
     entry = BY_NAME.get(name)
     if entry is None:
-        raise OSDFaceError(f"{name} is in none of the model folders and is not a file that OSDFace knows where to fetch: put it there.")
+        raise OSDFaceError(
+            f"{name} is in none of the model folders and is not a file that OSDFace knows where "
+            f"to fetch: put it there."
+        )
     path = find(entry, folders)
     if path is not None:
         return path
@@ -216,8 +255,8 @@ def ensure(name: str, folders: Folders, *, allow_download: bool = False, progres
         parts = " and ".join(source.name for source in sources(entry))
         origin = "" if parts == name else f", which is made from {parts}"
         raise OSDFaceError(
-            f"{name} is missing ({entry.purpose}{origin}): run {command('--only', name)} in a terminal, or allow downloads in the settings "
+            f"{name} is missing ({entry.purpose}{origin}): run {command('--only', name)} in a "
+            f"terminal, or allow downloads in the settings "
             "(or by OSDFACE_DOWNLOAD=1)."
         )
     return obtain(entry, folders, progress=progress)
-

@@ -1,14 +1,16 @@
-"""The built-in model: the whole pipeline at small size, for where no weights are found. A stand-in to try the pack with, not OSDFace.
+"""The built-in model: the whole pipeline at small size, for where no weights are found. A stand-in
+to try the pack with, not OSDFace.
 
-    backbone(device, dtype)   a Backbone on diffusers' UNet and our small autoencoder (diffusers is imported only here)
-    unet(), vae()             its two networks, as diffusers' UNet2DConditionModel and in the manner of its autoencoders
+    backbone(device, dtype)   a Backbone on diffusers' UNet and our small autoencoder
+    unet(), vae()             its two networks, in the manner of diffusers'
     autoencoder(operations)   the autoencoder alone, tensors in and out
     embedder(operations)      the VisualEmbedder: crops -> (B,77,1024) prompts
     detector(operations)      the face detector, to be called as retinaface.RetinaFace is
-    ANNOUNCEMENT              a sentence to log where the built-in model is used without having been asked for
+    ANNOUNCEMENT              a sentence for the log where nobody asked for the built-in model
 
-Each reads its file of this folder, a few megabytes of fp16, and gives a network in fp32 on the CPU, ready to run. Nothing is fetched.
-Latents have about unit variance: what a latent is scaled by is 1. docs/builtin.md tells how the files were made.
+Each reads its file of this folder, a few megabytes of fp16, and gives a network in fp32 on the CPU,
+ready to run. Nothing is fetched. Latents have about unit variance: what a latent is scaled by is 1.
+docs/builtin.md tells how the files were made.
 """
 
 from __future__ import annotations
@@ -35,9 +37,12 @@ if TYPE_CHECKING:
 
 NAME = "builtin"
 FOLDER = Path(__file__).parent
-AUTOENCODER, UNET, VRE, DETECTOR = (FOLDER / f"{part}.safetensors" for part in ("autoencoder", "unet", "vre", "detector"))
+AUTOENCODER, UNET, VRE, DETECTOR = (
+    FOLDER / f"{part}.safetensors" for part in ("autoencoder", "unet", "vre", "detector")
+)
 ANNOUNCEMENT = (
-    "Using the small built-in model, a stand-in that needs no download; for OSDFace's own quality get its weights with `python install.py`."
+    "Using the small built-in model, a stand-in that needs no download; for OSDFace's own quality "
+    "get its weights with `python install.py`."
 )
 
 SCALING = 1.0
@@ -59,7 +64,12 @@ UNET_CONFIG: dict[str, Any] = {
 
 
 def _read(path: Path, make: Any) -> Any:
-    return filled(make, load_file(path), f"{path.name} of the built-in model does not fit", "install this pack anew.")
+    return filled(
+        make,
+        load_file(path),
+        f"{path.name} of the built-in model does not fit",
+        "install this pack anew.",
+    )
 
 
 def autoencoder(operations: Operations = nn) -> Autoencoder:
@@ -85,7 +95,12 @@ def unet() -> UNet2DConditionModel:
 class DiffusersAutoencoder(Autoencoder):
     """The autoencoder in the manner of diffusers' AutoencoderTiny."""
 
-    config = SimpleNamespace(scaling_factor=SCALING, latent_channels=LATENT_CHANNELS, block_out_channels=(1, 1, 1, 1), shift_factor=None)
+    config = SimpleNamespace(
+        scaling_factor=SCALING,
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(1, 1, 1, 1),
+        shift_factor=None,
+    )
 
     def encode(self, pixels: Tensor) -> Any:
         return SimpleNamespace(latents=super().encode(pixels))
@@ -99,8 +114,12 @@ def vae() -> DiffusersAutoencoder:
     return network
 
 
-def backbone(device: torch.device | None = None, dtype: torch.dtype | None = None) -> DiffusersBackbone:
-    """A Backbone for osdface_core.one_step.restore; where None is given, on the device and in the type that suit the machine."""
+def backbone(
+    device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> DiffusersBackbone:
+    """A Backbone for osdface_core.one_step.restore; where None is given, on the device and in the
+    type that suit the machine.
+    """
     from ...diffusers.backbone import DiffusersBackbone
 
     return DiffusersBackbone(unet(), vae(), device=device, dtype=dtype)

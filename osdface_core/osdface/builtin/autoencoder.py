@@ -1,10 +1,12 @@
 """A small autoencoder with the latents of Stable Diffusion's: 4 channels at an eighth of the size.
 
-Most of the work is done at 1/8 and 1/4 of the size, so that a face of 512 px costs 6 GMAC, where TAESD takes 140. A linear path, set
-to the principal components of 8 x 8 px blocks before training, runs beside the convolutions of both halves.
+Most of the work is done at 1/8 and 1/4 of the size, so that a face of 512 px costs 6 GMAC, where
+TAESD takes 140. A linear path, set to the principal components of 8 x 8 px blocks before training,
+runs beside the convolutions of both halves.
 
-What is too fine to be told from a poor picture, such as skin and single hairs, the decoder puts in as grain, as video decoders do (AV1's
-film grain synthesis): a fixed tile of noise, as much of it at each pixel as the network says.
+What is too fine to be told from a poor picture, such as skin and single hairs, the decoder puts in
+as grain, as video decoders do (AV1's film grain synthesis): a fixed tile of noise, as much of it at
+each pixel as the network says.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from ...layers import Operations
 from ...sd21.backbone import LATENT_CHANNELS, STRIDE
 
 BLOCK = 3 * STRIDE**2
-# Pixels after which the grain repeats; any part of a picture that begins at a multiple of it decodes as in the whole.
+# Pixels after which the grain repeats; any part of a picture that begins at a multiple of it
+# decodes as in the whole.
 GRAIN = 64
 
 
@@ -78,20 +81,30 @@ class Decoder(nn.Module):
         h = F.relu(F.pixel_shuffle(self.conv_2(F.relu(h)), 2))
         amount = F.pixel_shuffle(self.conv_grain(h), 2)
         height, width = amount.shape[-2:]
-        grain = self.grain.to(amount).repeat(1, 1, -(-height // GRAIN), -(-width // GRAIN))[..., :height, :width]
-        return F.pixel_shuffle(self.linear(z), STRIDE) + F.pixel_shuffle(self.conv_out(h), 2) + amount * grain
+        grain = self.grain.to(amount).repeat(1, 1, -(-height // GRAIN), -(-width // GRAIN))[
+            ..., :height, :width
+        ]
+        return (
+            F.pixel_shuffle(self.linear(z), STRIDE)
+            + F.pixel_shuffle(self.conv_out(h), 2)
+            + amount * grain
+        )
 
 
 def blue_noise(generator: torch.Generator) -> Tensor:
-    """(1,1,GRAIN,GRAIN) of variance 1 that joins on at its edges: white noise less its blur, the grain that the eye sees least."""
+    """(1,1,GRAIN,GRAIN) of variance 1 that joins on at its edges: white noise less its blur, the
+    grain that the eye sees least.
+    """
     white = torch.randn(1, 1, GRAIN, GRAIN, generator=generator)
     taps = torch.tensor([1.0, 2.0, 1.0])
-    noise = white - F.conv2d(F.pad(white, [1] * 4, mode="circular"), torch.outer(taps, taps)[None, None] / 16)
+    noise = white - F.conv2d(
+        F.pad(white, [1] * 4, mode="circular"), torch.outer(taps, taps)[None, None] / 16
+    )
     return (noise - noise.mean()) / noise.std()
 
 
 class Autoencoder(nn.Module):
-    """encode: (B,3,H,W) in [-1,1] -> (B,4,H/8,W/8); decode: back. What a latent is scaled by is 1."""
+    """encode: (B,3,H,W) in [-1,1] -> (B,4,H/8,W/8); decode: back. The latents' scale is 1."""
 
     def __init__(self, operations: Operations = nn, width: int = 96, depth: int = 4) -> None:
         super().__init__()
@@ -109,8 +122,10 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def start(self, pixels: Tensor) -> None:
-        """Sets the linear paths to the principal components of these pictures' blocks (B,3,H,W), and what is added to them to 0, but for a
-        little grain, since a loss of detail has no slope at none."""
+        """Sets the linear paths to the principal components of these pictures' blocks (B,3,H,W),
+        and what is added to them to 0, but for a little grain, since a loss of detail has no slope
+        at none.
+        """
         blocks = F.pixel_unshuffle(pixels, STRIDE).movedim(1, -1).reshape(-1, BLOCK).double()
         mean = blocks.mean(0)
         values, vectors = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))

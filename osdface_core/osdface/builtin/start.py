@@ -1,11 +1,13 @@
-"""Where the built-in UNet's training starts: weights with which the step gives back, about, the latents that it is given.
+"""Where the built-in UNet's training starts: weights with which the step gives back, about, the
+latents that it is given.
 
     python -m osdface_core.osdface.builtin.start --out unet_start.safetensors
 
-A small network that begins there has the degraded picture from its first step on, and spends its training on making it better. The group
-norm before the last layer takes away the mean and the size of what passes. So each latent channel z passes it twice, in groups of two
-channels: beside a strong texture t, as (z, t), and as (0, z + t), which lose the same. Their first channels' difference is z, at a scale
-that t sets, whose own was set by the norm before it.
+A small network that begins there has the degraded picture from its first step on, and spends its
+training on making it better. The group norm before the last layer takes away the mean and the size
+of what passes. So each latent channel z passes it twice, in groups of two channels: beside a strong
+texture t, as (z, t), and as (0, z + t), which lose the same. Their first channels' difference is z,
+at a scale that t sets, whose own was set by the norm before it.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def start(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

@@ -1,4 +1,6 @@
-"""Visual Representation Embedder: encoder, code selection, projector, and the reading of their weights."""
+"""Visual Representation Embedder: encoder, code selection, projector, and the reading of their
+weights.
+"""
 
 from .embedder import TOKENS, WIDTH, VisualEmbedder, choose_codes, embed
 from .encoder import Shape

@@ -1,7 +1,9 @@
-"""The Visual Representation Embedder: face crops -> 77 x 1024 visual prompts (OSDFace, section 3.2).
+"""The Visual Representation Embedder: face crops -> 77 x 1024 visual prompts (OSDFace, section
+3.2).
 
-A VQ encoder describes the degraded face by the entries of a learned code book; the 77 best matched distinct entries, widened to
-the text width of Stable Diffusion 2.1, take the place of the text prompt.
+A VQ encoder describes the degraded face by the entries of a learned code book; the 77 best matched
+distinct entries, widened to the text width of Stable Diffusion 2.1, take the place of the text
+prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ WIDTH = 1024
 
 
 class Projector(nn.Module):
-    """(B,77,features) -> (B,77,1024): two 1x1 convolutions, each followed by SiLU (the last one too, as released)."""
+    """(B,77,features) -> (B,77,1024): two 1x1 convolutions, each followed by SiLU (the last one
+    too, as released).
+    """
 
     def __init__(self, operations: Operations = nn, shape: Shape = FULL) -> None:
         super().__init__()
@@ -42,12 +46,16 @@ class CodeBook(nn.Module):
         self.embedding = operations.Embedding(shape.codes, shape.features)
 
     def entries(self, device: torch.device) -> Tensor:
-        """All code vectors, (codes,features) fp32; through the layer, so that a host may cast or page it."""
+        """All code vectors, (codes,features) fp32; through the layer, so that a host may cast or
+        page it.
+        """
         return self.embedding(torch.arange(self.codes, device=device)).float()
 
 
 class VisualEmbedder(nn.Module):
-    """Face crops to visual prompts. Names of parameters: `encoder.*`, `quant_conv.*`, `quantize.embedding.weight`, `projector.*`."""
+    """Face crops to visual prompts. Names of parameters: `encoder.*`, `quant_conv.*`,
+    `quantize.embedding.weight`, `projector.*`.
+    """
 
     def __init__(self, operations: Operations = nn, shape: Shape = FULL) -> None:
         super().__init__()
@@ -58,7 +66,9 @@ class VisualEmbedder(nn.Module):
         self.projector = Projector(operations, shape)
 
     def codes(self, crops: Tensor) -> Tensor:
-        """The code book rows chosen for each crop. crops (B,3,H,W) in [0,1], any size; (B,77,features) fp32."""
+        """The code book rows chosen for each crop. crops (B,3,H,W) in [0,1], any size;
+        (B,77,features) fp32.
+        """
         features = self.quant_conv(self.encoder(encoder_input(crops, self.side)))
         return choose_codes(features.float(), self.quantize.entries(crops.device))
 
@@ -77,8 +87,9 @@ def embed(
 ) -> Tensor:
     """The visual prompts (N,77,1024) of crops (N,H,W,3) in [0,1], fp32, on the device of `crops`.
 
-    network: called before each chunk with its number of faces; gives the embedder, ready, and the device that it computes on.
-    at_once: faces in a chunk. progress: called with 1 and the crop (3,H,W) for each face; what it raises ends the job.
+    network: called before each chunk with its number of faces; gives the embedder, ready, and the
+    device that it computes on. at_once: faces in a chunk. progress: called with 1 and the crop
+    (3,H,W) for each face; what it raises ends the job.
     """
     prompts = torch.empty(len(crops), TOKENS, WIDTH, device=crops.device)
     pixels = crops.movedim(-1, 1)
@@ -95,24 +106,32 @@ def embed(
 
 
 def encoder_input(crops: Tensor, side: int = SIDE) -> Tensor:
-    """(B,3,H,W) in [0,1] -> (B,3,side,side) in [-3,1], fp32, as the released code feeds its encoder, whose side is 512.
+    """(B,3,H,W) in [0,1] -> (B,3,side,side) in [-3,1], fp32, as the released code feeds its
+    encoder, whose side is 512.
 
-    A square goes to 512 with corners aligned, anything else is squashed without; [-1,1] is then normalised once more, as if it were
-    [0,1]. The released weights were trained on prompts made that way, so the range must stay.
+    A square goes to 512 with corners aligned, anything else is squashed without; [-1,1] is then
+    normalised once more, as if it were [0,1]. The released weights were trained on prompts made
+    that way, so the range must stay.
     """
-    x = crops.float().contiguous() * 2 - 1  # a picture arrives channels-last, where torch's group norm on the CPU is less exact
+    x = (
+        crops.float().contiguous() * 2 - 1
+    )  # a picture arrives channels-last, where torch's group norm on the CPU is less exact
     if x.shape[-2:] != (SIDE, SIDE):
-        x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=x.shape[-2] == x.shape[-1])
+        x = F.interpolate(
+            x, (SIDE, SIDE), mode="bilinear", align_corners=x.shape[-2] == x.shape[-1]
+        )
     if side != SIDE:
         x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
     return x * 2 - 1
 
 
 def choose_codes(features: Tensor, book: Tensor, tokens: int = TOKENS) -> Tensor:
-    """For each picture the `tokens` distinct code vectors with the smallest quantisation error, best first.
+    """For each picture the `tokens` distinct code vectors with the smallest quantisation error,
+    best first.
 
-    features (B,C,H,W), book (K,C), both fp32; (B,tokens,C). Pictures that use fewer codes keep rows of zeros, as the released
-    code leaves them. Each position proposes its nearest code; a code counts with its best position.
+    features (B,C,H,W), book (K,C), both fp32; (B,tokens,C). Pictures that use fewer codes keep rows
+    of zeros, as the released code leaves them. Each position proposes its nearest code; a code
+    counts with its best position.
     """
     z = features.flatten(2).transpose(1, 2)
     distance = z.square().sum(2, keepdim=True) + book.square().sum(1) - 2 * z @ book.T

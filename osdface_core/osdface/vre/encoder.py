@@ -1,7 +1,8 @@
 """The convolutional encoder of the Visual Representation Embedder.
 
-A VQGAN encoder (Esser et al. 2021) in the shape that OSDFace trained: 512 px in, 16 x 16 features of 512 channels out, self-attention
-at the last level. Parameter names are those of `associate_2.ckpt`, so that its tensors load strictly.
+A VQGAN encoder (Esser et al. 2021) in the shape that OSDFace trained: 512 px in, 16 x 16 features
+of 512 channels out, self-attention at the last level. Parameter names are those of
+`associate_2.ckpt`, so that its tensors load strictly.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ NORM_GROUPS = 32
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of an embedder's networks; the defaults are OSDFace's. Every level but the last halves, and 16 x 16 positions remain.
+    """Widths of an embedder's networks; the defaults are OSDFace's. Every level but the last
+    halves, and 16 x 16 positions remain.
 
-    channels: of the first layer; multipliers: of each level's width, in these; features: of a code; codes: in the code book;
-    hidden: between the projector's layers.
+    channels: of the first layer; multipliers: of each level's width, in these; features: of a code;
+    codes: in the code book; hidden: between the projector's layers.
     """
 
     channels: int = 64
@@ -47,7 +49,9 @@ def _norm(channels: int, operations: Operations) -> nn.Module:
 
 
 class ResnetBlock(nn.Module):
-    """(B,C,H,W) -> (B,out,H,W): two convolutions behind group norm and SiLU, and a 1x1 shortcut where the width changes."""
+    """(B,C,H,W) -> (B,out,H,W): two convolutions behind group norm and SiLU, and a 1x1 shortcut
+    where the width changes.
+    """
 
     def __init__(self, channels: int, out: int, operations: Operations) -> None:
         super().__init__()
@@ -70,7 +74,9 @@ class Attention(nn.Module):
     def __init__(self, channels: int, operations: Operations) -> None:
         super().__init__()
         self.norm1 = _norm(channels, operations)
-        self.norm2 = _norm(channels, operations)  # in the checkpoint, for a second input that inference never gives
+        self.norm2 = _norm(
+            channels, operations
+        )  # in the checkpoint, for a second input that inference never gives
         self.q = operations.Conv2d(channels, channels, 1)
         self.k = operations.Conv2d(channels, channels, 1)
         self.v = operations.Conv2d(channels, channels, 1)
@@ -78,13 +84,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm1(x)
-        q, k, v = (rearrange(layer(h), "b c h w -> b (h w) c") for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(layer(h), "b c h w -> b (h w) c") for layer in (self.q, self.k, self.v)
+        )
         h = rearrange(F.scaled_dot_product_attention(q, k, v), "b (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
 
 
 class Downsample(nn.Module):
-    """(B,C,H,W) -> (B,C,H/2,W/2): stride 2 over a picture padded by one row below and one column to the right."""
+    """(B,C,H,W) -> (B,C,H/2,W/2): stride 2 over a picture padded by one row below and one column to
+    the right.
+    """
 
     def __init__(self, channels: int, operations: Operations) -> None:
         super().__init__()
@@ -95,11 +105,15 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: two blocks, each followed by attention at the last level, then a downsampling except there."""
+    """One resolution: two blocks, each followed by attention at the last level, then a downsampling
+    except there.
+    """
 
     def __init__(self, channels: int, out: int, last: bool, operations: Operations) -> None:
         super().__init__()
-        self.block = nn.ModuleList([ResnetBlock(channels, out, operations), ResnetBlock(out, out, operations)])
+        self.block = nn.ModuleList(
+            [ResnetBlock(channels, out, operations), ResnetBlock(out, out, operations)]
+        )
         self.attn = nn.ModuleList([Attention(out, operations) for _ in self.block] if last else [])
         if not last:
             self.downsample = Downsample(out, operations)

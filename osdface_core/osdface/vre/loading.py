@@ -18,16 +18,21 @@ PROJECTOR_FILES = ("embedding_change_weights.pth", "embedding_change.pth")
 
 
 def embedder_files(path: Path) -> tuple[Path, ...]:
-    """The files that `read_embedder` reads: `path`, and the projector's file beside a checkpoint that does not hold it."""
+    """The files that `read_embedder` reads: `path`, and the projector's file beside a checkpoint
+    that does not hold it.
+    """
     beside = (path.with_name(name) for name in PROJECTOR_FILES)
-    return (path, *([] if path.suffix == ".safetensors" else [file for file in beside if file.is_file()][:1]))
+    return (
+        path,
+        *([] if path.suffix == ".safetensors" else [file for file in beside if file.is_file()][:1]),
+    )
 
 
 def read_embedder(path: Path) -> dict[str, Tensor]:
     """The embedder's tensors under their own names, from `path`.
 
-    path: one safetensors file that holds both parts, or `associate_2.ckpt` with the projector's file beside it.
-    Raises OSDFaceError if a file cannot be read, or its projector is not there.
+    path: one safetensors file that holds both parts, or `associate_2.ckpt` with the projector's
+    file beside it. Raises OSDFaceError if a file cannot be read, or its projector is not there.
     """
     tensors = read_tensors(path, (LQ_PREFIX, *BARE_PREFIXES))
     state = {name.removeprefix(LQ_PREFIX): t for name, t in tensors.items()}
@@ -36,26 +41,43 @@ def read_embedder(path: Path) -> dict[str, Tensor]:
         _, *projector = embedder_files(path)
         if not projector:
             raise OSDFaceError(
-                f"{path.name} holds no projector: put {PROJECTOR_FILES[0]} beside it in {path.parent}, or run `python install.py`."
+                f"{path.name} holds no projector: put {PROJECTOR_FILES[0]} beside it in "
+                f"{path.parent}, or run `python install.py`."
             )
         state |= {f"projector.{name}": t for name, t in read_tensors(projector[0]).items()}
     return state
 
 
 def shape_of(state: dict[str, Tensor]) -> Shape:
-    """The widths of the networks that these tensors were taken from; OSDFace's where they do not tell."""
-    levels = 1 + max((int(name.split(".")[2]) for name in state if name.startswith("encoder.down.")), default=-1)
+    """The widths of the networks that these tensors were taken from; OSDFace's where they do not
+    tell.
+    """
+    levels = 1 + max(
+        (int(name.split(".")[2]) for name in state if name.startswith("encoder.down.")), default=-1
+    )
     names = ("encoder.down.0.block.0.norm1", "quant_conv", "quantize.embedding", "projector.conv1")
-    found = [state.get(f"{name}.weight") for name in (*names, *(f"encoder.down.{i}.block.1.conv2" for i in range(levels)))]
+    found = [
+        state.get(f"{name}.weight")
+        for name in (*names, *(f"encoder.down.{i}.block.1.conv2" for i in range(levels)))
+    ]
     sizes = [tensor.shape[0] for tensor in found if tensor is not None and tensor.ndim]
-    if not levels or len(sizes) < len(found) or not all(sizes) or any(width % NORM_GROUPS for width in (sizes[0], *sizes[4:])):
+    if (
+        not levels
+        or len(sizes) < len(found)
+        or not all(sizes)
+        or any(width % NORM_GROUPS for width in (sizes[0], *sizes[4:]))
+    ):
         return FULL
     channels, features, codes, hidden, *widths = sizes
     return Shape(channels, tuple(width // channels for width in widths), features, codes, hidden)
 
 
-def build_embedder(state: dict[str, Tensor], operations: Operations = nn, source: str = "The file") -> VisualEmbedder:
-    """A network in fp32, ready to run; tensors without a place in it are left aside. Raises OSDFaceError that names what does not fit."""
+def build_embedder(
+    state: dict[str, Tensor], operations: Operations = nn, source: str = "The file"
+) -> VisualEmbedder:
+    """A network in fp32, ready to run; tensors without a place in it are left aside. Raises
+    OSDFaceError that names what does not fit.
+    """
     return filled(
         lambda: VisualEmbedder(operations, shape_of(state)),
         state,
