@@ -17,7 +17,7 @@ async def comfy_entrypoint() -> ComfyExtension:
     imported without it.
     """
     from .nodes import OSDFaceExtension
-    from .nodes.comfy import host
+    from .nodes.comfy.files import register_folders
 
-    host.register_folders()
+    register_folders()
     return OSDFaceExtension()

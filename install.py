@@ -7,8 +7,10 @@ by hand so: it has no arguments, and
 - ComfyUI-Manager sets COMFYUI_PATH and COMFYUI_FOLDERS_BASE_PATH (a user may well set the first
   alone), or
 - a WebUI puts its own root, where launch.py lies, on PYTHONPATH, or
-- one of the two variables is set and no terminal is attached. Any option makes it a run by hand.
-  Exit codes: 0 all is there, 1 something is missing or wrong, 2 nothing could be fetched.
+- one of the two variables is set and no terminal is attached.
+Any option makes it a run by hand.
+
+Exit codes: 0 all is there, 1 something is missing or wrong, 2 nothing could be fetched.
 """
 
 from __future__ import annotations
@@ -19,16 +21,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from osdface_core.catalogue import CATALOGUE
 from osdface_core.errors import OSDFaceError
-from osdface_core.weights.catalogue import (
-    BASE,
-    BY_NAME,
-    CATALOGUE,
-    KOHYA_LORA,
-    SEARCHED,
-    WeightFile,
-    sources,
-)
+from osdface_core.osdface.files import KOHYA_LORA
+from osdface_core.sd21.files import BASE
+from osdface_core.weights.catalogue import WeightFile
+from osdface_core.weights.store import Store, command
 
 ROOT = Path(__file__).resolve().parent
 MANAGER_VARIABLES = ("COMFYUI_FOLDERS_BASE_PATH", "COMFYUI_PATH")
@@ -77,8 +75,7 @@ def model_folders(models: Path | None) -> dict[str, list[Path]]:
                 "ComfyUI's custom_nodes."
             )
         models = root / "models"
-    names = {name for searched in SEARCHED.values() for name in searched}
-    folders = {name: [models / name] for name in names}
+    folders = {name: [models / name] for name in CATALOGUE.folders}
     extra = [
         host / "extra_model_paths.yaml"
         for host in dict.fromkeys((root, models.parent, *hosts()))
@@ -118,18 +115,16 @@ def extra_folders(path: Path) -> Iterator[tuple[str, Path, bool]]:
 
 def greet_host() -> None:
     """The one line of a run by a host."""
-    from osdface_core.weights import store
-
-    folders = model_folders(None)
+    store = Store(CATALOGUE, model_folders(None))
     missing = [
         entry.name
-        for entry in CATALOGUE
-        if entry.needed and entry is not KOHYA_LORA and store.find(entry, folders) is None
+        for entry in CATALOGUE.files
+        if entry.needed and entry is not KOHYA_LORA and store.find(entry) is None
     ]
     if missing:
         print(
             f"OSDFace: {len(missing)} weight files are missing ({', '.join(missing)}); to fetch "
-            f"them run: {store.command('--fetch')}"
+            f"them run: {command('--fetch')}"
         )
     else:
         print("OSDFace: all weights are there.")
@@ -165,7 +160,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--only",
         metavar="NAME",
         action="append",
-        choices=sorted(BY_NAME),
+        choices=sorted(CATALOGUE.by_name),
         help="only this file; may be repeated",
     )
     parser.add_argument(
@@ -206,48 +201,45 @@ def main(arguments: list[str]) -> int:
 
 
 def run_by_hand(options: argparse.Namespace) -> int:
-    from osdface_core.weights import store
-
     if options.given is not None and not options.given.is_dir():
         raise OSDFaceError(
             f"--from wants a folder that holds the downloaded files, and {options.given} is none."
         )
-    folders = model_folders(options.models_dir)
+    store = Store(CATALOGUE, model_folders(options.models_dir))
     wanted = (
-        [BY_NAME[name] for name in dict.fromkeys(options.only)]
+        [CATALOGUE.by_name[name] for name in dict.fromkeys(options.only)]
         if options.only
-        else [entry for entry in CATALOGUE if entry.needed]
+        else [entry for entry in CATALOGUE.files if entry.needed]
     )
     if options.checkpoint and BASE not in wanted:
         wanted.append(BASE)
     given = store.recognise_all(options.given) if options.given else {}
     for name, path in given.items():
         print(f"{path} is {name}")
-    print(f"Models folder: {folders['osdface'][0].parent}")
+    print(f"Models folder: {store.folders['osdface'][0].parent}")
 
     failures: list[OSDFaceError] = []
     left = []
     unreachable: set[str] = set()
     for entry in wanted:
-        finding = store.inspect(entry, folders)
+        finding = store.inspect(entry)
         print(f"{finding.state.value:>8}  {entry.name}  ({entry.purpose}): {finding.why}")
         if finding.usable:
             continue
         if options.check:
             left.append(entry)
         elif options.dry_run:
-            describe(entry, finding, folders, given)
-        elif finding.path is not None and finding.path != store.target(entry, folders):
+            describe(entry, store, given)
+        elif finding.path is not None and finding.path != store.target(entry):
             left.append(entry)
             print(
                 f"          remove {finding.path}, then run this again: it would hide "
-                f"{store.target(entry, folders)}"
+                f"{store.target(entry)}"
             )
         else:
             try:
                 path = store.obtain(
                     entry,
-                    folders,
                     given=given,
                     offline=options.offline,
                     keep_original=options.keep_original,
@@ -258,32 +250,26 @@ def run_by_hand(options: argparse.Namespace) -> int:
                 failures.append(error)
                 left.append(entry)
                 print(f"  failed  {entry.name}")
-    return conclude(left, failures, folders)
+    return conclude(left, failures, store)
 
 
-def describe(
-    entry: WeightFile, finding: object, folders: dict[str, list[Path]], given: dict[str, Path]
-) -> None:
+def describe(entry: WeightFile, store: Store, given: dict[str, Path]) -> None:
     """What would be done for a file that is not there, or wrong."""
-    from osdface_core.weights import store
-
     if entry.name in given:
         print(f"          would be copied from {given[entry.name]}")
         return
-    for source in sources(entry):
-        if source.name in given or store.find(source, folders):
-            print(f"          would use {given.get(source.name) or store.find(source, folders)}")
+    for source in CATALOGUE.sources(entry):
+        if source.name in given or store.find(source):
+            print(f"          would use {given.get(source.name) or store.find(source)}")
         else:
             print(
                 f"          would fetch {source.addresses[0]} ({megabytes(source.expected_size)})"
             )
-    print(f"          would write {store.target(entry, folders)}")
+    print(f"          would write {store.target(entry)}")
 
 
-def conclude(
-    left: list[WeightFile], failures: list[OSDFaceError], folders: dict[str, list[Path]]
-) -> int:
-    from osdface_core.weights import store
+def conclude(left: list[WeightFile], failures: list[OSDFaceError], store: Store) -> int:
+    """Says what is left to be done by hand; the exit code."""
     from osdface_core.weights.fetching import UnreachableError
 
     if not left:
@@ -297,11 +283,11 @@ def conclude(
     parts = {
         source.name: source
         for entry in left
-        for source in sources(entry)
-        if store.find(source, folders) is None
+        for source in CATALOGUE.sources(entry)
+        if store.find(source) is None
     }
     lines = "; ".join(
-        f"{source.name} from {source.by_hand} into {store.target(source, folders).parent}"
+        f"{source.name} from {source.by_hand} into {store.target(source).parent}"
         for source in parts.values()
     )
     reasons = "; ".join(why for failure in unreached for why in failure.why)

@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from osdface_core.diffusers.builtin import load_backbone
 from osdface_core.faces.choose import Choice
-from osdface_core.faces.detect import Detection, detect
+from osdface_core.faces.detect import Detection, DetectOptions, detect
+from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.faces.find import find_faces
 from osdface_core.faces.retinaface import build_retinaface
 from osdface_core.osdface import builtin
@@ -143,7 +145,7 @@ def held_out_portraits(data: Path, limit: int) -> list[Path]:
 def restoration(data: Path, limit: int, grid: Path | None) -> None:
     teacher = build_retinaface(read_tensors(data / "weights" / "detection_mobilenet0.25_Final.pth"))
     backbone, embedder, autoencoder = (
-        builtin.backbone(torch.device("cpu"), torch.float32),
+        load_backbone(torch.device("cpu"), torch.float32),
         builtin.embedder(),
         builtin.autoencoder(),
     )
@@ -152,7 +154,9 @@ def restoration(data: Path, limit: int, grid: Path | None) -> None:
 
     def face(picture: Tensor) -> Tensor:
         return (
-            find_faces(picture[None], teacher, confidence=0.5, choice=Choice("largest"))
+            find_faces(
+                picture[None], teacher, DetectOptions(confidence=0.5, choice=Choice("largest"))
+            )
             .faces.crops[0]
             .clamp(0, 1)
         )
@@ -258,7 +262,7 @@ def apart(known: Detection, found: Detection) -> list[float]:
 def detection(data: Path, limit: int) -> None:
     """RetinaFace mobilenet0.25 is the truth here: there is no other."""
     teacher = build_retinaface(read_tensors(data / "weights" / "detection_mobilenet0.25_Final.pth"))
-    ours = builtin.detector()
+    ours = build_retinaface(read_tensors(BUILTIN_DETECTOR))
     paths = held_out_portraits(data, limit)
     images = data / "images"
     sets = {
@@ -278,8 +282,8 @@ def detection(data: Path, limit: int) -> None:
             known_faces = hits = others = 0
             errors: list[list[float]] = []
             for picture in pictures:
-                known = detect(picture[None], teacher, confidence=0.9)[0]
-                found = detect(picture[None], ours, confidence=confidence)[0]
+                known = detect(picture[None], teacher, DetectOptions(confidence=0.9))[0]
+                found = detect(picture[None], ours, DetectOptions(confidence=confidence))[0]
                 near = {}
                 for i, face in enumerate(known):
                     best = min(found, key=lambda f, face=face: max(apart(face, f)), default=None)  # type: ignore[misc]

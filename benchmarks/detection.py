@@ -24,21 +24,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from osdface_core.faces.detect import Detection, detect, look
-from osdface_core.faces.face import Affine
+from osdface_core.faces.align import TEMPLATE, crop_face, similarity
+from osdface_core.faces.candidates import detect_once
+from osdface_core.faces.choose import Choice
+from osdface_core.faces.detect import Detection, DetectOptions, detect
 from osdface_core.faces.find import find_faces
 from osdface_core.faces.retinaface import RetinaFace, build_retinaface
-from osdface_core.pictures.resampling import (
-    TEMPLATE,
-    apply,
-    compose,
-    cut,
-    inverse,
-    reach,
-    sampled,
-    similarity,
-    warp,
-)
+from osdface_core.pictures.geometry import Affine, apply, compose, inverse, scale_of
+from osdface_core.pictures.resampling import sample_affine, warp
 
 ANGLES = (0, 30, 60, 90, 135, 180)
 # A face counts as found the right way up if its worst landmark is within this share of the face's
@@ -71,7 +64,10 @@ def error(known: Detection, found: Detection, matrix: Affine) -> float:
 
 def counts(data: Path, network: RetinaFace) -> None:
     portraits = sorted((data / "images" / "portraits").glob("*.jpg"))
-    singles = [len(detect(load(path), network, confidence=CONFIDENCE)[0]) for path in portraits]
+    singles = [
+        len(detect(load(path), network, DetectOptions(confidence=CONFIDENCE))[0])
+        for path in portraits
+    ]
     print(
         f"{len(portraits)} portraits of 1024 px: {singles.count(1)} with one face, "
         f"{sum(n > 1 for n in singles)} with more, ",
@@ -87,7 +83,10 @@ def counts(data: Path, network: RetinaFace) -> None:
         "camera, a profile": [load(data / "images" / "camera.png")],
     }
     for name, pictures in sets.items():
-        known = [detect(picture, network, confidence=CONFIDENCE)[0] for picture in pictures]
+        known = [
+            detect(picture, network, DetectOptions(confidence=CONFIDENCE))[0]
+            for picture in pictures
+        ]
         print(f"{name}: {sum(map(len, known))} faces upright")
         for any_angle in (False, True):
             cells = []
@@ -95,7 +94,9 @@ def counts(data: Path, network: RetinaFace) -> None:
                 right = extra = 0
                 for picture, faces in zip(pictures, known, strict=True):
                     image, matrix = turned(picture, degrees)
-                    found = detect(image, network, confidence=CONFIDENCE, any_angle=any_angle)[0]
+                    found = detect(
+                        image, network, DetectOptions(confidence=CONFIDENCE, any_angle=any_angle)
+                    )[0]
                     hits = sum(any(error(face, d, matrix) < RIGHT for d in found) for face in faces)
                     right += hits
                     extra += max(0, len(found) - hits)
@@ -145,7 +146,7 @@ def agreement(data: Path, network: RetinaFace) -> None:
         image = load(path)
         with torch.inference_mode():
             rows = theirs.detect_faces(bgr(image), CONFIDENCE)
-            seen = look(network, image.movedim(-1, 1), CONFIDENCE)
+            seen = detect_once(network, image.movedim(-1, 1), CONFIDENCE)
         assert len(seen) == len(rows), path.name
         for row in rows:
             k = max(range(len(seen)), key=lambda k, row=row: iou(seen.box[k].tolist(), row[:4]))
@@ -153,7 +154,7 @@ def agreement(data: Path, network: RetinaFace) -> None:
                 seen.landmarks[k].numpy() - 0.5 - row[5:].reshape(5, 2), axis=1
             ).max()
             once.append((iou(seen.box[k].tolist(), row[:4]), float(off)))
-        ours = detect(image, network, confidence=CONFIDENCE)[0]
+        ours = detect(image, network, DetectOptions(confidence=CONFIDENCE))[0]
         only_ours += sum(all(iou(d.box, row[:4]) < 0.5 for row in rows) for d in ours)
         for row in rows:
             best = max(ours, key=lambda d: iou(d.box, row[:4]))
@@ -219,7 +220,7 @@ def consensus(image: Tensor, network: RetinaFace, face: Detection) -> np.ndarray
             .clamp(0, 1)
             .movedim(1, -1)
         )
-        if faces := detect(copy, network, confidence=CONFIDENCE)[0]:
+        if faces := detect(copy, network, DetectOptions(confidence=CONFIDENCE))[0]:
             nearest = max(faces, key=lambda d: iou([c * zoom for c in d.box], face.box))
             found.append(np.array(nearest.landmarks) * zoom)
     return np.median(found, axis=0)
@@ -236,10 +237,12 @@ def crop_agreement(image: Tensor, points: np.ndarray) -> tuple[float, float, flo
     to_crop = cv2.estimateAffinePartial2D(points - 0.5, template, method=cv2.LMEDS)[0]
     theirs = cv2.warpAffine(bgr(image), to_crop, (512, 512), borderMode=cv2.BORDER_REPLICATE)
     matrix = similarity(tuple((float(x), float(y)) for x, y in points), 512)
-    alike = sampled(image[0].movedim(-1, 0), inverse(matrix), 512, 512, "bilinear").movedim(0, -1)
-    own = cut(image[0], matrix, 512)
+    alike = sample_affine(image[0].movedim(-1, 0), inverse(matrix), 512, 512, "bilinear").movedim(
+        0, -1
+    )
+    own = crop_face(image[0], matrix, 512)
     truth = torch.from_numpy(theirs[..., ::-1].copy()) / 255
-    side = 512 / reach(matrix)
+    side = 512 / scale_of(matrix)
     return side, *(float(-10 * torch.log10(((c - truth) ** 2).mean())) for c in (alike, own))
 
 
@@ -268,13 +271,19 @@ def speed(data: Path, network: RetinaFace) -> None:
             a = clock(
                 lambda pictures=pictures: [theirs.detect_faces(p, CONFIDENCE) for p in pictures]
             )
-            b = clock(lambda images=images: detect(images, network, confidence=CONFIDENCE))
+            b = clock(
+                lambda images=images: detect(images, network, DetectOptions(confidence=CONFIDENCE))
+            )
             c = clock(
-                lambda images=images: detect(images, network, confidence=CONFIDENCE, smallest=48)
+                lambda images=images: detect(
+                    images,
+                    network,
+                    DetectOptions(confidence=CONFIDENCE, choice=Choice(min_size=48)),
+                )
             )
             d = clock(
                 lambda images=images: detect(
-                    images, network, confidence=CONFIDENCE, any_angle=True
+                    images, network, DetectOptions(confidence=CONFIDENCE, any_angle=True)
                 ),
                 1,
             )
@@ -363,7 +372,9 @@ def video(data: Path, network: RetinaFace) -> None:
             by_facexlib[t] = (a, -b, x + 0.5 - 0.5 * (a - b)), (b, a, y + 0.5 - 0.5 * (a + b))
     note("facexlib, frame by frame", by_facexlib)
     for smoothing in (0.0, 0.25, 0.5, 0.75, 1.0):
-        found_by_us = find_faces(images, network, confidence=CONFIDENCE, smoothing=smoothing)
+        found_by_us = find_faces(
+            images, network, DetectOptions(confidence=CONFIDENCE, smoothing=smoothing)
+        )
         largest_of: dict[int, Any] = {}
         for face in found_by_us.everyone:
             if face.frame not in largest_of or face.size > largest_of[face.frame].size:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from facexlib.utils.face_restoration_helper import FaceRestoreHelper
 
+from osdface_core.faces.align import crop_faces, similarity
 from osdface_core.faces.face import Face, Faces
 from osdface_core.faces.face_parser import face_probability
-from osdface_core.faces.paste import paste
-from osdface_core.pictures.resampling import cut_all, similarity
+from osdface_core.faces.paste import PasteOptions, paste
 
 TEMPLATE = np.array(
     [
@@ -100,12 +100,14 @@ def ours(
     faces = tuple(
         Face(0, (0, 0, 1, 1), p, 1.0, i, similarity(p, 512)) for i, p in enumerate(points)
     )
-    crops = cut_all(image, [0] * len(faces), [face.matrix for face in faces], 512)
+    crops = crop_faces(image, [0] * len(faces), [face.matrix for face in faces], 512)
     found = Faces(faces, crops, 1, image.shape[1], image.shape[2])
     cut = time.perf_counter() - start
     start = time.perf_counter()
     parse = lambda crops: face_probability(SCORES).expand(len(crops), -1, -1)  # noqa: E731
-    out, mask = paste(image, found, crops, mask_type=mask_type, skip_unchanged=False, parse=parse)
+    out, mask = paste(
+        image, found, crops, PasteOptions(mask_type=mask_type), skip_unchanged=False, parser=parse
+    )
     return out, mask, cut, time.perf_counter() - start
 
 

@@ -7,77 +7,22 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..osdface_core.chunks import Progress
-from ..osdface_core.faces.choose import ORDER, SELECT, Choice
-from ..osdface_core.faces.detect import memory
-from ..osdface_core.faces.detector_check import build_detector
-from ..osdface_core.faces.find import Found, find_faces
-from ..osdface_core.faces.preview import draw
-from ..osdface_core.faces.retinaface import RetinaFace
-from ..osdface_core.osdface import builtin
-from ..osdface_core.weights import catalogue
-from .comfy import host
-
-DETECTORS = {
-    "retinaface_resnet50": catalogue.DETECTOR.name,
-    "retinaface_mobile0.25": catalogue.SMALL_DETECTOR.name,
-    builtin.NAME: builtin.NAME,
-}
-FACES = io.Custom("OSDFACE_FACES")
+from ..osdface_core.faces.choose import Choice
+from ..osdface_core.faces.detect import DetectOptions
+from ..osdface_core.faces.files import DETECTORS, FOLDER
+from ..osdface_core.faces.find import find_faces
+from ..osdface_core.faces.preview import draw_faces
+from ..osdface_core.weights.catalogue import BUILTIN
+from .comfy import files, networks
+from .comfy.progress import progress_bar, show_text
+from .comfy.schema import with_newer_features
+from .inputs import FACES, choice_inputs
 
 
 def default_detector() -> str:
     """The best one; where no detector's file is and none may be fetched, the built-in one."""
-    first, *others = (name for name in DETECTORS if name != builtin.NAME)
-    return first if host.at_hand(*(DETECTORS[name] for name in (first, *others))) else builtin.NAME
-
-
-def choice_inputs() -> dict[str, Any]:
-    """The inputs that say which faces are meant, by name; Face Select has the same."""
-    inputs = [
-        io.Combo.Input(
-            "select",
-            options=list(SELECT),
-            default=SELECT[0],
-            tooltip="Which faces are meant, in each picture. If none is, nothing is restored.",
-        ),
-        io.Combo.Input(
-            "order",
-            options=list(ORDER),
-            default=ORDER[0],
-            tooltip="The order in which faces are numbered and max_faces counts them. Over a "
-            "video a person keeps one number.",
-        ),
-        io.String.Input(
-            "indices",
-            default="0",
-            tooltip='Numbers of the faces that are meant when select is "by index", as the '
-            'preview shows them: "0", or "0,2-4".',
-        ),
-        io.Int.Input(
-            "max_faces",
-            default=0,
-            min=0,
-            max=1000,
-            tooltip="At most so many faces in each picture; 0 is no limit.",
-        ),
-        io.Int.Input(
-            "min_size",
-            default=24,
-            min=0,
-            max=16384,
-            tooltip="Faces smaller than this are left as they are: the shorter side of the face's "
-            "box, in pixels of the picture.",
-        ),
-        io.Int.Input(
-            "max_size",
-            default=0,
-            min=0,
-            max=16384,
-            tooltip="Faces larger than this are left as they are; 0 is no limit.",
-        ),
-    ]
-    return {item.id: item for item in inputs}
+    fetched = [file for file in DETECTORS.values() if file != BUILTIN]
+    return next(iter(DETECTORS)) if files.any_available(fetched, FOLDER) else BUILTIN
 
 
 class FaceDetectAlign(io.ComfyNode):
@@ -162,7 +107,7 @@ class FaceDetectAlign(io.ComfyNode):
                 ),
             ],
         )
-        return host.with_extras(
+        return with_newer_features(
             schema,
             search=("detect faces", "crop faces", "face crop", "face alignment", "RetinaFace"),
             advanced=("max_size", "smoothing"),
@@ -170,7 +115,7 @@ class FaceDetectAlign(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, detector: str | None = None, **_: Any) -> str:
-        return host.state_of(DETECTORS.get(detector or ""), catalogue.FACES)
+        return files.fingerprint_of(DETECTORS.get(detector or ""), FOLDER)
 
     @classmethod
     def execute(
@@ -189,40 +134,17 @@ class FaceDetectAlign(io.ComfyNode):
         smoothing: float,
     ) -> io.NodeOutput:
         choice = Choice(select, order, indices, max_faces, min_size, max_size)
-        progress = host.progress(len(image))
-        found = detected(
-            image, detector, confidence, choice, any_angle, crop_size, smoothing, progress
+        options = DetectOptions(confidence, any_angle, choice, crop_size, smoothing)
+        progress = progress_bar(len(image))
+        found = find_faces(
+            image,
+            networks.load_detector(detector, image),
+            options,
+            out_of_memory=networks.is_out_of_memory,
+            progress=progress,
         )
-        preview = draw(image, found.everyone, found.verdicts, progress)
-        host.shown(found.report)
+        preview = draw_faces(image, found.everyone, found.verdicts, progress)
+        show_text(found.report)
         return io.NodeOutput(
             found.faces, found.faces.crops, preview, len(found.faces), found.report
         )
-
-
-def detected(
-    image: torch.Tensor,
-    detector: str,
-    confidence: float,
-    choice: Choice,
-    any_angle: bool,
-    crop_size: int,
-    smoothing: float,
-    progress: Progress,
-) -> Found:
-    with host.naming("detector"):
-        network = host.network(
-            host.find(DETECTORS[detector]), build_detector, memory=memory(*image.shape[:3])
-        )
-    assert isinstance(network, RetinaFace)
-    return find_faces(
-        image,
-        network,
-        confidence=confidence,
-        any_angle=any_angle,
-        choice=choice,
-        crop_size=crop_size,
-        smoothing=smoothing,
-        out_of_memory=host.out_of_memory,
-        progress=progress,
-    )

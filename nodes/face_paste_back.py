@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..osdface_core.chunks import Progress
 from ..osdface_core.faces.face import Faces
-from ..osdface_core.faces.face_parser import FACE_MEMORY, ParseNet, build_parser, face_maps
-from ..osdface_core.faces.paste import MASK_TYPES, paste
+from ..osdface_core.faces.files import FOLDER, PARSER
+from ..osdface_core.faces.paste import MASK_TYPES, PasteOptions, paste
 from ..osdface_core.pictures.color import COLOR_MATCHES
-from ..osdface_core.weights import catalogue
-from .comfy import host
-from .face_detect_align import FACES
-
-PARSER = "parsing_parsenet.pth"
+from .comfy import files, networks
+from .comfy.progress import progress_bar
+from .comfy.schema import with_newer_features
+from .inputs import FACES
 
 
 class FacePasteBack(io.ComfyNode):
@@ -54,9 +51,9 @@ class FacePasteBack(io.ComfyNode):
                     options=list(MASK_TYPES),
                     default=MASK_TYPES[0],
                     tooltip="parsing: what a face parser takes for face or hair, so that hands, "
-                    "microphones and hats in front of it "
-                    f"stay as they are (needs {PARSER}). ellipse: the face and what is close to "
-                    f"it. box: the whole crop.",
+                    "microphones and hats in front of it stay as they are "
+                    f"(needs {PARSER.name}). ellipse: the face and what is close to it. "
+                    "box: the whole crop.",
                 ),
                 io.Float.Input(
                     "feather",
@@ -103,7 +100,7 @@ class FacePasteBack(io.ComfyNode):
                 ),
             ],
         )
-        return host.with_extras(
+        return with_newer_features(
             schema,
             search=("paste face", "uncrop face", "stitch face", "merge face", "blend face"),
             advanced=("keep_detail",),
@@ -111,13 +108,13 @@ class FacePasteBack(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, mask_type: str | None = None, **_: object) -> str:
-        return host.state_of(PARSER if mask_type == "parsing" else None, catalogue.FACES)
+        return files.fingerprint_of(PARSER.name if mask_type == "parsing" else None, FOLDER)
 
     @classmethod
     def check_lazy_status(
         cls, faces: Faces, strength: float, restored: Tensor | None = None, **_: object
     ) -> list[str]:
-        # What is of another kind is told of by `execute`, which is then next.
+        # Inputs of another kind are refused by `execute`, which runs next.
         wanted = (
             isinstance(faces, Faces)
             and len(faces)
@@ -139,57 +136,14 @@ class FacePasteBack(io.ComfyNode):
         keep: Tensor | None = None,
         keep_detail: float = 0.0,
     ) -> io.NodeOutput:
-        given = faces.crops if restored is None else restored
-        steps = host.progress(len(faces))
-        return io.NodeOutput(
-            *pasted(
-                image,
-                faces,
-                given,
-                strength,
-                mask_type,
-                feather,
-                color_match,
-                keep,
-                keep_detail,
-                steps,
-            )
+        options = PasteOptions(strength, mask_type, feather, color_match, keep_detail)
+        after, mask = paste(
+            image,
+            faces,
+            faces.crops if restored is None else restored,
+            options,
+            keep=keep,
+            parser=networks.parse_crops,
+            progress=progress_bar(len(faces)),
         )
-
-
-def pasted(
-    image: Tensor,
-    faces: Faces,
-    restored: Tensor,
-    strength: float,
-    mask_type: str,
-    feather: float,
-    color_match: str,
-    keep: Tensor | None,
-    keep_detail: float,
-    progress: Progress,
-) -> tuple[Tensor, Tensor]:
-    return paste(
-        image,
-        faces,
-        restored,
-        strength=strength,
-        mask_type=mask_type,
-        feather=feather,
-        color_match=color_match,
-        keep=keep,
-        keep_detail=keep_detail,
-        parse=parse,
-        progress=progress,
-    )
-
-
-def parse(crops: Tensor) -> Tensor:
-    """Called only when there is a face to parse: a graph without faces needs no parser's file."""
-    maps = []
-    for part in crops.split(host.faces_that_fit(FACE_MEMORY)):
-        with host.naming("mask_type"):
-            network = host.network(host.find(PARSER), build_parser, memory=len(part) * FACE_MEMORY)
-        assert isinstance(network, ParseNet)
-        maps.append(face_maps(part, network, host.out_of_memory))
-    return torch.cat(maps)
+        return io.NodeOutput(after, mask)

@@ -6,8 +6,8 @@ from comfy_api.latest import io
 
 from ..osdface_core.faces.choose import Choice, split
 from ..osdface_core.faces.face import Faces
-from .comfy import host
-from .face_detect_align import FACES, choice_inputs
+from .comfy.schema import with_newer_features
+from .inputs import FACES, choice_inputs
 
 
 class FaceSelect(io.ComfyNode):
@@ -38,7 +38,7 @@ class FaceSelect(io.ComfyNode):
                 ),
             ],
         )
-        return host.with_extras(
+        return with_newer_features(
             schema,
             search=("choose faces", "filter faces", "pick face", "one face of a group"),
             advanced=("max_size",),

@@ -8,18 +8,21 @@ import torch
 from comfy_api.latest import io
 
 from ..osdface_core.errors import OSDFaceError
-from ..osdface_core.osdface.restore import Restored, restore
-from ..osdface_core.sd21.backbone import TIMESTEP, TIMESTEPS
-from ..osdface_core.weights.catalogue import LORA, LORAS
-from .comfy import host
+from ..osdface_core.osdface.files import LORA, LORAS
+from ..osdface_core.osdface.restore import TIMESTEP, restore
+from ..osdface_core.sd21.schedule import TIMESTEPS
+from ..osdface_core.weights.catalogue import NONE
+from .comfy import backbone, files
+from .comfy.backbone import NAN_REMEDY, check_restored
+from .comfy.progress import progress_bar, show_text
+from .comfy.schema import with_newer_features
 
-AGAINST_NAN = "start ComfyUI with --fp32-vae, or with --force-fp32."
-# What became of a crop that came out as NaN.
-AGAIN = (
+# What became of crops that came out as NaN.
+RECOMPUTED = (
     "in half precision and were computed again in fp32; --fp32-vae as an option of ComfyUI's start "
     "spares that time."
 )
-LEFT = f"and are left as they were: {AGAINST_NAN}"
+LEFT = f"and are left as they were: {NAN_REMEDY}"
 
 
 class OSDFaceOneStep(io.ComfyNode):
@@ -47,7 +50,7 @@ class OSDFaceOneStep(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora_name",
-                    options=[*host.names(LORAS, LORA.name), host.NONE],
+                    options=[*files.menu(LORAS, LORA.name), NONE],
                     default=LORA.name,
                     tooltip="OSDFace's LoRA, from models/osdface or models/loras; none for a "
                     "model that already holds it.",
@@ -82,7 +85,7 @@ class OSDFaceOneStep(io.ComfyNode):
                 )
             ],
         )
-        return host.with_extras(
+        return with_newer_features(
             schema,
             search=("OSDFace", "restore face crop", "one-step diffusion"),
             advanced=("timestep", "faces_per_batch"),
@@ -91,7 +94,7 @@ class OSDFaceOneStep(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> str:
-        return host.state_of(lora_name, LORAS)
+        return files.fingerprint_of(lora_name, LORAS)
 
     @classmethod
     def execute(
@@ -109,37 +112,19 @@ class OSDFaceOneStep(io.ComfyNode):
         result = restore(
             crops,
             prompts,
-            backbone(model, vae, lora_name, lora_strength, options),
+            backbone.HostBackbone(model, vae, options, lora_name, lora_strength),
             timestep=timestep,
             faces_per_batch=faces_per_batch,
-            progress=host.progress(len(crops)),
+            progress=progress_bar(len(crops)),
         )
-        raise_if_all_failed(result)
-        fates = (result.again, AGAIN), (result.failed, LEFT)
-        says = [
-            f"Crops {', '.join(map(str, which))} came out as NaN {then}"
-            for which, then in fates
+        check_restored(result)
+        fates = (result.recomputed, RECOMPUTED), (result.failed, LEFT)
+        notes = [
+            f"Crops {', '.join(map(str, which))} came out as NaN {fate}"
+            for which, fate in fates
             if which
         ]
-        return io.NodeOutput(result.crops, ui=host.shown("\n".join(says)) if says else None)
-
-
-def raise_if_all_failed(result: Restored) -> None:
-    if result.failed and len(result.failed) == len(result.crops):
-        raise OSDFaceError(
-            f"Every face (crops {', '.join(map(str, result.failed))}) came out as NaN: "
-            f"{AGAINST_NAN}"
-        )
-
-
-def backbone(
-    model: Any, vae: Any, lora_name: str, lora_strength: float, options: dict[str, Any]
-) -> host.HostBackbone:
-    lora = None
-    if lora_name != host.NONE and lora_strength != 0:
-        with host.naming("lora_name"):
-            lora = host.find(lora_name, LORAS), lora_strength
-    return host.HostBackbone(model, vae, options, lora)
+        return io.NodeOutput(result.pictures, ui=show_text("\n".join(notes)) if notes else None)
 
 
 def _prompts(conditioning: list[Any]) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -149,8 +134,7 @@ def _prompts(conditioning: list[Any]) -> tuple[torch.Tensor, dict[str, Any]]:
     if len(conditioning) != 1:
         raise OSDFaceError(
             f"`conditioning` holds {len(conditioning)} prompts that were combined; exactly one is "
-            f"wanted: "
-            "connect the conditioning of OSDFace Visual Prompts directly."
+            "wanted: connect the conditioning of OSDFace Visual Prompts directly."
         )
     prompts, options = conditioning[0]
     return prompts, options

@@ -1,30 +1,39 @@
-"""OSDFaceRestore: the whole way in one node, by the functions of the four."""
+"""OSDFaceRestore: everything in one node, of the functions that the others call."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..osdface_core.errors import OSDFaceError
 from ..osdface_core.faces.choose import Choice
-from ..osdface_core.faces.face import Faces, check_pictures
-from ..osdface_core.faces.paste import check
+from ..osdface_core.faces.detect import DetectOptions
+from ..osdface_core.faces.face import Faces
+from ..osdface_core.faces.files import DETECTORS, PARSER
+from ..osdface_core.faces.files import FOLDER as FACES
+from ..osdface_core.faces.find import Found, find_faces
+from ..osdface_core.faces.paste import PasteOptions, check, paste
 from ..osdface_core.faces.preview import before_after
-from ..osdface_core.osdface.restore import Restored, restore
-from ..osdface_core.osdface.vre import embedder_files
-from ..osdface_core.weights.catalogue import FACES, LORAS, OSDFACE
-from .comfy import host
-from .face_detect_align import DETECTORS, FaceDetectAlign, detected
-from .face_paste_back import PARSER, FacePasteBack, parse, pasted
-from .osdface_one_step import AGAINST_NAN, OSDFaceOneStep, backbone, raise_if_all_failed
-from .osdface_vre import OSDFaceVRE, prompt_options, visual_prompts
-
-T = TypeVar("T")
+from ..osdface_core.osdface.files import FOLDER as OSDFACE
+from ..osdface_core.osdface.files import LORAS
+from ..osdface_core.osdface.restore import restore
+from ..osdface_core.osdface.vre import embed, embedder_files
+from ..osdface_core.pictures.picture import check_pictures
+from ..osdface_core.sd21.one_step import Restored
+from .comfy import backbone, files, networks
+from .comfy.backbone import NAN_REMEDY, check_restored
+from .comfy.base_model import prompt_options
+from .comfy.picture_cache import cached_for_picture
+from .comfy.progress import show_text, staged_progress
+from .comfy.schema import with_newer_features
+from .face_detect_align import FaceDetectAlign
+from .face_paste_back import FacePasteBack
+from .osdface_one_step import OSDFaceOneStep
+from .osdface_vre import OSDFaceVRE
 
 # Of the bar, in percent: the time of each stage for a face of a common photograph, rounded.
 SHARES = {"detect": 10, "prompts": 15, "step": 70, "paste": 5}
@@ -81,7 +90,7 @@ class OSDFaceRestore(io.ComfyNode):
                 ),
             ],
         )
-        return host.with_extras(
+        return with_newer_features(
             schema,
             search=(
                 "face restoration",
@@ -105,14 +114,14 @@ class OSDFaceRestore(io.ComfyNode):
         mask_type: str | None = None,
         **_: Any,
     ) -> str:
-        return "\n".join(
-            (
-                host.state_of(DETECTORS.get(detector or ""), FACES),
-                host.state_of(vre_name, OSDFACE, embedder_files),
-                host.state_of(lora_name, LORAS),
-                host.state_of(PARSER if mask_type == "parsing" else None, FACES),
-            )
+        parser = PARSER.name if mask_type == "parsing" else None
+        states = (
+            files.fingerprint_of(DETECTORS.get(detector or ""), FACES),
+            files.fingerprint_of(vre_name, OSDFACE, embedder_files),
+            files.fingerprint_of(lora_name, LORAS),
+            files.fingerprint_of(parser, FACES),
         )
+        return "\n".join(states)
 
     @classmethod
     def execute(
@@ -139,73 +148,61 @@ class OSDFaceRestore(io.ComfyNode):
         keep: Tensor | None = None,
     ) -> io.NodeOutput:
         check_pictures(image)
-        stage = host.stages(**SHARES)
+        stage = staged_progress(**SHARES)
         choice = Choice(select, order, indices, max_faces, min_size)
-        looking = (detector, confidence, choice, any_angle, crop_size, smoothing)
-        seen = host.state_of(DETECTORS[detector], FACES), looking
-        found = _once(
-            image, "found", seen, lambda: detected(image, *looking, stage("detect", len(image)))
-        )
+        detection = DetectOptions(confidence, any_angle, choice, crop_size, smoothing)
+        pasting = PasteOptions(strength, mask_type, feather, color_match)
+
+        def find() -> Found:
+            return find_faces(
+                image,
+                networks.load_detector(detector, image),
+                detection,
+                out_of_memory=networks.is_out_of_memory,
+                progress=stage("detect", len(image)),
+            )
+
+        found_by = files.fingerprint_of(DETECTORS[detector], FACES), detector, detection
+        found = cached_for_picture(image, "found", found_by, find)
         faces, report = found.faces, found.report
-        result = faces.crops
+        crops = faces.crops
         if len(faces) and strength > 0:
-            # What would stop the job after minutes stops it now.
-            check(image, faces, faces.crops, mask_type, color_match, keep, parse)
+            # All that would end the job after minutes ends it now.
+            check(image, faces, crops, pasting, keep, networks.parse_crops)
             _check_crops(faces)
             if mask_type == "parsing":
-                with host.naming("mask_type"):
-                    host.find(PARSER)
+                with files.naming_input("mask_type"):
+                    files.find(PARSER.name, FACES)
 
-            def restored() -> Restored:
-                networks = backbone(model, vae, lora_name, 1.0, prompt_options(vre_name))
-                prompts = visual_prompts(faces.crops, vre_name, stage("prompts", len(faces)))
-                return restore(faces.crops, prompts, networks, progress=stage("step", len(faces)))
+            def step() -> Restored:
+                host = backbone.HostBackbone(model, vae, prompt_options(vre_name), lora_name)
+                prompts = embed(
+                    faces.crops,
+                    partial(networks.load_embedder, vre_name),
+                    at_once=networks.max_batch(networks.EMBEDDER_BYTES),
+                    out_of_memory=networks.is_out_of_memory,
+                    progress=stage("prompts", len(faces)),
+                )
+                progress = stage("step", len(faces))
+                return restore(faces.crops, prompts, host, progress=progress)
 
-            files = (
-                host.state_of(vre_name, OSDFACE, embedder_files),
-                host.state_of(lora_name, LORAS),
+            states = (
+                files.fingerprint_of(vre_name, OSDFACE, embedder_files),
+                files.fingerprint_of(lora_name, LORAS),
             )
-            # What is no MODEL is told of where it is used.
+            # Anything but a MODEL has no such attribute; `step` refuses it.
             models = weakref.ref(model), getattr(model, "patches_uuid", None), weakref.ref(vae)
-            step = _once(image, "restored", (seen, vre_name, lora_name, files, models), restored)
-            raise_if_all_failed(step)
-            result, report = step.crops, report + _notes(faces, step)
+            restored_by = found_by, vre_name, lora_name, states, models
+            restored = cached_for_picture(image, "restored", restored_by, step)
+            check_restored(restored)
+            crops, report = restored.pictures, report + _notes(faces, restored)
         progress = stage("paste", len(faces))
-        after, mask = pasted(
-            image, faces, result, strength, mask_type, feather, color_match, keep, 0.0, progress
+        after, mask = paste(
+            image, faces, crops, pasting, keep=keep, parser=networks.parse_crops, progress=progress
         )
         return io.NodeOutput(
-            after, mask, before_after(image, after, progress), report, ui=host.shown(report)
+            after, mask, before_after(image, after, progress), report, ui=show_text(report)
         )
-
-
-_kept: dict[int, dict[str, list[tuple[object, Any]]]] = {}
-# Several of these nodes may look at one picture.
-MOST_KEPT = 4
-
-
-def _once(image: Tensor, stage: str, key: object, make: Callable[[], T]) -> T:
-    """What `make` gave for this very picture under the same `key`, else what it gives now.
-
-    So a turned widget runs anew what depends on it and no more, as in the graph of four nodes. It
-    is kept as long as the host keeps the picture.
-    """
-    if id(image) not in _kept:
-        _kept[id(image)] = {}
-        weakref.finalize(image, _kept.pop, id(image), None)
-    # A node before this one may have written into the picture that it handed on.
-    rows, columns = (
-        image.sum(axes, dtype=torch.float32).numpy(force=True).tobytes()
-        for axes in ((2, 3), (1, 3))
-    )
-    key = key, rows, columns
-    kept = _kept[id(image)].setdefault(stage, [])
-    for known, value in kept:
-        if known == key:
-            return value
-    value = make()
-    kept[:] = [*kept[-MOST_KEPT + 1 :], (key, value)]
-    return value
 
 
 def _check_crops(faces: Faces) -> None:
@@ -213,17 +210,17 @@ def _check_crops(faces: Faces) -> None:
         if not bool(crop.isfinite().all()):
             raise OSDFaceError(
                 f"`image` number {face.frame} holds values that are not numbers (NaN or infinite) "
-                f"at face {face.number}; finite values "
-                "in [0,1] are wanted: look for the node before this one that makes them."
+                f"at face {face.number}; finite values in [0,1] are wanted: look for the node "
+                "before this one that makes them."
             )
 
 
-def _notes(faces: Faces, step: Restored) -> str:
+def _notes(faces: Faces, restored: Restored) -> str:
     return "".join(
-        f"\npicture {faces.faces[i].frame}, face {faces.faces[i].number} came out as NaN {then}"
-        for which, then in (
-            (step.again, "in half precision and was computed again in fp32"),
-            (step.failed, f"and is left as it was: {AGAINST_NAN}"),
+        f"\npicture {faces.faces[i].frame}, face {faces.faces[i].number} came out as NaN {fate}"
+        for which, fate in (
+            (restored.recomputed, "in half precision and was computed again in fp32"),
+            (restored.failed, f"and is left as it was: {NAN_REMEDY}"),
         )
         for i in which
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 
-from ..osdface_core.chunks import Progress
-from ..osdface_core.osdface import builtin
+from ..osdface_core.osdface.files import FOLDER, VRE, VRE_CHECKPOINT
 from ..osdface_core.osdface.restore import check_crops
 from ..osdface_core.osdface.vre import embed, embedder_files
-from ..osdface_core.weights.catalogue import OSDFACE, VRE, VRE_CHECKPOINT
-from .comfy import host
+from ..osdface_core.weights.catalogue import BUILTIN
+from .comfy import files, networks
+from .comfy.base_model import prompt_options
+from .comfy.progress import progress_bar
+from .comfy.schema import with_newer_features
 
 
 class OSDFaceVRE(io.ComfyNode):
@@ -28,7 +31,7 @@ class OSDFaceVRE(io.ComfyNode):
                 io.Image.Input("crops", tooltip="Aligned face crops, from Face Detect & Align."),
                 io.Combo.Input(
                     "vre_name",
-                    options=[*host.names(OSDFACE, VRE.name, VRE_CHECKPOINT.name), builtin.NAME],
+                    options=[*files.menu(FOLDER, VRE.name, VRE_CHECKPOINT.name), BUILTIN],
                     default=VRE.name,
                     tooltip="The embedder's weights, from models/osdface; builtin goes with "
                     "OSDFace Built-in Model.",
@@ -42,32 +45,22 @@ class OSDFaceVRE(io.ComfyNode):
                 )
             ],
         )
-        return host.with_extras(
+        return with_newer_features(
             schema, search=("OSDFace", "visual representation embedder", "VRE", "encode face")
         )
 
     @classmethod
     def fingerprint_inputs(cls, vre_name: str | None = None, **_: Any) -> str:
-        return host.state_of(vre_name, OSDFACE, embedder_files)
+        return files.fingerprint_of(vre_name, FOLDER, embedder_files)
 
     @classmethod
     def execute(cls, crops: torch.Tensor, vre_name: str) -> io.NodeOutput:
         check_crops(crops)
-        return io.NodeOutput(
-            [[visual_prompts(crops, vre_name, host.progress(len(crops))), prompt_options(vre_name)]]
+        prompts = embed(
+            crops,
+            partial(networks.load_embedder, vre_name),
+            at_once=networks.max_batch(networks.EMBEDDER_BYTES),
+            out_of_memory=networks.is_out_of_memory,
+            progress=progress_bar(len(crops)),
         )
-
-
-def prompt_options(vre_name: str) -> dict[str, Any]:
-    """What goes along with the prompts: which model they are for, if it is the built-in one."""
-    return {host.BUILTIN_MARK: True} if vre_name == builtin.NAME else {}
-
-
-def visual_prompts(crops: torch.Tensor, vre_name: str, progress: Progress) -> torch.Tensor:
-    return embed(
-        crops,
-        lambda faces: host.embedder(vre_name, faces),
-        at_once=host.faces_that_fit(host.EMBEDDER_MEMORY),
-        out_of_memory=host.out_of_memory,
-        progress=progress,
-    )
+        return io.NodeOutput([[prompts, prompt_options(vre_name)]])

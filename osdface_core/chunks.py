@@ -1,26 +1,44 @@
-"""A long job in chunks: as many at once as fit, fewer when memory runs out, one report for each
-that is done.
-"""
+"""A long job in chunks: as many items at once as fit, fewer when memory runs out."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 
+import torch
+
 log = logging.getLogger(__name__)
 
-# Called with the number of items just finished and, when there is one, a picture (C,H,W) in [0,1]
+# Called with the number of items just finished and, where there is one, a picture (C,H,W) in [0,1]
 # to show. It may raise: that is how a host stops the job.
 Progress = Callable[..., None]
+
+
+def no_progress(done: int = 1, picture: torch.Tensor | None = None) -> None:
+    """The Progress of a caller that wants none."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that memory ran out: on an accelerator, on MPS, whose error is a plain
+    RuntimeError, or on the CPU.
+    """
+    message = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(
+            words in message
+            for words in ("out of memory", "can't allocate memory", "not enough memory")
+        )
+    )
 
 
 def in_chunks(
     count: int,
     size: int,
     work: Callable[[slice], None],
-    out_of_memory: Callable[[BaseException], bool],
+    out_of_memory: Callable[[BaseException], bool] = is_out_of_memory,
 ) -> None:
-    """Calls `work` with slices that cover range(count), at most `size` long.
+    """Calls `work` with slices that cover range(count), each at most `size` long.
 
     A slice that runs out of memory is halved and tried again, and the rest goes on at the smaller
     size; at a size of one the error is raised. Whatever else `work` raises passes through.

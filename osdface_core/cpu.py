@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 ROWS, CACHED = 256, 2**18
 
 
-def faster(device: torch.device, *networks: nn.Module) -> AbstractContextManager[Any]:
+def optimized(device: torch.device, *networks: nn.Module) -> AbstractContextManager[Any]:
     """Within, convolutions on a CPU run channels-last, and one that follows an enlargement by 2
     runs before it.
 
@@ -36,7 +36,7 @@ def faster(device: torch.device, *networks: nn.Module) -> AbstractContextManager
     return _Faster()
 
 
-def computes_in_bf16() -> bool:
+def has_bf16() -> bool:
     """Whether the processor has instructions for bf16."""
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"))

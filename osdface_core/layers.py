@@ -16,7 +16,7 @@ Operations = Any
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def filled(
+def load_network(
     make: Callable[[], Network],
     tensors: dict[str, Tensor],
     misfit: str,

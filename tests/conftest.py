@@ -120,8 +120,8 @@ def populate(stand_ins: Path, data: Path) -> Callable[[Path], None]:
 def host(
     comfyui: Path, populate: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
-    """ComfyUI in this process on the CPU, our pack loaded by its own loader: `nodes` by id, `host`
-    (our nodes/host.py), `comfy`.
+    """ComfyUI in this process on the CPU, our pack loaded by its own loader: `comfy`, `nodes` by
+    id, the modules of nodes/comfy by name, and any other by `module`.
     """
     base = tmp_path_factory.mktemp("comfyui")
     populate(base)
@@ -149,14 +149,18 @@ def host(
     assert asyncio.run(nodes.load_custom_node(str(pack))), "ComfyUI could not load the pack"
     name = str(pack).replace(".", "_x_")
     classes = nodes.NODE_CLASS_MAPPINGS
+    rooms = {
+        room: sys.modules[f"{name}.nodes.comfy.{room}"]
+        for room in ("files", "networks", "progress", "base_model", "lora", "backbone", "builtin")
+    }
     yield SimpleNamespace(
         comfy=comfy,
         folder_paths=folder_paths,
         base=base,
         nodes=classes,
-        host=sys.modules[f"{name}.nodes.comfy.host"],
         error=sys.modules[f"{name}.osdface_core.errors"].OSDFaceError,
-        one_step=sys.modules[f"{name}.osdface_core.osdface.restore"],
+        module=lambda path: sys.modules[f"{name}.{path}"],
+        **rooms,
     )
     sys.path[:] = path
 
@@ -212,7 +216,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from safetensors.torch import save_file
 
-    from osdface_core.diffusers.backbone import UNET_CONFIG, VAE_CONFIG
+    from osdface_core.diffusers.loading import UNET_CONFIG, VAE_CONFIG
     from osdface_core.osdface.vre import Shape, VisualEmbedder
 
     folder = tmp_path_factory.mktemp("small_model")

@@ -25,6 +25,7 @@ from urllib.parse import quote
 import requests
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
+from osdface_core.faces.detect import DetectOptions
 from tests.frontend import SIZE, Frontend, chromium
 
 log = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ This model is a stand-in to show how the nodes go together. For what OSDFace can
                 {"image": "shrink.IMAGE"},
                 {"upscale_method": "bicubic", "scale_by": 4.0},
             ),
-            "detect": detect("enlarge.IMAGE", detector="builtin", confidence=0.7),
+            "detect": detect("enlarge.IMAGE", DetectOptions(confidence=0.7), detector="builtin"),
             "builtin": Node("OSDFaceBuiltinModel", size=(300, 0)),
             "prompts": Node(
                 "OSDFaceVRE", {"crops": "detect.crops"}, {"vre_name": "builtin"}, size=(320, 0)
@@ -391,7 +392,7 @@ long videos in pieces of some ten seconds. One person only: `select` *largest*.
             "video": Node("LoadVideo", widgets={"file": "video.mp4"}, size=(300, 330)),
             "checkpoint": checkpoint(),
             "frames": Node("GetVideoComponents", {"video": "video.VIDEO"}),
-            "detect": detect("frames.images", smoothing=0.5),
+            "detect": detect("frames.images", DetectOptions(smoothing=0.5)),
             "prompts": prompts(),
             "step": step(),
             "paste": paste("frames.images"),

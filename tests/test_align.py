@@ -14,18 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from osdface_core.errors import OSDFaceError
-from osdface_core.faces.face import Affine, Points
-from osdface_core.pictures.resampling import (
-    apply,
-    colour,
-    compose,
-    cut,
-    cut_all,
-    inverse,
-    reach,
-    similarity,
-    warp,
-)
+from osdface_core.faces.align import crop_face, crop_faces, similarity
+from osdface_core.pictures.geometry import Affine, Points, apply, compose, inverse, scale_of
+from osdface_core.pictures.picture import rgb_of
+from osdface_core.pictures.resampling import warp
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 
@@ -213,7 +205,7 @@ def test_any_landmarks_give_a_usable_matrix_or_a_refusal(points: list[tuple[int,
         matrix = similarity(tuple((float(x), float(y)) for x, y in points), 512)
     except OSDFaceError:
         return
-    assert 0 < reach(matrix) < math.inf
+    assert 0 < scale_of(matrix) < math.inf
     assert apply(compose(inverse(matrix), matrix), 3.0, 4.0) == pytest.approx((3.0, 4.0), abs=1e-6)
 
 
@@ -243,7 +235,7 @@ def test_enlarging_is_opencvs_cubic(degrees: float, portrait: Callable[[str], Te
     picture = portrait("male_011")
     matrix = turn(1.9, degrees, (510.3, 420.8), (256, 256))
     theirs = cv2.warpAffine(picture.numpy(), to_opencv(matrix), (512, 512), flags=cv2.INTER_CUBIC)
-    assert psnr(cut(picture, matrix, 512).numpy(), theirs) > 60
+    assert psnr(crop_face(picture, matrix, 512).numpy(), theirs) > 60
 
 
 @pytest.mark.parametrize("name", ["female_095", "male_011", "male_060", "male_086"])
@@ -260,7 +252,7 @@ def test_crops_near_the_crops_size_agree_with_facexlibs(
         cv2.estimateAffinePartial2D(points, FACEXLIB_TEMPLATE, method=cv2.LMEDS)[0],
         (512, 512),
     )
-    crop = cut(torch.from_numpy(picture).float() / 255, similarity(ours(points), 512), 512)
+    crop = crop_face(torch.from_numpy(picture).float() / 255, similarity(ours(points), 512), 512)
     inside = np.s_[80:-80, 80:-80]
     assert psnr(crop.numpy()[inside], theirs[inside] / 255) > 45
 
@@ -275,7 +267,7 @@ def test_shrinking_does_not_alias_and_does_not_blur(degrees: float, times: int) 
     across = torch.arange(1024).expand(1024, 1024) + 0.5
 
     def contrast(period: float) -> float:
-        crop = cut(
+        crop = crop_face(
             (torch.sin(across * (2 * math.pi / period)) * 0.5 + 0.5)[..., None], matrix, 128
         )[20:-20, 20:-20]
         return float(crop.std() / (0.5 / math.sqrt(2)))
@@ -286,10 +278,10 @@ def test_shrinking_does_not_alias_and_does_not_blur(degrees: float, times: int) 
 
 def test_beyond_the_edge_the_picture_goes_on() -> None:
     picture = torch.rand(40, 30, 3)
-    inside = cut(picture, turn(1, 0, (0, 0), (20, 20)), 40)
+    inside = crop_face(picture, turn(1, 0, (0, 0), (20, 20)), 40)
     torch.testing.assert_close(inside[20:, 20:], picture[:20, :20], atol=1e-5, rtol=0)
     assert inside[:18, :18].allclose(picture[0, 0], atol=1e-5)
-    away = cut(picture, turn(2, 10, (-500, 900), (20, 20)), 40)
+    away = crop_face(picture, turn(2, 10, (-500, 900), (20, 20)), 40)
     assert away.allclose(picture[-1, 0], atol=1e-4)
 
 
@@ -306,14 +298,18 @@ def test_any_shape_is_cut(
     height: int, width: int, channels: int, scale: float, degrees: float, size: int
 ) -> None:
     picture = torch.full((height, width, channels), 3.5)
-    crop = cut(picture, turn(scale, degrees, (width / 3, height / 2), (size / 2, size / 2)), size)
+    crop = crop_face(
+        picture, turn(scale, degrees, (width / 3, height / 2), (size / 2, size / 2)), size
+    )
     assert crop.shape == (size, size, channels)
     assert crop.allclose(torch.tensor(3.5), atol=1e-4)
 
 
 def test_far_from_the_origin_of_a_large_picture_nothing_is_lost() -> None:
     across = (torch.arange(8000, dtype=torch.float64) + 0.5).expand(300, 8000)
-    crop = cut((across / 8000).float()[..., None], turn(1, 0, (7800, 150), (128, 128)), 256)[..., 0]
+    crop = crop_face((across / 8000).float()[..., None], turn(1, 0, (7800, 150), (128, 128)), 256)[
+        ..., 0
+    ]
     truth = (7800 + (torch.arange(256) + 0.5 - 128)) / 8000
     assert (crop - truth).abs().max() * 8000 < 0.02
 
@@ -322,7 +318,7 @@ def test_strips_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     picture = torch.rand(3, 90, 90)
     matrices = turn(0.4, 20, (45, 45), (20, 20)), turn(3, 20, (45, 45), (20, 20))
     whole = [warp(picture, matrix, 40, 40) for matrix in matrices]
-    monkeypatch.setattr("osdface_core.pictures.resampling.SAMPLES", 5000)
+    monkeypatch.setattr("osdface_core.pictures.resampling.SAMPLES_AT_ONCE", 5000)
     for matrix, result in zip(matrices, whole, strict=True):
         torch.testing.assert_close(warp(picture, matrix, 40, 40), result, atol=1e-5, rtol=0)
 
@@ -330,9 +326,11 @@ def test_strips_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_crops_of_grey_alpha_and_no_faces() -> None:
     grey = torch.rand(2, 20, 20, 1)
     matrix = turn(1, 0, (10, 10), (10, 10))
-    crops = cut_all(grey, [1, 0], [matrix, matrix], 20)
+    crops = crop_faces(grey, [1, 0], [matrix, matrix], 20)
     torch.testing.assert_close(crops, grey.flip(0).expand(2, 20, 20, 3), atol=1e-5, rtol=0)
     alpha = torch.rand(1, 20, 20, 4)
-    torch.testing.assert_close(cut_all(alpha, [0], [matrix], 20), alpha[..., :3], atol=1e-5, rtol=0)
-    assert colour(torch.rand(5, 5, 2)).shape == (5, 5, 3)
-    assert cut_all(torch.zeros(0, 9, 9, 3), [], [], 64).shape == (0, 64, 64, 3)
+    torch.testing.assert_close(
+        crop_faces(alpha, [0], [matrix], 20), alpha[..., :3], atol=1e-5, rtol=0
+    )
+    assert rgb_of(torch.rand(5, 5, 2)).shape == (5, 5, 3)
+    assert crop_faces(torch.zeros(0, 9, 9, 3), [], [], 64).shape == (0, 64, 64, 3)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
+from osdface_core.diffusers.builtin import load_backbone
 from osdface_core.osdface import builtin
 from osdface_core.osdface.builtin.autoencoder import Autoencoder
 from osdface_core.osdface.restore import restore
@@ -67,7 +68,7 @@ def portrait(data: Path) -> Image.Image:
 @pytest.fixture(scope="module")
 def backbone() -> Any:
     pytest.importorskip("diffusers")
-    return builtin.backbone(torch.device("cpu"), torch.float32)
+    return load_backbone(torch.device("cpu"), torch.float32)
 
 
 def restored(crops: torch.Tensor, backbone: Any) -> torch.Tensor:
@@ -158,7 +159,7 @@ def test_comfyui_and_diffusers_agree(
 ) -> None:
     pixels = tensor(bad(portrait, 2, 4, 70)).movedim(-1, 1)
     prompts = builtin.embedder()(pixels)
-    ours = host.host.HostBackbone(given.model, given.vae, {host.host.BUILTIN_MARK: True})
+    ours = host.backbone.HostBackbone(given.model, given.vae, {host.base_model.BUILTIN_MARK: True})
     latents = backbone.encode(pixels)
     assert (ours.encode(pixels) - latents).abs().max() < 1e-5
     x0 = backbone.denoise(latents, prompts, 399)
@@ -254,7 +255,7 @@ def test_it_does_not_go_with_a_real_model(
 def test_training_starts_where_the_step_changes_little() -> None:
     diffusers = pytest.importorskip("diffusers")
     from osdface_core.osdface.builtin.start import start
-    from osdface_core.sd21.backbone import alphas_cumprod
+    from osdface_core.sd21.schedule import alphas_cumprod
 
     unet = diffusers.UNet2DConditionModel(**builtin.UNET_CONFIG)
     unet.load_state_dict(start())

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from osdface_core.faces.detect import Detection, detect
+from osdface_core.faces.detect import Detection, DetectOptions, detect
 from osdface_core.faces.detector_check import check_detector
+from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.faces.retinaface import RetinaFace, build_retinaface
-from osdface_core.osdface import builtin
 from osdface_core.weights.reading import read_tensors
 
 CONFIDENCE = 0.7
@@ -23,7 +23,7 @@ CONFIDENCE = 0.7
 
 @pytest.fixture(scope="module")
 def network() -> RetinaFace:
-    return builtin.detector()
+    return build_retinaface(read_tensors(BUILTIN_DETECTOR))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,9 @@ def test_it_has_a_few_hundred_thousand_weights(network: RetinaFace) -> None:
 def test_held_out_portraits_are_found_where_the_real_detector_finds_them(
     network: RetinaFace, real: RetinaFace, portraits: torch.Tensor
 ) -> None:
-    known, found = (detect(portraits, n, confidence=CONFIDENCE) for n in (real, network))
+    known, found = (
+        detect(portraits, n, DetectOptions(confidence=CONFIDENCE)) for n in (real, network)
+    )
     errors = [
         min((apart(k[0], f) for f in faces), default=1.0)
         for k, faces in zip(known, found, strict=True)
@@ -64,7 +66,9 @@ def test_small_groups_are_found(
     network: RetinaFace, real: RetinaFace, data: Path, load_picture: Callable[[Path], torch.Tensor]
 ) -> None:
     picture = load_picture(data / "images" / "cc0_mosaic_6faces_1080p.png")
-    known, found = (detect(picture, n, confidence=CONFIDENCE)[0] for n in (real, network))
+    known, found = (
+        detect(picture, n, DetectOptions(confidence=CONFIDENCE))[0] for n in (real, network)
+    )
     assert len(known) == 6
     assert sum(min((apart(face, f) for f in found), default=1.0) < 0.15 for face in known) >= 5
 
@@ -80,7 +84,9 @@ def test_no_face_is_seen_where_none_is(network: RetinaFace) -> None:
     )
     assert [
         len(faces)
-        for faces in detect(torch.cat([noise, ramp, cloth]), network, confidence=CONFIDENCE)
+        for faces in detect(
+            torch.cat([noise, ramp, cloth]), network, DetectOptions(confidence=CONFIDENCE)
+        )
     ] == [0, 0, 0]
 
 
@@ -92,7 +98,7 @@ def test_a_face_on_its_side_is_found_with_any_angle(
     network: RetinaFace, portraits: torch.Tensor
 ) -> None:
     turned = portraits[:1].rot90(1, (1, 2))
-    found = detect(turned, network, confidence=CONFIDENCE, any_angle=True)[0]
+    found = detect(turned, network, DetectOptions(confidence=CONFIDENCE, any_angle=True))[0]
     assert found
     eyes, mouth = (
         torch.tensor(points).mean(0) for points in (found[0].landmarks[:2], found[0].landmarks[3:])

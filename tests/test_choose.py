@@ -16,7 +16,7 @@ from osdface_core.faces.choose import (
     SELECT,
     Choice,
     choose,
-    numbered,
+    number_faces,
     parse_indices,
     report,
     split,
@@ -69,7 +69,7 @@ def chosen(faces: list[Face], choice: Choice) -> list[int]:
     ],
 )
 def test_numbers_follow_the_order(order: str, xs: list[int]) -> None:
-    by_number = sorted(numbered(GROUP, order), key=lambda f: f.number)
+    by_number = sorted(number_faces(GROUP, order), key=lambda f: f.number)
     assert [f.number for f in by_number] == [0, 1, 2]
     assert [f.landmarks[0][0] for f in by_number] == xs
 
@@ -174,7 +174,7 @@ def test_ranges_mean_the_numbers_between_them(ranges: list[list[int]]) -> None:
 def test_no_choice_ever_means_more_than_it_says(
     places: list[tuple[float, float, float, int]], select: str, order: str, indices: str, most: int
 ) -> None:
-    faces = numbered(
+    faces = number_faces(
         [face(x, y, size, frame=f, number=i, shot=f) for i, (x, y, size, f) in enumerate(places)],
         order,
     )
@@ -199,7 +199,7 @@ def test_no_choice_ever_means_more_than_it_says(
 
 
 def test_the_report_says_for_each_face_why() -> None:
-    faces = numbered(GROUP, "left to right")
+    faces = number_faces(GROUP, "left to right")
     choice = Choice("largest", min_size=60)
     lines = report(faces, choose(faces, choice, WIDTH, HEIGHT), 1).splitlines()
     assert lines[0] == "3 faces found in 1 picture, 1 chosen."

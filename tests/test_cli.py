@@ -678,11 +678,12 @@ def test_weights_that_are_missing_or_wrong_stop_the_run_with_a_sentence(
 def test_without_weights_the_built_in_model_is_taken_and_announced(
     face: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    from osdface_core.faces.files import BUILTIN_DETECTOR
     from osdface_core.osdface import builtin
 
     if not all(
         file.is_file()
-        for file in (builtin.AUTOENCODER, builtin.UNET, builtin.VRE, builtin.DETECTOR)
+        for file in (builtin.AUTOENCODER, builtin.UNET, builtin.VRE, BUILTIN_DETECTOR)
     ):
         pytest.skip("the built-in model's files are not in the package")
     Image.fromarray(face).save(tmp_path / "in.png")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from osdface_core.pictures.color import matched, to_lab, to_rgb
+from osdface_core.pictures.color import match_color, to_lab, to_rgb
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 
@@ -48,13 +48,13 @@ def test_mean_std_gives_the_face_the_originals_statistics_and_looks_nowhere_else
     weight = torch.zeros(96, 96)
     weight[20:70, 30:80] = 1
     inside = weight > 0
-    result = matched(restored, original, weight, "mean-std")
+    result = match_color(restored, original, weight, "mean-std")
     wanted, given_ = lab(original)[inside.numpy()], lab(result)[inside.numpy()]
     np.testing.assert_allclose(given_.mean(0), wanted.mean(0), atol=0.3)
     np.testing.assert_allclose(given_.std(0), wanted.std(0), atol=0.3)
     changed = original.clone()
     changed[~inside] = 0
-    assert torch.equal(matched(restored, changed, weight, "mean-std"), result)
+    assert torch.equal(match_color(restored, changed, weight, "mean-std"), result)
 
 
 def stablesr(restored: np.ndarray, original: np.ndarray) -> np.ndarray:
@@ -74,7 +74,7 @@ def stablesr(restored: np.ndarray, original: np.ndarray) -> np.ndarray:
 
 def test_wavelet_on_the_whole_crop_is_stablesrs() -> None:
     original, restored = picture(3), picture(4)
-    result = matched(restored, original, torch.ones(96, 96), "wavelet")
+    result = match_color(restored, original, torch.ones(96, 96), "wavelet")
     np.testing.assert_allclose(
         result.numpy(), stablesr(restored.numpy(), original.numpy()).clip(0, 1), atol=1e-5
     )
@@ -87,7 +87,9 @@ def test_a_tint_is_taken_back_and_detail_stays(method: str) -> None:
     weight = torch.zeros(96, 96)
     weight[10:86, 10:86] = 1
     inside = weight > 0
-    result = matched(original + detail + torch.tensor([0.1, 0.0, -0.1]), original, weight, method)
+    result = match_color(
+        original + detail + torch.tensor([0.1, 0.0, -0.1]), original, weight, method
+    )
     left = (result - original)[inside].mean(0)
     assert left.abs().max() < 0.02
     fine = (result - original)[inside][:, 1]
@@ -98,12 +100,12 @@ def test_a_tint_is_taken_back_and_detail_stays(method: str) -> None:
 def test_what_needs_no_match_stays(method: str) -> None:
     original = picture(7)
     torch.testing.assert_close(
-        matched(original, original, torch.ones(96, 96), method), original, atol=1e-4, rtol=0
+        match_color(original, original, torch.ones(96, 96), method), original, atol=1e-4, rtol=0
     )
-    assert matched(original, picture(8), torch.zeros(96, 96), method) is original
+    assert match_color(original, picture(8), torch.zeros(96, 96), method) is original
     flat = torch.full((5, 7, 3), 0.5)
-    assert matched(flat, torch.rand(5, 7, 3), torch.ones(5, 7), method).isfinite().all()
+    assert match_color(flat, torch.rand(5, 7, 3), torch.ones(5, 7), method).isfinite().all()
     bright = original * 4
-    assert matched(bright, bright, torch.ones(96, 96), method).max() == pytest.approx(
+    assert match_color(bright, bright, torch.ones(96, 96), method).max() == pytest.approx(
         float(bright.max()), abs=1e-3
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Conv2d, GroupNorm
 
 from osdface_core import cpu
-from osdface_core.cpu import enlarged_convolution, faster, group_norm
+from osdface_core.cpu import enlarged_convolution, group_norm, optimized
 
 CPU = torch.device("cpu")
 
@@ -95,7 +95,7 @@ def test_a_network_gives_within_what_it_gives_without() -> None:
     with torch.inference_mode():
         wanted = network.double()(x.double())
         network.float()
-        with faster(CPU, network):
+        with optimized(CPU, network):
             found = network(x)
         assert (found - wanted).abs().max() < 2e-6 + 2 * (network(x) - wanted).abs().max()
 
@@ -135,7 +135,7 @@ def test_torchs_functions_may_be_called_in_each_of_their_ways() -> None:
         ]
 
     wanted = everything()
-    with faster(CPU):
+    with optimized(CPU):
         found = everything()
     for one, right in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5)
@@ -154,7 +154,7 @@ def test_it_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
         nn.Upsample(scale_factor=2),
         Conv2d(8, 8, 3, padding=1),
     )
-    with torch.inference_mode(), faster(CPU, network):
+    with torch.inference_mode(), optimized(CPU, network):
         network(torch.rand(1, 3, 16, 16))
     assert ran == ["group_norm", "enlarged_convolution"]
 
@@ -164,7 +164,7 @@ def test_bf16_stays_bf16() -> None:
     with torch.inference_mode():
         wanted = network(x)
         network.bfloat16()
-        with faster(CPU, network):
+        with optimized(CPU, network):
             found = network(x.bfloat16())
     assert found.dtype == torch.bfloat16
     assert (found - wanted).abs().max() < 0.1
@@ -174,7 +174,7 @@ def test_a_compiled_network_and_another_device_are_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def changes(*given: Any) -> bool:
-        with faster(*given) as mode:
+        with optimized(*given) as mode:
             return mode is not None
 
     network: Any = nn.Sequential(Conv2d(3, 3, 1))

@@ -17,13 +17,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from osdface_core.errors import OSDFaceError
+from osdface_core.faces.align import TEMPLATE
+from osdface_core.faces.candidates import detect_once
 from osdface_core.faces.choose import Choice
-from osdface_core.faces.detect import Detection, detect, finite, look
-from osdface_core.faces.face import Affine
+from osdface_core.faces.detect import Detection, DetectOptions, detect
 from osdface_core.faces.find import find_faces
-from osdface_core.faces.preview import draw
+from osdface_core.faces.preview import draw_faces
 from osdface_core.faces.retinaface import RetinaFace, anchors, build_retinaface
-from osdface_core.pictures.resampling import TEMPLATE, apply, inverse, warp
+from osdface_core.pictures.geometry import Affine, apply, inverse
+from osdface_core.pictures.picture import finite
+from osdface_core.pictures.resampling import warp
 
 MOBILE = "weights/detection_mobilenet0.25_Final.pth"
 Load = Callable[[Path], Tensor]
@@ -117,7 +120,9 @@ def test_looked_at_once_every_face_is_where_facexlib_has_it(
     assert sum(map(len, known.values())) == 191
     for name, rows in known.items():
         with torch.inference_mode():
-            found = look(network, finite(load_picture(data / "images" / name).movedim(-1, 1)), 0.9)
+            found = detect_once(
+                network, finite(load_picture(data / "images" / name).movedim(-1, 1)), 0.9
+            )
         assert len(found) == len(rows), name
         for row in rows:
             nearest = max(
@@ -199,7 +204,7 @@ def test_faces_at_any_angle_are_found_and_cut_out_upright(
         upright = halved(load_picture(path))
         (known,) = detect(upright, network)[0]
         image, matrix = turned(upright, degrees)
-        found = find_faces(image, network, any_angle=True)
+        found = find_faces(image, network, DetectOptions(any_angle=True))
         assert len(found.everyone) == 1, path.name
         face = found.everyone[0]
         assert face.angle == {30: 0, 60: 90, 135: face.angle}.get(degrees, degrees)
@@ -286,11 +291,13 @@ def test_pictures_of_any_shape_and_value_pass(
     image[..., :1, :] = math.nan
     image[..., -1:, :] = math.inf
     found = find_faces(
-        image, network, any_angle=any_angle, crop_size=576, choice=Choice(min_size=0), smoothing=0.5
+        image,
+        network,
+        DetectOptions(any_angle=any_angle, crop_size=576, choice=Choice(min_size=0), smoothing=0.5),
     )
     assert (found.faces.frames, found.faces.height, found.faces.width) == shape[:3]
     assert found.faces.crops.shape == (len(found.faces), 576, 576, 3)
-    preview = draw(image, found.everyone, found.verdicts)
+    preview = draw_faces(image, found.everyone, found.verdicts)
     assert len(preview) == shape[0] and preview.shape[3] == 3 and max(preview.shape[1:3]) <= 1024
     assert preview.isfinite().all()
 
@@ -303,14 +310,13 @@ def test_no_shape_is_refused(frames: int, height: int, width: int, channels: int
     found = find_faces(
         torch.rand(frames, height, width, channels),
         untrained(),
-        confidence=0.5,
-        choice=Choice(min_size=0),
+        DetectOptions(confidence=0.5, choice=Choice(min_size=0)),
     )
     assert (found.faces.frames, found.faces.height, found.faces.width) == (frames, height, width)
     assert found.faces.crops.shape == (len(found.faces), 512, 512, 3)
     assert sorted({face.frame for face in found.everyone}) == list(range(frames))
     assert (
-        len(draw(torch.rand(frames, height, width, channels), found.everyone, found.verdicts))
+        len(draw_faces(torch.rand(frames, height, width, channels), found.everyone, found.verdicts))
         == frames
     )
 
@@ -335,7 +341,7 @@ def test_a_face_half_out_of_the_picture_is_cut_out_whole(
     data: Path, network: RetinaFace, load_picture: Load
 ) -> None:
     image = load_picture(data / "images/astronaut.png")[:, 90:, 190:]
-    found = find_faces(image, network, confidence=0.5)
+    found = find_faces(image, network, DetectOptions(confidence=0.5))
     assert len(found.faces) == 1 and min(found.faces.faces[0].box) < 0
     assert found.faces.crops.isfinite().all()
 
@@ -366,7 +372,7 @@ def test_a_batch_that_does_not_fit_is_halved(
 ) -> None:
     class Little(nn.Module):
         home = torch.device("cpu")
-        looks_twice = False
+        needs_refinement = False
         largest = 0
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from osdface_core.errors import OSDFaceError
-from osdface_core.faces.detect import detect
+from osdface_core.faces.detect import DetectOptions, detect
 from osdface_core.faces.detector_check import FACES, PICTURE, build_detector, drawn_face
 from osdface_core.faces.retinaface import build_retinaface
 from osdface_core.weights.reading import read_tensors
@@ -20,7 +20,9 @@ def test_the_wrong_anchors_detector_fits_finds_many_faces_and_is_refused(
 ) -> None:
     tensors = read_tensors(data / "weights" / "wrong_anchors_mobilenet0.25_Final.pth")
     found = detect(
-        load_picture(data / "images" / "astronaut.png"), build_retinaface(tensors), confidence=0.5
+        load_picture(data / "images" / "astronaut.png"),
+        build_retinaface(tensors),
+        DetectOptions(confidence=0.5),
     )[0]
     assert len(found) >= 8, "the file is no longer the negative case that it is kept for"
     with pytest.raises(OSDFaceError, match="other anchors"):
@@ -30,7 +32,7 @@ def test_the_wrong_anchors_detector_fits_finds_many_faces_and_is_refused(
 def test_the_real_detector_finds_each_drawn_face_where_it_is(data: Path) -> None:
     network = build_detector(read_tensors(data / "weights" / "detection_mobilenet0.25_Final.pth"))
     for width in FACES:
-        (found,) = detect(drawn_face(width)[None], network, confidence=0.5)[0]
+        (found,) = detect(drawn_face(width)[None], network, DetectOptions(confidence=0.5))[0]
         x1, y1, x2, y2 = found.box
         assert (
             abs((x1 + x2) / 2 - PICTURE / 2) < 0.1 * width

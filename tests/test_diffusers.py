@@ -18,12 +18,16 @@ from safetensors.torch import save_file
 from torch.nn import Linear
 
 from osdface_core.errors import OSDFaceError
-from osdface_core.sd21.adapters import LoraModule, modules
+from osdface_core.osdface.lora import adapted_layers
+from osdface_core.sd21.adapters import Adapter
 
 pytest.importorskip("diffusers", reason="no diffusers: pip install -r requirements-dev.txt")
 pytest.importorskip("peft", reason="no peft: pip install -r requirements-dev.txt")
 
+from osdface_core.chunks import is_out_of_memory
 from osdface_core.diffusers import backbone as db
+from osdface_core.diffusers import loading
+from osdface_core.diffusers.lora import merge_lora
 
 CPU = torch.device("cpu")
 
@@ -39,16 +43,16 @@ def small(small_model: Path) -> db.DiffusersBackbone:
     return db.DiffusersBackbone.from_files(small_model, device=CPU, dtype=torch.float32)
 
 
-def small_lora(unet: torch.nn.Module) -> dict[str, LoraModule]:
+def small_lora(unet: torch.nn.Module) -> dict[str, Adapter]:
     """A LoRA for all modules of OSDFace's, of several ranks and scales."""
     generator = torch.Generator().manual_seed(1)
     lora = {}
-    for i, name in enumerate(modules()):
+    for i, name in enumerate(adapted_layers()):
         weight = unet.get_submodule(name).weight
         rank, scale = (4, 1.0) if i % 5 else (2, 0.5)
         down = torch.randn(rank, *weight.shape[1:], generator=generator)
         up = torch.randn(weight.shape[0], rank, generator=generator)
-        lora[name] = LoraModule(f"{name}.weight", "", down, up, scale)
+        lora[name] = Adapter(f"{name}.weight", "", down, up, scale)
     return lora
 
 
@@ -67,7 +71,7 @@ def test_the_lora_lands_on_every_module_and_nowhere_else(small: db.DiffusersBack
     before = {name: tensor.clone() for name, tensor in small.unet.state_dict().items()}
     lora = small_lora(small.unet)
     assert len(lora) == 278
-    db.add_lora(small.unet, lora, 0.7, "the LoRA")
+    merge_lora(small.unet, lora, 0.7, "the LoRA")
     after = small.unet.state_dict()
     assert after.keys() == before.keys(), "the adapters are still there"
     for name, tensor in before.items():
@@ -87,10 +91,10 @@ def test_a_module_without_a_place_is_named(small: db.DiffusersBackbone) -> None:
     place.to_k = Linear(7, 5)
     with pytest.raises(
         OSDFaceError,
-        match=r"no weight for 1 of the 278 modules of mine "
+        match=r"no weight for 1 of the 278 layers of mine "
         r".up_blocks\.1\.attentions\.0.*attn2\.to_k",
     ):
-        db.add_lora(small.unet, lora, 1.0, "mine")
+        merge_lora(small.unet, lora, 1.0, "mine")
 
 
 def test_the_step_is_the_scheduler_s_prediction_of_x0(
@@ -134,7 +138,7 @@ def test_half_precision_stays_near_and_fp32_comes_back(
     rough = small.denoise(small.encode(pixels), prompts, 399)
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.1
-    with small.precisely():
+    with small.fp32_fallback():
         assert small.dtype == torch.float32
     assert small.dtype == next(small.unet.parameters()).dtype == dtype
 
@@ -171,7 +175,7 @@ def test_a_wrong_base_is_refused(
     with pytest.raises(
         OSDFaceError, match=f"base is a .*{says}.*OSDFace needs Stable Diffusion 2.1-base"
     ):
-        db.load(folder)
+        loading.load(folder)
 
 
 def test_a_folder_with_missing_weights_is_refused(small_model: Path, tmp_path: Path) -> None:
@@ -184,9 +188,9 @@ def test_a_folder_with_missing_weights_is_refused(small_model: Path, tmp_path: P
     del tensors["mid_block.resnets.0.conv1.weight"]
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(OSDFaceError, match=r"mid_block\.resnets\.0\.conv1\.weight"):
-        db.load(folder)
+        loading.load(folder)
     with pytest.raises(OSDFaceError, match="not a model in diffusers' layout"):
-        db.load(tmp_path)
+        loading.load(tmp_path)
 
 
 UNET, FIRST, TEXT = (
@@ -224,25 +228,25 @@ def test_a_wrong_checkpoint_is_refused(
     file = tmp_path / "base.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
     with pytest.raises(OSDFaceError, match=f"base.safetensors is .*{says}"):
-        db.load(file)
+        loading.load(file)
 
 
 def test_a_checkpoint_that_predicts_v_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "v2-1_768-ema-pruned.safetensors"
     bias = torch.linspace(-0.3, 0.3, 320)
     save_file(
-        {name: torch.zeros(shape) for name, shape in SD21.items()} | {db.V_WITNESS: bias}, file
+        {name: torch.zeros(shape) for name, shape in SD21.items()} | {loading.V_WITNESS: bias}, file
     )
     with pytest.raises(OSDFaceError, match="predicts v"):
-        db.load(file)
+        loading.load(file)
 
 
 def test_running_out_of_memory_is_told_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
-    assert db.out_of_memory(caught.value)
-    assert db.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not db.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_bf16_is_chosen_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,14 +275,16 @@ def test_the_released_code_s_numbers(
     model: str, stand_ins: Path, truth: dict[str, torch.Tensor], crop: Callable[[str], torch.Tensor]
 ) -> None:
     from osdface_core.osdface.restore import network_input, restore
+    from osdface_core.osdface.lora import parse_lora
     from osdface_core.osdface.vre import build_embedder, embed, read_embedder
+    from osdface_core.weights.reading import read_tensors
 
     if not (stand_ins / model).exists():
         pytest.skip(f"no {model} among the stand-in weights: make_weights.py writes it")
     osdface = stand_ins / "osdface"
     backbone = db.DiffusersBackbone.from_files(
         stand_ins / model,
-        osdface / "pytorch_lora_weights.safetensors",
+        parse_lora(read_tensors(osdface / "pytorch_lora_weights.safetensors")),
         device=CPU,
         dtype=torch.float32,
     )
@@ -289,7 +295,7 @@ def test_the_released_code_s_numbers(
         x0 = backbone.denoise(latents, truth[f"{name}.prompt"], 399)
         assert (x0 - truth[f"{name}.x0"]).abs().max() < 1e-4
     given = crop("astronaut_lq")
-    restored = restore(given, embed(given, lambda faces: (embedder, CPU)), backbone).crops.movedim(
+    restored = restore(given, embed(given, lambda faces: (embedder, CPU)), backbone).pictures.movedim(
         -1, 1
     )
     assert (restored - truth["astronaut_lq.image"]).abs().max() < 1e-4

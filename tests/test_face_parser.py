@@ -9,9 +9,9 @@ from osdface_core.errors import OSDFaceError
 from osdface_core.faces.face_parser import (
     SIDE,
     build_parser,
-    face_maps,
     face_probability,
-    feathered,
+    feather_mask,
+    parse_faces,
 )
 
 SKIN = [
@@ -70,9 +70,9 @@ def test_crops_of_any_size_are_parsed_as_facexlib_parses_them_at_512(
     crop = torch.rand(1, SIDE, SIDE, 3, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         scores = theirs((crop.movedim(-1, 1) - 0.5) / 0.5)[0]
-    maps = face_maps(crop, build_parser(theirs.state_dict()))
+    maps = parse_faces(crop, build_parser(theirs.state_dict()))
     torch.testing.assert_close(maps, face_probability(scores), atol=1e-4, rtol=0)
-    assert face_maps(crop[:0], build_parser(theirs.state_dict())).shape == (0, SIDE, SIDE)
+    assert parse_faces(crop[:0], build_parser(theirs.state_dict())).shape == (0, SIDE, SIDE)
 
 
 def test_a_file_that_is_not_parsenet_is_refused_by_name(theirs: torch.nn.Module) -> None:
@@ -98,7 +98,7 @@ def test_what_is_none_of_the_face_is_left_alone_and_the_inside_is_whole(feather:
     face = torch.zeros(SIDE, SIDE)
     face[40:480, 60:460] = 1
     face[200:230, 100:180] = 0
-    mask = feathered(face, feather)
+    mask = feather_mask(face, feather)
     # Corners are rounded by what counts as a speck.
     near_face = torch.nn.functional.max_pool2d(face[None], 5, 1, 2)[0] > 0
     assert not mask[~near_face].any()
@@ -114,7 +114,7 @@ def test_what_is_none_of_the_face_is_left_alone_and_the_inside_is_whole(feather:
 def test_a_speck_of_another_label_does_not_show() -> None:
     face = torch.zeros(SIDE, SIDE)
     face[40:480, 60:460] = 1
-    clean = feathered(face, 0.1)
+    clean = feather_mask(face, 0.1)
     face[300:303, 250:252] = 0
-    assert (clean - feathered(face, 0.1)).max() < 0.5
-    assert (clean - feathered(face, 0.1)).abs().mean() < 1e-3
+    assert (clean - feather_mask(face, 0.1)).max() < 0.5
+    assert (clean - feather_mask(face, 0.1)).abs().mean() < 1e-3

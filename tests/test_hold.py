@@ -148,7 +148,7 @@ def test_networks_that_are_unloaded_between_any_two_steps(
     there(model.model, "apply_model")
     there(vae.first_stage_model, "encode")
     there(vae.first_stage_model, "decode")
-    there(host.host.embedder("builtin", 1)[0], "forward")
+    there(host.networks.load_embedder("builtin", 1)[0], "forward")
 
     def take_all() -> None:
         went.append(len(management.loaded_models()))
@@ -261,9 +261,9 @@ def test_the_detector_halves_its_chunk_when_memory_runs_out(
         "image": images,
     }
     wanted = find(**widgets).args
-    network = host.host.network(
-        host.host.find("detection_mobilenet0.25_Final.pth"),
-        scope_of(host, "FaceDetectAlign")["build_detector"],
+    network = host.networks.load_network(
+        host.files.find("detection_mobilenet0.25_Final.pth", "facedetection"),
+        host.networks.build_detector,
     )
     sizes = failing(monkeypatch, type(network), len)
     found = find(**widgets).args
@@ -279,8 +279,8 @@ def test_the_embedder_halves_its_chunk_when_memory_runs_out(
     crops = torch.rand(5, 32, 32, 3)
     embed = host.nodes["OSDFaceVRE"].execute
     wanted = embed(crops=crops, vre_name="builtin").args[0][0][0]
-    monkeypatch.setattr(host.host, "faces_that_fit", lambda memory: 4)
-    module, _ = host.host.embedder("builtin", 1)
+    monkeypatch.setattr(host.networks, "max_batch", lambda memory: 4)
+    module, _ = host.networks.load_embedder("builtin", 1)
     sizes = failing(monkeypatch, type(module), len)
     assert torch.equal(embed(crops=crops, vre_name="builtin").args[0][0][0], wanted)
     assert sizes == [4, 2, 1, 1, 1, 1, 1]
@@ -289,17 +289,16 @@ def test_the_embedder_halves_its_chunk_when_memory_runs_out(
 def test_the_face_parser_halves_its_chunk_when_memory_runs_out(
     host: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scope = scope_of(host, "FacePasteBack")
-    network = scope["ParseNet"]().eval()
+    network = host.networks.ParseNet().eval()
     labels = torch.linspace(-1, 1, 19)[:, None, None]
     monkeypatch.setattr(type(network), "forward", lambda self, x: x[:, :1] * labels)
-    monkeypatch.setattr(host.host, "find", lambda name, kind="": name)
-    monkeypatch.setattr(host.host, "network", lambda *_, **__: network)
+    monkeypatch.setattr(host.networks, "find", lambda name, kind: name)
+    monkeypatch.setattr(host.networks, "load_network", lambda *_: network)
     crops = torch.rand(3, 64, 64, 3)
-    wanted = scope["parse"](crops)
-    monkeypatch.setattr(host.host, "faces_that_fit", lambda memory: 3)
+    wanted = host.networks.parse_crops(crops)
+    monkeypatch.setattr(host.networks, "max_batch", lambda memory: 3)
     sizes = failing(monkeypatch, type(network), len)
-    assert torch.equal(scope["parse"](crops), wanted)
+    assert torch.equal(host.networks.parse_crops(crops), wanted)
     assert sizes == [3, 1, 1, 1]
 
 
@@ -310,12 +309,12 @@ def test_memory_that_does_not_hold_one_is_told_and_the_next_run_works(
     wanted = restored(host, group)
     with monkeypatch.context() as patch:
         module = (
-            host.host.network(
-                host.host.find("detection_mobilenet0.25_Final.pth"),
-                scope_of(host, "FaceDetectAlign")["build_detector"],
+            host.networks.load_network(
+                host.files.find("detection_mobilenet0.25_Final.pth", "facedetection"),
+                host.networks.build_detector,
             )
             if network == "detector"
-            else host.host.embedder("builtin", 1)[0]
+            else host.networks.load_embedder("builtin", 1)[0]
         )
 
         def never(*_: Any) -> Any:
@@ -378,7 +377,7 @@ def test_a_lora_that_is_already_on_the_model_stays_and_leaves_nothing_behind(
 def test_our_lora_adds_to_one_that_is_already_on_the_model(
     host: Any, checkpoint: tuple[Any, Any]
 ) -> None:
-    model, path = checkpoint[0], host.host.find("pytorch_lora_weights.safetensors", "loras")
+    model, path = checkpoint[0], host.files.find("pytorch_lora_weights.safetensors", "loras")
     key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     weight = (
         model.backup[key].weight if key in model.backup else model.model.state_dict()[key]
@@ -390,10 +389,10 @@ def test_our_lora_adds_to_one_that_is_already_on_the_model(
     def merged(model: Any) -> Tensor:
         return host.comfy.lora.calculate_weight(model.patches[key], weight.clone(), key)
 
-    ours = merged(host.host.with_lora(model, path, 1.0)) - weight
+    ours = merged(host.lora.with_lora(model, path, 1.0)) - weight
     assert ours.abs().max() > 1e-4
     assert (
-        merged(host.host.with_lora(before, path, 1.0)) - weight - other - ours
+        merged(host.lora.with_lora(before, path, 1.0)) - weight - other - ours
     ).abs().max() < 1e-6
     assert len(before.patches) == 1
 
@@ -553,7 +552,7 @@ def test_weights_of_fewer_bits(dtype: str, host: Any, given: SimpleNamespace) ->
     model.model.diffusion_model.to(getattr(torch, dtype))
     assert model.model.manual_cast_dtype is None
     model.model.manual_cast_dtype = torch.float32
-    assert issubclass(scope["host"].Operations, comfy.ops.manual_cast)
+    assert issubclass(host.networks.Operations, comfy.ops.manual_cast)
     error = (step(host, given, model) - plain).square().mean().sqrt()
     # The file's are of 16 bits.
     assert (

@@ -73,10 +73,10 @@ def test_latent_prompts_and_x0_are_the_released_codes(
     prompts = prompts_of(host, crops)[0][0]
     wanted = truth[f"{name}.prompt"][0]
     assert (sorted_rows(prompts[0]) - sorted_rows(wanted)).abs().max() < 1e-5
-    backbone = host.host.HostBackbone(
-        host.host.with_lora(model, host.host.find(LORA, "loras"), 1.0), vae
+    backbone = host.backbone.HostBackbone(
+        host.lora.with_lora(model, host.files.find(LORA, "loras"), 1.0), vae
     )
-    latents = backbone.encode(host.one_step.network_input(crops))
+    latents = backbone.encode(host.module("osdface_core.osdface.restore").network_input(crops))
     assert (latents - truth[f"{name}.latent"]).abs().max() < 1e-5
     x0 = backbone.denoise(latents, prompts, 399)
     assert (x0 - truth[f"{name}.x0"]).abs().max() < 1e-4
@@ -146,21 +146,21 @@ def test_no_crops_give_no_restored(host: Any, checkpoint: tuple[Any, Any]) -> No
 def test_the_lora_lands_on_278_weights_of_a_clone(host: Any, checkpoint: tuple[Any, Any]) -> None:
     model, _ = checkpoint
     before = {key: list(value) for key, value in model.patches.items()}, model.patches_uuid
-    clone = host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5)
+    clone = host.lora.with_lora(model, host.files.find(LORA, "loras"), 0.5)
     assert len(clone.patches) == 278
     assert (
         {key: list(value) for key, value in model.patches.items()},
         model.patches_uuid,
     ) == before
-    assert host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5) is clone
-    assert host.host.with_lora(model, host.host.find(LORA, "loras"), 0.6) is not clone
+    assert host.lora.with_lora(model, host.files.find(LORA, "loras"), 0.5) is clone
+    assert host.lora.with_lora(model, host.files.find(LORA, "loras"), 0.6) is not clone
 
 
 def test_the_clone_with_the_lora_goes_with_its_model(
     host: Any, checkpoint: tuple[Any, Any]
 ) -> None:
     model = checkpoint[0].clone()
-    clone = weakref.ref(host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5))
+    clone = weakref.ref(host.lora.with_lora(model, host.files.find(LORA, "loras"), 0.5))
     assert clone() is not None
     del model
     gc.collect()
@@ -171,7 +171,7 @@ def test_a_changed_strength_leaves_nothing_behind(host: Any, checkpoint: tuple[A
     management, (model, _) = host.comfy.model_management, checkpoint
     for strength in (0.5, 0.6):
         management.load_models_gpu(
-            [host.host.with_lora(model, host.host.find(LORA, "loras"), strength)]
+            [host.lora.with_lora(model, host.files.find(LORA, "loras"), strength)]
         )
         gc.collect()
         assert all(patcher is not None for patcher in management.loaded_models())
@@ -211,10 +211,10 @@ def test_the_lora_survives_a_model_that_is_unloaded_and_loaded_in_part(
         clone.add_patches(patches, 1.0)
         return clone
 
-    monkeypatch.setattr(host.host, "_merged", merged)
-    monkeypatch.setattr(host.host, "once", lambda *_: {})
-    file, x = host.host.find(LORA, "loras"), torch.randn(1, 64)
-    management.load_models_gpu([host.host.with_lora(model, file, 1.0)])
+    monkeypatch.setattr(host.lora, "merge_lora", merged)
+    monkeypatch.setattr(host.lora, "cached", lambda *_: {})
+    file, x = host.files.find(LORA, "loras"), torch.randn(1, 64)
+    management.load_models_gpu([host.lora.with_lora(model, file, 1.0)])
     first = module(x).clone()
     gc.collect()
     loaded = next(
@@ -223,7 +223,7 @@ def test_the_lora_survives_a_model_that_is_unloaded_and_loaded_in_part(
         if m.model is not None and m.model.model is module
     )
     loaded.model_unload(model.model_size() // 2)
-    host.host.with_lora(model, file, 1.0).partially_load(cpu, extra_memory=model.model_size() // 6)
+    host.lora.with_lora(model, file, 1.0).partially_load(cpu, extra_memory=model.model_size() // 6)
     assert (module(x) - first).abs().max() < 1e-5
 
 
@@ -231,7 +231,7 @@ def test_a_merged_weight_is_base_plus_strength_times_up_times_down(
     host: Any, checkpoint: tuple[Any, Any], seeded: ModuleType
 ) -> None:
     model, _ = checkpoint
-    clone = host.host.with_lora(model, host.host.find(LORA, "loras"), 0.5)
+    clone = host.lora.with_lora(model, host.files.find(LORA, "loras"), 0.5)
     lora, base = seeded.lora(), model.model.state_dict()
     for name, ldm in (
         (
@@ -301,12 +301,12 @@ def test_a_pickle_that_would_run_code_does_not(host: Any, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", [LORA, "associate_2.ckpt"])
 def test_a_truncated_file_is_named(name: str, host: Any, checkpoint: tuple[Any, Any]) -> None:
-    whole = host.host.find(name, "loras").read_bytes()
+    whole = host.files.find(name, "loras").read_bytes()
     cut = host.base / "models" / "osdface" / f"cut_{name}"
     cut.write_bytes(whole[: len(whole) * 2 // 5])
     with pytest.raises(host.error, match=f"cut_{name}"):
         if name == LORA:
-            host.host.with_lora(checkpoint[0], cut, 1.0)
+            host.lora.with_lora(checkpoint[0], cut, 1.0)
         else:
             run(host, "OSDFaceVRE", crops=torch.zeros(1, 64, 64, 3), vre_name=cut.name)
 
@@ -346,19 +346,19 @@ def test_a_missing_file_is_fetched_only_where_the_user_allowed_it(
     asked = {}
 
     def ensure(
-        name: str, folders: Any, *, allow_download: bool, progress: Callable[[int, int], None]
+        store: Any, name: str, *, allow_download: bool, progress: Callable[[int, int], None]
     ) -> Path:
-        asked.update(name=name, folders=folders, allowed=allow_download)
+        asked.update(name=name, folders=store.folders, allowed=allow_download)
         progress(10, 100)
         return Path(name)
 
-    monkeypatch.setattr(host.host, "ensure", ensure)
-    host.host.find("detection_Resnet50_Final.pth")
+    monkeypatch.setattr(host.files.Store, "ensure", ensure)
+    host.files.find("detection_Resnet50_Final.pth", "facedetection")
     assert asked["allowed"] == (how != "nowhere")
     assert asked["folders"]["facedetection"][0] == host.base / "models" / "facedetection"
     host.comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(host.comfy.model_management.InterruptProcessingException):
-        host.host.find("detection_Resnet50_Final.pth")
+        host.files.find("detection_Resnet50_Final.pth", "facedetection")
 
 
 @pytest.mark.parametrize(
@@ -501,9 +501,9 @@ def base_model(host: Any, kind: str, model_type: str = "EPS") -> Any:
 
 
 def test_a_right_base_passes(host: Any, checkpoint: tuple[Any, Any]) -> None:
-    host.host.check_model(base_model(host, "SD20"))
-    host.host.check_model(checkpoint[0])
-    host.host.check_vae(checkpoint[1])
+    host.base_model.check_model(base_model(host, "SD20"))
+    host.base_model.check_model(checkpoint[0])
+    host.base_model.check_vae(checkpoint[1])
 
 
 def patched_to_v(host: Any) -> Any:
@@ -608,7 +608,7 @@ def test_our_networks_leave_when_comfyui_needs_room_and_come_back(
 def test_another_projector_beside_the_checkpoint_is_noticed(host: Any, seeded: ModuleType) -> None:
     folder = host.base / "models" / "osdface" / "other"
     folder.mkdir()
-    (folder / "associate_2.ckpt").symlink_to(host.host.find("associate_2.ckpt", "osdface"))
+    (folder / "associate_2.ckpt").symlink_to(host.files.find("associate_2.ckpt", "osdface"))
     crops, inputs = torch.rand(1, 64, 64, 3), {"vre_name": "other/associate_2.ckpt"}
     torch.save(seeded.embedding_change(), folder / "embedding_change_weights.pth")
     before = (
@@ -688,7 +688,7 @@ def test_memory_that_runs_out_in_the_unet_halves_the_chunk(
         | {"faces_per_batch": 4}
     )
     wanted = run(host, "OSDFaceOneStep", **given)
-    usual, sizes = host.host.HostBackbone.denoise, []
+    usual, sizes = host.backbone.HostBackbone.denoise, []
 
     def denoise(backbone: Any, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
         sizes.append(len(latents))
@@ -696,7 +696,7 @@ def test_memory_that_runs_out_in_the_unet_halves_the_chunk(
             raise host.comfy.model_management.OOM_EXCEPTION("out of memory")
         return usual(backbone, latents, *rest)
 
-    monkeypatch.setattr(host.host.HostBackbone, "denoise", denoise)
+    monkeypatch.setattr(host.backbone.HostBackbone, "denoise", denoise)
     assert torch.equal(run(host, "OSDFaceOneStep", **given), wanted)
     assert [size for size in sizes if size > 1] == [4, 2, 2]
 
@@ -763,7 +763,7 @@ def test_the_same_crops_are_encoded_once(
     )
     run(host, "OSDFaceOneStep", **given | {"vae": again})
     assert encoded == [1, 1, 1, 1, 1]
-    monkeypatch.setattr(host.host, "MOST_LATENTS", 3)
+    monkeypatch.setattr(host.backbone, "MAX_LATENTS", 3)
     run(host, "OSDFaceOneStep", **given | {"crops": torch.rand(2, 64, 72, 3)})
     assert len(vae.osdface_latents) == 3
 
@@ -772,7 +772,7 @@ def test_attention_on_a_cpu_is_torchs_own_unless_another_is_chosen(
     host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = checkpoint
-    fused = host.host._with_fused_attention
+    fused = host.backbone._with_fused_attention
 
     def chosen(options: dict[str, Any]) -> Any:
         return (
@@ -784,7 +784,7 @@ def test_attention_on_a_cpu_is_torchs_own_unless_another_is_chosen(
     assert chosen(options) is not None
     assert options == {"transformer_options": {"patches": {}}}
     assert chosen({"transformer_options": {"optimized_attention_override": chosen}}) is chosen
-    monkeypatch.setattr(host.host.args, "use_quad_cross_attention", True)
+    monkeypatch.setattr(host.backbone.args, "use_quad_cross_attention", True)
     assert chosen({}) is None
 
 
@@ -797,14 +797,14 @@ def test_a_bf16_unet_computes_in_bf16_on_a_processor_that_can(
     model = checkpoint[0].clone()
 
     def merged(weights: torch.dtype, computes: bool) -> Any:
-        monkeypatch.setattr(host.host, "computes_in_bf16", lambda: computes)
+        monkeypatch.setattr(host.lora, "has_bf16", lambda: computes)
         monkeypatch.setattr(model.model, "get_dtype", lambda: weights)
         monkeypatch.setattr(
             model.model, "manual_cast_dtype", None if weights == torch.float32 else torch.float32
         )
-        clone = host.host._merged(
+        clone = host.lora.merge_lora(
             model,
-            host.host.parse_lora(host.host.read_tensors(host.host.find(LORA, "loras")), LORA),
+            host.lora.parse_lora(host.lora.read_tensors(host.files.find(LORA, "loras")), LORA),
             LORA,
             1.0,
         )
@@ -821,7 +821,7 @@ def test_a_network_is_read_once_while_its_file_stays(
     host: Any, monkeypatch: pytest.MonkeyPatch, crop: Callable[[str], torch.Tensor]
 ) -> None:
     prompts_of(host, crop("astronaut_lq"))
-    monkeypatch.setattr(host.host, "read_embedder", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(host.networks, "read_embedder", lambda path: pytest.fail("read again"))
     prompts_of(host, crop("astronaut_lq"))
 
 

@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import install
+from osdface_core.catalogue import CATALOGUE
 from osdface_core.errors import OSDFaceError
 from osdface_core.osdface.vre import build_embedder, read_embedder
-from osdface_core.weights import store
-from osdface_core.weights.catalogue import BY_NAME, CATALOGUE, canonical_names
 from osdface_core.weights.fetching import sha256_of
+from osdface_core.weights.store import Store
 from tests.weight_server import Server, running, stall
 
 ROOT = Path(install.__file__).parent
@@ -73,7 +73,7 @@ def full(server: Server, released: Path, monkeypatch: pytest.MonkeyPatch) -> Ser
     """
     for path in released.iterdir():
         server.hub(HUB, path.name, path.read_bytes())
-    for entry in CATALOGUE:
+    for entry in CATALOGUE.files:
         if entry.sha256 is not None and entry.needed:
             content = entry.name.encode() * 1000
             address = server.release(
@@ -110,7 +110,7 @@ def test_a_full_install_then_nothing_to_do(
     assert install.main([*arguments, "--dry-run"]) == 0
     assert full.gets == [] and held(models) == set()
     assert install.main(arguments) == 0
-    needed = {entry.name for entry in CATALOGUE if entry.needed}
+    needed = {entry.name for entry in CATALOGUE.files if entry.needed}
     assert held(models) == needed
     asked = len(full.gets)
     assert install.main(arguments) == 0
@@ -301,7 +301,7 @@ def test_a_host_s_installer_gets_one_line_and_no_download(
     assert server.gets == [] and held(models) == set()
     if host is manager:
         assert VRE in done.stdout and "install.py --fetch" in done.stdout
-        for entry in CATALOGUE:
+        for entry in CATALOGUE.files:
             (models / entry.folder).mkdir(exist_ok=True)
             (models / entry.folder / entry.name).touch()
         assert run(**environment).stdout.strip() == "OSDFace: all weights are there."
@@ -357,7 +357,7 @@ def test_extra_model_paths_are_searched_and_the_default_ones_filled(
     assert folders["facedetection"] == [models / "facedetection", archive]
     archive.mkdir()
     (archive / SMALL).touch()
-    assert store.find(BY_NAME[SMALL], folders) == archive / SMALL
+    assert Store(CATALOGUE, folders).find(CATALOGUE.by_name[SMALL]) == archive / SMALL
 
 
 def test_no_host_in_sight_is_one_sentence(
@@ -371,8 +371,9 @@ def test_no_host_in_sight_is_one_sentence(
 # Run by the nodes
 
 
-def folders(models: Path) -> dict[str, list[Path]]:
-    return {name: [models / name] for name in ("osdface", "facedetection", "loras", "checkpoints")}
+def store_of(models: Path) -> Store:
+    names = ("osdface", "facedetection", "loras", "checkpoints")
+    return Store(CATALOGUE, {name: [models / name] for name in names})
 
 
 def test_a_missing_file_is_one_sentence_unless_downloads_are_allowed(
@@ -380,26 +381,19 @@ def test_a_missing_file_is_one_sentence_unless_downloads_are_allowed(
 ) -> None:
     for name in (VRE, SMALL):
         with pytest.raises(OSDFaceError, match=rf"install\.py --only {name}") as raised:
-            store.ensure(name, folders(models))
+            store_of(models).ensure(name)
         assert "OSDFACE_DOWNLOAD=1" in str(raised.value)
     assert full.gets == []
     seen = []
-    path = store.ensure(
+    path = store_of(models).ensure(
         VRE,
-        folders(models),
         allow_download=True,
         progress=lambda done, total: seen.append((done, total)),
     )
     assert path == models / "osdface" / VRE and path.is_file() and seen
     assert held(models) == {VRE}
     with pytest.raises(OSDFaceError, match="put it there"):
-        store.ensure("unknown.pth", folders(models), allow_download=True)
-
-
-def test_menus_offer_the_canonical_names_on_an_empty_disk() -> None:
-    assert VRE in canonical_names("osdface") and LORA in canonical_names("osdface")
-    assert SMALL in canonical_names("facedetection")
-    assert all(name in BY_NAME for name in canonical_names("facedetection"))
+        store_of(models).ensure("unknown.pth", allow_download=True)
 
 
 # The stock node

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from osdface_core.errors import OSDFaceError
-from osdface_core.sd21.adapters import modules, parse_lora
+from osdface_core.osdface.lora import adapted_layers, parse_lora
 
 
 def as_released(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def as_kohya_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors,
         ".lora_down.weight",
         ".lora_up.weight",
-        lambda m: "lora_unet_" + modules()[m].ldm.replace(".", "_"),
+        lambda m: "lora_unet_" + adapted_layers()[m].ldm.replace(".", "_"),
     )
 
 
@@ -87,7 +87,7 @@ def tensors(seeded: ModuleType) -> dict[str, Tensor]:
 
 def test_the_modules_are_those_of_the_released_file(golden: Path) -> None:
     truth = json.loads((golden / "lora_modules.json").read_text())
-    assert {name: list(place.shape) for name, place in modules().items()} == truth
+    assert {name: list(place.shape) for name, place in adapted_layers().items()} == truth
     assert len(truth) == 278
 
 
@@ -96,7 +96,7 @@ def test_each_module_belongs_to_the_weight_it_adapts(golden: Path) -> None:
         name: ldm
         for ldm, (name, *_) in json.loads((golden / "sd21_names.json").read_text()).items()
     }
-    for name, place in modules().items():
+    for name, place in adapted_layers().items():
         assert truth[f"unet.{name}.weight"] == f"model.diffusion_model.{place.ldm}.weight"
 
 

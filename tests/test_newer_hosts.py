@@ -63,7 +63,7 @@ def portrait(data: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
 @pytest.fixture
 def nothing_made(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks are read anew, and what a test makes of them goes with it."""
-    monkeypatch.setattr(host.host, "_made", {})
+    monkeypatch.setattr(host.files, "_cache", {})
 
 
 # Schemas
@@ -166,11 +166,11 @@ def test_layers_that_wait_for_their_weights_are_filled(host: Any) -> None:
     with pytest.raises(host.error, match="left over"):
         filled(SimpleNamespace(**late))
     complete = SimpleNamespace(
-        **{name: host.host._complete(late[name], getattr(nn, name)) for name in late}
+        **{name: host.networks._with_weights(late[name], getattr(nn, name)) for name in late}
     )
     x = torch.tensor([0, 4, 2])
     assert torch.equal(filled(complete)(x), plain(x))
-    assert torch.equal(filled(host.host.Operations)(x), plain(x))
+    assert torch.equal(filled(host.networks.Operations)(x), plain(x))
 
 
 @pytest.fixture
@@ -249,8 +249,8 @@ def test_the_face_parser_works_where_its_buffers_are(
     scope = vars(sys.modules[host.nodes["FacePasteBack"].__module__])
     with torch.inference_mode(False):
         tensors = scope["ParseNet"]().state_dict()
-    network = host.host.network(
-        host.host.find("detection_mobilenet0.25_Final.pth"),
+    network = host.networks.load_network(
+        host.files.find("detection_mobilenet0.25_Final.pth", "facedetection"),
         scope["build_parser"],
         read=lambda path: tensors,
     )
@@ -278,7 +278,7 @@ def test_pictures_and_latents_of_half_precision(host: Any, portrait: Tensor) -> 
     vae.encode = lambda pixels: latents.append(encode(pixels).half()) or latents[-1]
     vae.decode = lambda latent: decode(latent).half()
     try:
-        backbone = host.host.HostBackbone(model, vae, {host.host.BUILTIN_MARK: True})
+        backbone = host.backbone.HostBackbone(model, vae, {host.base_model.BUILTIN_MARK: True})
         assert backbone.encode(torch.rand(2, 3, 64, 64)).dtype == torch.float32
         assert [latent.dtype for latent in latents] == [torch.float16] * 2
         out, mask, both, _ = (
@@ -300,14 +300,13 @@ def test_pictures_and_latents_of_half_precision(host: Any, portrait: Tensor) -> 
 def test_out_of_memory_in_any_of_the_hosts_spellings(
     host: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert host.host.out_of_memory(torch.OutOfMemoryError())
-    assert not host.host.out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert host.networks.is_out_of_memory(torch.OutOfMemoryError())
+    assert host.networks.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert not host.networks.is_out_of_memory(RuntimeError("error 2 of the accelerator"))
     management = host.comfy.model_management
-    monkeypatch.setattr(
-        management, "is_oom", lambda error: "out of memory" in str(error), raising=False
-    )
-    assert host.host.out_of_memory(RuntimeError("CUDA error: out of memory"))
-    assert not host.host.out_of_memory(RuntimeError("no"))
+    monkeypatch.setattr(management, "is_oom", lambda error: "error 2" in str(error), raising=False)
+    assert host.networks.is_out_of_memory(RuntimeError("error 2 of the accelerator"))
+    assert not host.networks.is_out_of_memory(RuntimeError("no"))
 
 
 def test_what_a_host_keeps_free_is_counted_once_and_not_for_each_face(
@@ -322,9 +321,9 @@ def test_what_a_host_keeps_free_is_counted_once_and_not_for_each_face(
     monkeypatch.setattr(management, "get_free_memory", lambda device: 6 * gib)
     monkeypatch.setattr(management, "loaded_models", lambda: [])
     monkeypatch.setattr(management, "extra_reserved_memory", lambda: 0)
-    backbone = object.__new__(host.host.HostBackbone)
+    backbone = object.__new__(host.backbone.HostBackbone)
     backbone.model = model
-    assert backbone.faces_that_fit(512, 512) == 6
+    assert backbone.max_batch(512, 512) == 6
 
 
 # Files
@@ -339,7 +338,9 @@ def test_a_file_that_the_hosts_keeper_forbids_is_not_read(
         model_allowed=lambda path: asked.append(Path(path).name) or Path(path).name != refused
     )
     monkeypatch.setitem(sys.modules, "app.governance", governance)
-    monkeypatch.setattr(host.host, "read_embedder", lambda path: pytest.fail("read all the same"))
+    monkeypatch.setattr(
+        host.networks, "read_embedder", lambda path: pytest.fail("read all the same")
+    )
     with pytest.raises(
         host.error,
         match=f"^`vre_name`: {refused} is not among the files that this ComfyUI may load",
@@ -371,8 +372,8 @@ def test_a_detector_in_the_hosts_own_folder_is_found(
     name = "detection_Resnet50_Final.pth"
     save_file({"x": torch.zeros(1)}, tmp_path / name)
     with pytest.raises(host.error, match="is missing"):
-        host.host.find(name)
+        host.files.find(name)
     monkeypatch.setitem(
         host.folder_paths.folder_names_and_paths, "detection", ([str(tmp_path)], {".pth"})
     )
-    assert host.host.find(name) == tmp_path / name
+    assert host.files.find(name) == tmp_path / name

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from osdface_core.errors import OSDFaceError
 from osdface_core.osdface.restore import restore
-from osdface_core.sd21.backbone import alphas_cumprod
+from osdface_core.sd21.schedule import alphas_cumprod
 
 
 class OutOfMemory(RuntimeError):
@@ -51,11 +51,11 @@ class Pixels:
     def decode(self, latents: Tensor) -> Tensor:
         return F.pixel_shuffle(latents, 8)
 
-    def faces_that_fit(self, height: int, width: int) -> int:
+    def max_batch(self, height: int, width: int) -> int:
         return self.fit
 
     @contextmanager
-    def precisely(self) -> Iterator[bool]:
+    def fp32_fallback(self) -> Iterator[bool]:
         self.half, half = False, self.half
         yield half
         self.half = half
@@ -77,7 +77,7 @@ def prompts(count: int) -> Tensor:
 )
 def test_a_crop_comes_back_at_its_own_size(size: tuple[int, int]) -> None:
     given = crops(2, *size)
-    assert torch.equal(restore(given, prompts(2), Pixels()).crops, given)
+    assert torch.equal(restore(given, prompts(2), Pixels()).pictures, given)
 
 
 def test_a_small_square_comes_back_at_512_with_its_corners_aligned() -> None:
@@ -85,13 +85,13 @@ def test_a_small_square_comes_back_at_512_with_its_corners_aligned() -> None:
     conventions flatten both ends.
     """
     ramp = torch.linspace(0, 1, 64)[None, None, :, None].expand(1, 64, 64, 3)
-    out = restore(ramp, prompts(1), Pixels()).crops
+    out = restore(ramp, prompts(1), Pixels()).pictures
     assert (out - torch.linspace(0, 1, 512)[None, None, :, None]).abs().max() < 1e-6
     assert out.shape == (1, 512, 512, 3)
 
 
 def test_no_crops_give_no_crops() -> None:
-    assert restore(crops(0, 576, 576), prompts(0), Pixels()).crops.shape == (0, 576, 576, 3)
+    assert restore(crops(0, 576, 576), prompts(0), Pixels()).pictures.shape == (0, 576, 576, 3)
 
 
 def test_the_chunk_is_what_fits_or_what_the_user_says() -> None:
@@ -109,7 +109,7 @@ def test_each_crop_meets_its_own_prompts() -> None:
 
 def test_out_of_memory_halves_the_chunk_and_loses_nothing() -> None:
     given, backbone = crops(11, 16, 24), Pixels(room=3, fit=8)
-    assert torch.equal(restore(given, prompts(11), backbone).crops, given)
+    assert torch.equal(restore(given, prompts(11), backbone).pictures, given)
     assert max(backbone.chunks) <= 3
 
 
@@ -154,8 +154,8 @@ def test_a_face_that_comes_out_as_nan_is_left_as_it_was() -> None:
     given = crops(3, 512, 512)
     result = restore(given, prompts(3), Broken())
     assert result.failed == (1,)
-    assert torch.equal(result.crops[1], given[1])
-    assert torch.equal(result.crops[[0, 2]], given[[0, 2]] * 0.5)
+    assert torch.equal(result.pictures[1], given[1])
+    assert torch.equal(result.pictures[[0, 2]], given[[0, 2]] * 0.5)
 
 
 @dataclass
@@ -181,8 +181,8 @@ def test_a_face_that_half_precision_has_no_numbers_for_is_computed_again_in_fp32
     done: list[int] = []
     backbone = Narrow()
     result = restore(given, prompts(3), backbone, progress=lambda n, picture=None: done.append(n))
-    assert torch.equal(result.crops, given)
-    assert (result.failed, result.again) == ((), (1,))
+    assert torch.equal(result.pictures, given)
+    assert (result.failed, result.recomputed) == ((), (1,))
     assert (backbone.chunks, sum(done), backbone.half) == ([3, 1], 3, True)
 
 
@@ -190,14 +190,14 @@ def test_a_face_without_numbers_in_fp32_either_is_left_as_it_was_and_told_apart(
     given = crops(3, 512, 512)
     given[1] *= 0.25
     result = restore(given, prompts(3), Narrow(mends=False))
-    assert torch.equal(result.crops, given)
-    assert (result.failed, result.again) == ((1,), ())
+    assert torch.equal(result.pictures, given)
+    assert (result.failed, result.recomputed) == ((1,), ())
 
 
 def test_the_input_is_not_changed() -> None:
     given = crops(2)
     before = given.clone()
-    restore(given, prompts(2), Pixels()).crops.zero_()
+    restore(given, prompts(2), Pixels()).pictures.zero_()
     assert torch.equal(given, before)
 
 

@@ -20,8 +20,10 @@ try:
 except ModuleNotFoundError:  # Python 3.10, where pytest brings it
     import tomli as tomllib
 
+from osdface_core.catalogue import CATALOGUE
+from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.osdface import builtin
-from osdface_core.weights.catalogue import BY_NAME, HUB
+from osdface_core.weights.catalogue import HUB
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -89,7 +91,7 @@ def test_the_archive_is_small_and_holds_no_pickle_link_or_bytecode() -> None:
 def test_the_built_in_model_is_part_of_the_archive() -> None:
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for path in (builtin.AUTOENCODER, builtin.UNET, builtin.VRE, builtin.DETECTOR)
+        for path in (builtin.AUTOENCODER, builtin.UNET, builtin.VRE, BUILTIN_DETECTOR)
     }
     assert not wanted - set(archive())
 
@@ -250,7 +252,7 @@ def test_icon_and_banner_have_the_registrys_shape() -> None:
 def test_models_are_the_catalogues() -> None:
     for model in PYPROJECT["tool"]["comfy"]["Models"]:
         _, folder, name = model["location"].split("/")
-        entry = BY_NAME[name]
+        entry = CATALOGUE.by_name[name]
         assert folder == entry.folder
         owner, repository, file = (
             entry.addresses[0].removeprefix(HUB).split("/", 2)

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from osdface_core.errors import OSDFaceError
-from osdface_core.faces.face import Affine, Face, Faces
-from osdface_core.faces.paste import paste
-from osdface_core.pictures.resampling import apply, compose, cut_all, inverse, scaling
+from osdface_core.faces.align import crop_faces
+from osdface_core.faces.face import Face, Faces
+from osdface_core.faces.paste import PasteOptions, paste
+from osdface_core.pictures.geometry import Affine, apply, compose, inverse, scaling
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 
@@ -44,7 +45,7 @@ def found(
         for number, (frame, matrix) in enumerate(zip(frames, matrices, strict=True))
     )
     crops = (
-        cut_all(images, frames, matrices, crop) if len(images) else torch.zeros(0, crop, crop, 3)
+        crop_faces(images, frames, matrices, crop) if len(images) else torch.zeros(0, crop, crop, 3)
     )
     return Faces(faces, crops, len(images), images.shape[1], images.shape[2], crop)
 
@@ -90,7 +91,9 @@ def there_and_back(picture: np.ndarray, matrix: Affine, scale: float) -> tuple[f
     images = torch.from_numpy(picture)[None]
     faces = found(images, [matrix])
     target = torch.from_numpy(truth)[None]
-    out, mask = paste(target, faces, faces.crops, mask_type="box", feather=0, skip_unchanged=False)
+    out, mask = paste(
+        target, faces, faces.crops, PasteOptions(mask_type="box", feather=0), skip_unchanged=False
+    )
     assert torch.equal(out[mask == 0], target[mask == 0])
     crop = cv2.warpAffine(
         picture,
@@ -105,7 +108,12 @@ def there_and_back(picture: np.ndarray, matrix: Affine, scale: float) -> tuple[f
         crop, exact, truth.shape[1::-1], flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
     )
     # A margin of 4 % of the crop: at its border neither has the picture beyond.
-    inner = paste(target, faces, white(faces), mask_type="box", feather=0.04)[1][0].numpy() == 1
+    inner = (
+        paste(target, faces, white(faces), PasteOptions(mask_type="box", feather=0.04))[1][
+            0
+        ].numpy()
+        == 1
+    )
     ours = out[0].numpy()
     return (
         psnr(ours[inner], truth[inner]),
@@ -226,7 +234,9 @@ def test_a_marker_in_a_crop_of_another_size_lands_on_its_place(noise: Tensor) ->
     faces = found(noise, [placed(150, 30, (120, 100))], crop=512)
     restored = torch.zeros(1, 768, 768, 3)
     restored[0, 300:420, 500:620] = 1
-    out, _ = paste(torch.zeros_like(noise), faces, restored, mask_type="box", feather=0)
+    out, _ = paste(
+        torch.zeros_like(noise), faces, restored, PasteOptions(mask_type="box", feather=0)
+    )
     lit = out[0, ..., 0].double()
     down, across = torch.meshgrid(torch.arange(200) + 0.5, torch.arange(240) + 0.5, indexing="ij")
     centre = float((lit * across).sum() / lit.sum()), float((lit * down).sum() / lit.sum())
@@ -243,7 +253,7 @@ def test_outside_of_the_mask_every_bit_stays_and_no_input_is_written_to() -> Non
     faces = found(image, [placed(40, 10, (60, 50))], [0], crop=64)
     before = image.clone(), faces.crops.clone(), torch.rand(1, 64, 64, 3)
     restored = before[2].clone()
-    out, mask = paste(image, faces, restored, mask_type="ellipse")
+    out, mask = paste(image, faces, restored, PasteOptions(mask_type="ellipse"))
     for now, then in zip((image, faces.crops, restored), before, strict=True):
         assert torch.equal(now.view(torch.int32), then.view(torch.int32))
     outside = mask == 0
@@ -256,7 +266,7 @@ def test_outside_of_the_mask_every_bit_stays_and_no_input_is_written_to() -> Non
 def test_a_minus_zero_between_the_mask_and_its_bounding_box_stays_one(noise: Tensor) -> None:
     faces = found(noise, [placed(60, 20, (60, 60))], [0], crop=64)
     restored = torch.rand(1, 64, 64, 3)
-    _, mask = paste(noise, faces, restored, mask_type="ellipse")
+    _, mask = paste(noise, faces, restored, PasteOptions(mask_type="ellipse"))
     rows, columns = (mask[0].amax(axis).nonzero() for axis in (1, 0))
     box = torch.zeros_like(mask, dtype=torch.bool)
     box[0, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
@@ -264,12 +274,14 @@ def test_a_minus_zero_between_the_mask_and_its_bounding_box_stays_one(noise: Ten
     assert corners.any()
     image = noise.clone()
     image[corners] = -0.0
-    out, _ = paste(image, faces, restored, mask_type="ellipse")
+    out, _ = paste(image, faces, restored, PasteOptions(mask_type="ellipse"))
     assert torch.signbit(out[corners]).all()
 
 
 def test_without_a_face_the_very_picture_comes_back(noise: Tensor) -> None:
-    out, mask = paste(noise, Faces.empty(1, 200, 240), torch.zeros(0, 512, 512, 3), mask_type="box")
+    out, mask = paste(
+        noise, Faces.empty(1, 200, 240), torch.zeros(0, 512, 512, 3), PasteOptions(mask_type="box")
+    )
     assert out is noise
     assert mask.shape == (1, 200, 240) and not mask.any()
 
@@ -277,9 +289,9 @@ def test_without_a_face_the_very_picture_comes_back(noise: Tensor) -> None:
 def test_a_crop_that_was_handed_back_as_it_was_leaves_the_picture_alone(noise: Tensor) -> None:
     faces = found(noise, [placed(60, 0, (60, 60)), placed(60, 0, (160, 120))], crop=64)
     restored = faces.crops.clone()
-    assert paste(noise, faces, restored, mask_type="box")[0] is noise
+    assert paste(noise, faces, restored, PasteOptions(mask_type="box"))[0] is noise
     restored[1] = 1 - restored[1]
-    out, _mask = paste(noise, faces, restored, mask_type="box")
+    out, _mask = paste(noise, faces, restored, PasteOptions(mask_type="box"))
     assert torch.equal(out[:, :90, :90], noise[:, :90, :90])
     assert (out[0, 120, 160] - noise[0, 120, 160]).abs().max() > 0.05
 
@@ -292,7 +304,7 @@ def test_a_face_that_is_not_finite_is_left_and_named_and_the_others_are_pasted(
     restored = white(faces)
     restored[0, 5, 5, 1] = broken
     with caplog.at_level(logging.WARNING):
-        out, _mask = paste(noise, faces, restored, mask_type="box")
+        out, _mask = paste(noise, faces, restored, PasteOptions(mask_type="box"))
     assert "Face 0 of picture 0" in caplog.text
     assert torch.equal(out[:, :90, :90], noise[:, :90, :90])
     assert out[0, 120, 160].allclose(torch.tensor(1.0))
@@ -304,7 +316,7 @@ def test_a_face_without_a_place_is_left_out(
     faces = found(noise, [placed(60, 0, (60, 60))], crop=64)
     for matrix in (((0.0, 0.0, 5.0), (0.0, 0.0, 5.0)), ((math.nan, 0.0, 0.0), (0.0, 1.0, 0.0))):
         lost = replace(faces, faces=(replace(faces.faces[0], matrix=matrix),))
-        assert paste(noise, lost, white(faces), mask_type="box")[0] is noise
+        assert paste(noise, lost, white(faces), PasteOptions(mask_type="box"))[0] is noise
         assert "left out" in caplog.text
 
 
@@ -312,7 +324,7 @@ def test_a_face_without_a_place_is_left_out(
 def test_the_type_of_the_picture_stays(dtype: torch.dtype, noise: Tensor) -> None:
     image = noise.to(dtype)
     faces = found(image, [placed(60, 0, (60, 60))], crop=64)
-    out, mask = paste(image, faces, white(faces), mask_type="ellipse")
+    out, mask = paste(image, faces, white(faces), PasteOptions(mask_type="ellipse"))
     assert out.dtype == dtype
     assert torch.equal(out[mask == 0], image[mask == 0])
     assert out[0, 60, 60].float().allclose(torch.tensor(1.0))
@@ -332,9 +344,8 @@ def test_result_is_the_mask_s_mixture_and_fades_to_nothing_at_the_crops_border(
         image,
         faces,
         white(faces),
-        mask_type=mask_type,
-        feather=feather,
-        parse=lambda crops: torch.ones(len(crops), 64, 64),
+        PasteOptions(mask_type=mask_type, feather=feather),
+        parser=lambda crops: torch.ones(len(crops), 64, 64),
     )
     torch.testing.assert_close(out, 0.25 + 0.75 * mask[..., None].expand_as(out), atol=1e-5, rtol=0)
     assert mask.max() == pytest.approx(1, abs=1e-4) if feather < 0.5 else mask.max() > 0.5
@@ -352,11 +363,11 @@ def test_result_is_the_mask_s_mixture_and_fades_to_nothing_at_the_crops_border(
 
 def test_strength_is_the_share_of_the_restored_face(noise: Tensor) -> None:
     faces = found(noise, [placed(100, 0, (120, 100))], crop=128)
-    whole, _ = paste(noise, faces, white(faces), mask_type="box")
-    half, mask = paste(noise, faces, white(faces), mask_type="box", strength=0.5)
+    whole, _ = paste(noise, faces, white(faces), PasteOptions(mask_type="box"))
+    half, mask = paste(noise, faces, white(faces), PasteOptions(mask_type="box", strength=0.5))
     torch.testing.assert_close(half, (whole + noise) / 2, atol=1e-6, rtol=0)
     assert mask.max() == 0.5
-    none, mask = paste(noise, faces, white(faces), mask_type="box", strength=0)
+    none, mask = paste(noise, faces, white(faces), PasteOptions(mask_type="box", strength=0))
     assert torch.equal(none, noise) and not mask.any()
 
 
@@ -364,14 +375,18 @@ def test_kept_pixels_stay_whatever_the_size_of_their_mask(noise: Tensor) -> None
     faces = found(noise, [placed(100, 0, (120, 100))], crop=128)
     keep = torch.zeros(1, 200, 240)
     keep[:, :, 120:] = 1
-    out, _mask = paste(noise, faces, white(faces), mask_type="box", keep=keep)
+    out, _mask = paste(noise, faces, white(faces), PasteOptions(mask_type="box"), keep=keep)
     assert torch.equal(out[:, :, 120:], noise[:, :, 120:])
     assert out[0, 100, 100].allclose(torch.tensor(1.0), atol=1e-5)
-    halved, _ = paste(noise, faces, white(faces), mask_type="box", keep=keep[:, ::2, ::2])
+    halved, _ = paste(
+        noise, faces, white(faces), PasteOptions(mask_type="box"), keep=keep[:, ::2, ::2]
+    )
     assert torch.equal(halved[:, :, 122:], noise[:, :, 122:])
     torch.testing.assert_close(halved[:, :, :118], out[:, :, :118], atol=1e-5, rtol=0)
-    blank, _ = paste(noise, faces, white(faces), mask_type="box", keep=torch.zeros(1, 64, 64))
-    assert torch.equal(blank, paste(noise, faces, white(faces), mask_type="box")[0])
+    blank, _ = paste(
+        noise, faces, white(faces), PasteOptions(mask_type="box"), keep=torch.zeros(1, 64, 64)
+    )
+    assert torch.equal(blank, paste(noise, faces, white(faces), PasteOptions(mask_type="box"))[0])
 
 
 def test_an_occluder_in_the_parsers_map_stays_as_it_was(noise: Tensor) -> None:
@@ -383,7 +398,7 @@ def test_an_occluder_in_the_parsers_map_stays_as_it_was(noise: Tensor) -> None:
         face[:, 200:300, 60:200] = 0
         return face
 
-    out, _mask = paste(noise, faces, white(faces), parse=parse, feather=0.05)
+    out, _mask = paste(noise, faces, white(faces), PasteOptions(feather=0.05), parser=parse)
     # Four pixels of the parser to one of the picture; the crop begins at (56, 36).
     hand = np.s_[0, 36 + 51 : 36 + 74, 56 + 16 : 56 + 49]
     assert torch.equal(out[hand], noise[hand])
@@ -401,7 +416,7 @@ def test_overlapping_faces_share_by_weight_in_any_order(noise: Tensor) -> None:
                 noise,
                 faces,
                 shades[order][:, None, None, None].expand(3, 64, 64, 3),
-                mask_type="ellipse",
+                PasteOptions(mask_type="ellipse"),
             )
         )
     for out, mask in results[1:]:
@@ -409,7 +424,10 @@ def test_overlapping_faces_share_by_weight_in_any_order(noise: Tensor) -> None:
         torch.testing.assert_close(mask, results[0][1], atol=1e-6, rtol=0)
     twins = found(noise, matrices[:1] * 2, crop=64)
     halves, _ = paste(
-        noise, twins, torch.stack([torch.zeros(64, 64, 3), torch.ones(64, 64, 3)]), mask_type="box"
+        noise,
+        twins,
+        torch.stack([torch.zeros(64, 64, 3), torch.ones(64, 64, 3)]),
+        PasteOptions(mask_type="box"),
     )
     assert halves[0, 100, 100].allclose(torch.tensor(0.5), atol=1e-6)
 
@@ -418,11 +436,14 @@ def test_frames_are_pasted_in_a_batch_as_they_are_alone() -> None:
     images = torch.rand(4, 80, 80, 3)
     matrices = [placed(40, 5, (40, 40)), placed(30, 0, (30, 50)), placed(44, -9, (45, 40))]
     faces = found(images, matrices, [3, 0, 3], crop=64)
-    out, _mask = paste(images, faces, white(faces), mask_type="ellipse")
+    out, _mask = paste(images, faces, white(faces), PasteOptions(mask_type="ellipse"))
     assert torch.equal(out[1:3], images[1:3])
     alone = found(images[3:], [matrices[0], matrices[2]], crop=64)
     torch.testing.assert_close(
-        out[3:], paste(images[3:], alone, white(alone), mask_type="ellipse")[0], atol=0, rtol=0
+        out[3:],
+        paste(images[3:], alone, white(alone), PasteOptions(mask_type="ellipse"))[0],
+        atol=0,
+        rtol=0,
     )
 
 
@@ -431,7 +452,7 @@ def test_grey_takes_the_brightness_and_alpha_stays() -> None:
         image = torch.rand(1, 80, 80, channels)
         faces = found(image, [placed(60, 0, (40, 40))], crop=64)
         restored = torch.tensor([1.0, 0.0, 0.0]).expand(1, 64, 64, 3)
-        out, _ = paste(image, faces, restored, mask_type="box")
+        out, _ = paste(image, faces, restored, PasteOptions(mask_type="box"))
         assert out[0, 40, 40, 0] == pytest.approx(0.299, abs=1e-5)
         assert torch.equal(out[..., 1:], image[..., 1:])
 
@@ -439,19 +460,21 @@ def test_grey_takes_the_brightness_and_alpha_stays() -> None:
 def test_values_stay_in_the_range_of_their_picture() -> None:
     edges = (torch.rand(1, 120, 120, 3) > 0.5).float()
     faces = found(edges, [placed(90, 33, (60, 60))], crop=128)
-    out, _ = paste(edges, faces, 1 - faces.crops.clamp(0, 1), mask_type="box")
+    out, _ = paste(edges, faces, 1 - faces.crops.clamp(0, 1), PasteOptions(mask_type="box"))
     assert out.min() >= 0 and out.max() <= 1
     bright = edges * 9 - 4
     faces = found(bright, [placed(90, 0, (60, 60))], crop=512)
-    out, _mask = paste(bright, faces, faces.crops, mask_type="box", skip_unchanged=False)
+    out, _mask = paste(
+        bright, faces, faces.crops, PasteOptions(mask_type="box"), skip_unchanged=False
+    )
     assert (out - bright).abs().max() < 0.5
 
 
 def test_detail_finer_than_the_crop_can_stay(portrait: Tensor) -> None:
     faces = found(portrait, [placed(1000, 0, (512, 512))], crop=256)
     lighter = faces.crops + 0.1
-    blurred, _ = paste(portrait, faces, lighter, mask_type="box")
-    detailed, mask = paste(portrait, faces, lighter, mask_type="box", keep_detail=1)
+    blurred, _ = paste(portrait, faces, lighter, PasteOptions(mask_type="box"))
+    detailed, mask = paste(portrait, faces, lighter, PasteOptions(mask_type="box", keep_detail=1))
     inside = mask[0] == 1
     wanted = (portrait + 0.1)[0][inside].numpy()
     assert psnr(detailed[0][inside].numpy(), wanted) > psnr(blurred[0][inside].numpy(), wanted) + 6
@@ -490,10 +513,8 @@ def test_any_shape_is_pasted(
         image,
         faces,
         torch.rand(1, 40, 40, 3),
-        mask_type=mask_type,
-        color_match=color_match,
-        parse=lambda crops: torch.ones(len(crops), 16, 16),
-        keep_detail=0.5,
+        PasteOptions(mask_type=mask_type, color_match=color_match, keep_detail=0.5),
+        parser=lambda crops: torch.ones(len(crops), 16, 16),
     )
     assert out.shape == image.shape and mask.shape == image.shape[:3]
     assert out.isfinite().all() and mask.min() >= 0 and mask.max() <= 1
@@ -502,7 +523,9 @@ def test_any_shape_is_pasted(
 
 def test_no_pictures_at_all() -> None:
     images = torch.zeros(0, 20, 30, 3)
-    out, mask = paste(images, Faces.empty(0, 20, 30), torch.zeros(0, 512, 512, 3), mask_type="box")
+    out, mask = paste(
+        images, Faces.empty(0, 20, 30), torch.zeros(0, 512, 512, 3), PasteOptions(mask_type="box")
+    )
     assert out.shape == (0, 20, 30, 3) and mask.shape == (0, 20, 30)
 
 
@@ -510,7 +533,9 @@ def test_a_picture_8000_px_wide(portrait: Tensor) -> None:
     image = torch.rand(1, 700, 8000, 1).expand(-1, -1, -1, 3).clone()
     image[:, :, 7300:] = portrait[:, 160:860, 160:860]
     faces = found(image, [placed(300, 3, (7650, 350))])
-    out, mask = paste(image, faces, faces.crops, mask_type="box", skip_unchanged=False)
+    out, mask = paste(
+        image, faces, faces.crops, PasteOptions(mask_type="box"), skip_unchanged=False
+    )
     inside = mask[0] == 1
     assert torch.equal(out[mask == 0], image[mask == 0])
     assert psnr(out[0][inside].numpy(), image[0][inside].numpy()) > 50
@@ -557,8 +582,11 @@ def test_what_does_not_fit_is_said_in_one_sentence(
         "mask_type": "box",
         **changes,
     }
+    settings = {
+        name: arguments.pop(name) for name in ("mask_type", "color_match") if name in arguments
+    }
     with pytest.raises(OSDFaceError, match=sentence):
-        paste(**arguments)  # type: ignore[arg-type]
+        paste(**arguments, options=PasteOptions(**settings))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -578,7 +606,7 @@ def test_faces_that_are_not_whole_are_refused(
 ) -> None:
     faces = replace(found(noise, [placed(60, 0, (60, 60))], crop=64), **harm)  # type: ignore[arg-type]
     with pytest.raises(OSDFaceError, match=sentence):
-        paste(noise, faces, torch.zeros(1, 64, 64, 3), mask_type="box")
+        paste(noise, faces, torch.zeros(1, 64, 64, 3), PasteOptions(mask_type="box"))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e-4, 1e4, 1e9, 1e30, 1e200])
@@ -590,7 +618,9 @@ def test_a_face_of_no_possible_size_takes_neither_time_nor_memory(
     faces = replace(
         faces, faces=(replace(faces.faces[0], matrix=((scale, 0.0, 30.0), (0.0, scale, 40.0))),)
     )
-    out, mask = paste(noise, faces, white(faces), mask_type="box", color_match=color_match)
+    out, mask = paste(
+        noise, faces, white(faces), PasteOptions(mask_type="box", color_match=color_match)
+    )
     assert out is noise
     assert not mask.any()
 
@@ -599,7 +629,7 @@ def test_a_mask_to_keep_that_is_not_a_number_keeps(noise: Tensor) -> None:
     faces = found(noise, [placed(60, 0, (60, 60))], crop=64)
     keep = torch.zeros(1, 200, 240)
     keep[:, :60] = torch.nan
-    out, mask = paste(noise, faces, white(faces), mask_type="box", keep=keep)
+    out, mask = paste(noise, faces, white(faces), PasteOptions(mask_type="box"), keep=keep)
     assert torch.equal(out[:, :60], noise[:, :60])
     assert mask[:, 60:].any()
     assert bool(mask.isfinite().all())
@@ -611,7 +641,10 @@ def test_pixels_that_are_not_numbers_spoil_no_others(color_match: str, noise: Te
     image[0, 50, 50], image[0, 70, 60] = torch.nan, torch.inf
     faces = found(noise, [placed(60, 0, (60, 60))], crop=64)
     out, mask = paste(
-        image, faces, white(faces), mask_type="box", color_match=color_match, keep_detail=0.5
+        image,
+        faces,
+        white(faces),
+        PasteOptions(mask_type="box", color_match=color_match, keep_detail=0.5),
     )
     assert (out.isfinite() == image.isfinite()).all()
     assert bool(mask.isfinite().all())
@@ -626,7 +659,7 @@ def test_progress_counts_every_face_and_can_stop_the_job(noise: Tensor) -> None:
         noise,
         faces,
         restored,
-        mask_type="box",
+        PasteOptions(mask_type="box"),
         progress=lambda count, picture=None: done.append(count),
     )
     assert sum(done) == 2
@@ -635,4 +668,4 @@ def test_progress_counts_every_face_and_can_stop_the_job(noise: Tensor) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        paste(noise, faces, restored, mask_type="box", progress=stop)
+        paste(noise, faces, restored, PasteOptions(mask_type="box"), progress=stop)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osdface_core.faces.preview import before_after, draw
+from osdface_core.faces.preview import before_after, draw_faces
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
 
@@ -76,9 +76,11 @@ def small(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             return F.interpolate(pixels.mean(1, keepdim=True), (77, 1024))[:, 0].clamp(0, 1)
 
     class Backbone:
-        def __init__(self, model: Any, vae: Any, options: Any = None, lora: Any = None) -> None:
+        def __init__(
+            self, model: Any, vae: Any, options: Any, lora_name: str, strength: float = 1.0
+        ) -> None:
             assert (model, vae) == (seen.model, seen.vae)
-            self.strength = lora[1]
+            self.strength = strength
 
         def encode(self, pixels: Tensor) -> Tensor:
             ran("encode")
@@ -96,19 +98,19 @@ def small(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             out = F.pixel_shuffle(latents, 8).clamp(0, 1)
             return out * torch.nan if seen.calls.count("decode") - 1 == seen.broken else out
 
-        def faces_that_fit(self, height: int, width: int) -> int:
+        def max_batch(self, height: int, width: int) -> int:
             return 1
 
-        def precisely(self) -> Any:
+        def fp32_fallback(self) -> Any:
             return contextlib.nullcontext(seen.half)
 
         def out_of_memory(self, error: BaseException) -> bool:
             return False
 
     monkeypatch.setattr(
-        host.host, "embedder", lambda name, faces: (Embedder(), torch.device("cpu"))
+        host.networks, "load_embedder", lambda name, faces: (Embedder(), torch.device("cpu"))
     )
-    monkeypatch.setattr(host.host, "HostBackbone", Backbone)
+    monkeypatch.setattr(host.backbone, "HostBackbone", Backbone)
     return seen
 
 
@@ -133,21 +135,20 @@ def parser(host: Any, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -
     """A face parser's file of noise; in place of its minutes on a CPU, what is bright is taken for
     face.
     """
-    scope = vars(sys.modules[host.nodes["FacePasteBack"].__module__])
     with torch.inference_mode(False):
         torch.save(
-            scope["ParseNet"]().state_dict(),
+            host.networks.ParseNet().state_dict(),
             path := host.base / "models" / "facedetection" / PARSER,
         )
 
     def bright(crops: Tensor, network: Any, out_of_memory: Any) -> Tensor:
-        assert isinstance(network, scope["ParseNet"])
+        assert isinstance(network, host.networks.ParseNet)
         assert len(crops) == 1, "on a CPU a stop would wait for several faces"
         small.calls.append("parse")
         small.hook("parse")
         return crops.mean(-1)
 
-    monkeypatch.setitem(scope, "face_maps", bright)
+    monkeypatch.setattr(host.networks, "parse_faces", bright)
     yield path
     path.unlink()
 
@@ -258,9 +259,9 @@ def test_without_a_face_the_very_picture_comes_back_and_no_file_is_asked_for(
     host: Any, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    find = host.host.find
+    find = host.files.find
     monkeypatch.setattr(
-        host.host, "find", lambda name, kind="facedetection": asked.append(name) or find(name, kind)
+        host.networks, "find", lambda name, kind: asked.append(name) or find(name, kind)
     )
     image = torch.rand(1, 6, 8, 3).repeat_interleave(40, 1).repeat_interleave(40, 2)
     out, mask, both, report = restore(host, small, image, mask_type="parsing").args
@@ -500,7 +501,7 @@ def test_before_and_after_are_seen_at_once(shape: tuple[int, ...], wanted: tuple
 
 
 @pytest.mark.parametrize(
-    "work", [lambda x, step: before_after(x, x, step), lambda x, step: draw(x, [], [], step)]
+    "work", [lambda x, step: before_after(x, x, step), lambda x, step: draw_faces(x, [], [], step)]
 )
 def test_a_stop_is_heeded_at_each_picture_that_is_drawn(work: Callable[..., Tensor]) -> None:
     seen = []

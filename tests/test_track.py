@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from osdface_core.faces.choose import Choice
-from osdface_core.faces.detect import Detection
-from osdface_core.faces.face import Affine, Face
+from osdface_core.faces.detect import Detection, DetectOptions
+from osdface_core.faces.face import Face
 from osdface_core.faces.find import find_faces
 from osdface_core.faces.retinaface import RetinaFace, build_retinaface
-from osdface_core.faces.track import follow, shots, steadied, thumbnails, whittaker
-from osdface_core.pictures.resampling import apply, compose, inverse, warp
+from osdface_core.faces.smooth import smooth, whittaker
+from osdface_core.faces.track import follow, shots, thumbnails
+from osdface_core.pictures.geometry import Affine, apply, compose, inverse
+from osdface_core.pictures.resampling import warp
 
 Load = Callable[[Path], Tensor]
 CORNERS = ((0.0, 0.0), (512.0, 0.0), (0.0, 512.0), (512.0, 512.0))
@@ -122,7 +124,7 @@ def test_a_long_miss_is_not_bridged_but_the_number_stays() -> None:
     (track,) = follow(found, [0] * 15)
     assert list(track.detections) == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
     assert (
-        steadied(
+        smooth(
             {t: ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)) for t in track.detections}, set(), 512, 1.0
         ).keys()
         == track.detections.keys()
@@ -221,8 +223,8 @@ def test_no_smoothing_changes_nothing_and_a_turn_through_180_degrees_is_smooth()
         return (math.cos(angle), -math.sin(angle), 5.0 * t), (math.sin(angle), math.cos(angle), 3.0)
 
     matrices = {t: pose(t) for t in range(20)}
-    assert steadied(matrices, set(), 512, 0.0) == matrices
-    for t, matrix in steadied(matrices, set(), 512, 0.5).items():
+    assert smooth(matrices, set(), 512, 0.0) == matrices
+    for t, matrix in smooth(matrices, set(), 512, 0.5).items():
         assert np.abs(corners(matrix) - corners(matrices[t])).max() < 12
 
 
@@ -232,7 +234,7 @@ def test_a_steadied_crop_jitters_a_third_as_much_and_does_not_trail(
     images = film(load_picture(portrait(data, 5)), 40)
     measured = {}
     for smoothing in (0.0, 0.5):
-        found = find_faces(images, network, smoothing=smoothing)
+        found = find_faces(images, network, DetectOptions(smoothing=smoothing))
         assert [face.frame for face in found.faces.faces] == list(range(40)) and {
             face.number for face in found.faces.faces
         } == {0}
@@ -264,10 +266,10 @@ def test_a_cut_is_never_crossed_and_a_blank_frame_has_no_face(
 def test_a_steadied_faces_landmarks_give_its_matrix(
     data: Path, network: RetinaFace, load_picture: Load
 ) -> None:
-    from osdface_core.pictures.resampling import similarity
+    from osdface_core.faces.align import similarity
 
     for face in find_faces(
-        film(load_picture(portrait(data, 60)), 6), network, smoothing=0.7
+        film(load_picture(portrait(data, 60)), 6), network, DetectOptions(smoothing=0.7)
     ).everyone:
         np.testing.assert_allclose(
             corners(similarity(face.landmarks, 512)), corners(face.matrix), atol=0.01

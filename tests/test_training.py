@@ -29,10 +29,10 @@ for needed in ("accelerate", "diffusers", "peft", "tensorboard"):
 
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
-from osdface_core.cpu import computes_in_bf16  # noqa: E402
+from osdface_core.cpu import has_bf16  # noqa: E402
 from osdface_core.osdface.builtin.autoencoder import Autoencoder  # noqa: E402
+from osdface_core.osdface.lora import parse_lora  # noqa: E402
 from osdface_core.osdface.vre import build_embedder, read_embedder  # noqa: E402
-from osdface_core.sd21.adapters import parse_lora  # noqa: E402
 from osdface_core.training import stage1 as training_stage1  # noqa: E402
 from osdface_core.training.__main__ import main  # noqa: E402
 from osdface_core.training.config import read_config  # noqa: E402
@@ -472,7 +472,7 @@ def test_no_as_yaml_reads_it_is_no_precision() -> None:
 def test_bf16_on_a_processor_without_it_is_warned_of(
     has: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("osdface_core.training.loop.computes_in_bf16", lambda: has)
+    monkeypatch.setattr("osdface_core.training.loop.has_bf16", lambda: has)
     accelerator_for(Run(tmp_path, steps=1, precision="bf16", cpu=True))
     assert ("no instructions for bf16" in caplog.text) is not has
 
@@ -546,7 +546,7 @@ def test_a_full_size_step_of_stage_2_fits_in_20_gib(
     ]
     command += [f"losses.gan.network.folder={base}"] if judge else []
     # Without instructions for bf16 a processor takes hours over it.
-    command += [] if computes_in_bf16() else ["run.precision=no", "frozen_precision=fp32"]
+    command += [] if has_bf16() else ["run.precision=no", "frozen_precision=fp32"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     gibibytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

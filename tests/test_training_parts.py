@@ -28,7 +28,6 @@ from osdface_core.training.data import (
     split,
 )
 from osdface_core.training.degradation import Degradation, Stage, generator_for
-from osdface_core.training.stage2 import ADAPTED
 
 
 def pictures(seed: int, size: int = 48) -> torch.Tensor:
@@ -408,12 +407,12 @@ def test_processes_share_out_the_samples_of_one(folder: Path) -> None:
 
 def test_the_adapted_layers_are_the_278_of_the_released_file() -> None:
     diffusers = pytest.importorskip("diffusers")
-    from osdface_core.sd21.adapters import modules
-    from osdface_core.training.stage2 import adapted_layers
+    from osdface_core.osdface.lora import adapted_layers, is_adapted
+    from osdface_core.training.stage2 import adapted_in
 
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(
             cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
         )
-    assert set(adapted_layers(unet)) == set(modules())
-    assert not ADAPTED.fullmatch("time_embedding.linear_1")
+    assert set(adapted_in(unet)) == set(adapted_layers())
+    assert not is_adapted("time_embedding.linear_1")

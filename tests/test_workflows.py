@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from osdface_core.weights.catalogue import BY_NAME
+from osdface_core.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -218,17 +218,17 @@ def test_files_that_the_frontend_can_offer_have_an_address(path: Path) -> None:
                 r"https://huggingface\.co/[\w-]+/[\w.-]+/resolve/main/" + re.escape(name),
                 models[name]["url"],
             )
-            if name in BY_NAME:
+            if name in CATALOGUE.by_name:
                 hub = (
                     models[name]["url"]
                     .removeprefix("https://huggingface.co/")
                     .replace("/resolve/main", "")
                 )
-                assert f"hub:{hub}" in BY_NAME[name].addresses
-                assert models[name]["directory"] == BY_NAME[name].folder
+                assert f"hub:{hub}" in CATALOGUE.by_name[name].addresses
+                assert models[name]["directory"] == CATALOGUE.by_name[name].folder
         for value in node.get("widgets_values", []):
-            hub_has = value in BY_NAME and any(
-                address.startswith("hub:") for address in BY_NAME[value].addresses
+            hub_has = value in CATALOGUE.by_name and any(
+                address.startswith("hub:") for address in CATALOGUE.by_name[value].addresses
             )
             if hub_has or (node["type"] == "UpscaleModelLoader"):
                 assert value in models, f"{value} of {node['type']} could be offered for download"
@@ -243,7 +243,7 @@ def test_a_note_says_what_it_needs(path: Path) -> None:
     assert note.startswith("## ")
     assert len(note.split()) < 400, "more than two minutes"
     for _, name in re.findall(r"`(\w+)/([\w.-]+\.(?:safetensors|pth|ckpt))`", note):
-        assert name in BY_NAME or name in json.dumps(workflow["nodes"])
+        assert name in CATALOGUE.by_name or name in json.dumps(workflow["nodes"])
     for node in workflow["nodes"]:
         for value in widgets(node).values():
             if isinstance(value, str) and re.search(r"\.(safetensors|pth|ckpt)$", value):
@@ -342,7 +342,7 @@ def test_values_fit_the_host(path: Path, host: Any, comfyui: Path) -> None:
             if menu is not None:
                 assert (
                     value in menu
-                    or value in BY_NAME
+                    or value in CATALOGUE.by_name
                     or value in OWN_FILES
                     or node["type"] == "UpscaleModelLoader"
                 ), (node["type"], name)

@@ -126,7 +126,7 @@ def _left_out(item: Any) -> dict[str, Any]:
 
 
 def _check_report(options: argparse.Namespace, items: list[Any]) -> None:
-    from .options import BUILTIN, NONE
+    from ..weights.catalogue import BUILTIN, NONE
 
     report = options.report.resolve()
     weights = [

@@ -9,13 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..faces.choose import ORDER, SELECT
+from ..faces.files import DETECTORS
 from ..faces.paste import MASK_TYPES
+from ..osdface.restore import TIMESTEP
 from ..pictures.color import COLOR_MATCHES
-from ..sd21.backbone import TIMESTEP, TIMESTEPS
-from ..weights.catalogue import DETECTOR, SMALL_DETECTOR
-
-BUILTIN, NONE = "builtin", "none"
-DETECTORS = {"retinaface_resnet50": DETECTOR.name, "retinaface_mobile0.25": SMALL_DETECTOR.name}
+from ..sd21.schedule import TIMESTEPS
 
 EPILOG = """\
 Exit codes: 0 everything is done, 1 some files failed and are named, 2 wrong usage or weights and
@@ -119,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     add = command.add_argument_group("faces").add_argument
     add(
         "--detector",
-        choices=(*DETECTORS, BUILTIN),
+        choices=tuple(DETECTORS),
         help="which network finds faces (the first that is there)",
     )
     add(

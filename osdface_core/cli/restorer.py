@@ -13,23 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..catalogue import CATALOGUE
 from ..chunks import Progress
-from ..diffusers.backbone import DiffusersBackbone, best_device, best_dtype, out_of_memory
+from ..diffusers.backbone import DiffusersBackbone, best_device, best_dtype
+from ..diffusers.builtin import load_backbone
 from ..errors import OSDFaceError
+from ..faces.align import crop_faces
 from ..faces.choose import CHOSEN, Choice, parse_indices
-from ..faces.detect import detect
+from ..faces.detect import DetectOptions, detect
 from ..faces.detector_check import build_detector
 from ..faces.face import Face, Faces
-from ..faces.face_parser import build_parser, face_maps
-from ..faces.find import Found, chosen_faces, find_faces
-from ..faces.paste import paste
+from ..faces.face_parser import build_parser, parse_faces
+from ..faces.files import BUILTIN_DETECTOR, DETECTORS, PARSER
+from ..faces.find import find_faces, place_faces
+from ..faces.paste import PasteOptions, paste
+from ..faces.retinaface import build_retinaface
 from ..osdface import builtin
-from ..osdface.restore import Restored, restore
+from ..osdface.files import LORA, VRE, VRE_CHECKPOINT
+from ..osdface.lora import parse_lora
+from ..osdface.restore import restore
 from ..osdface.vre import build_embedder, embed, read_embedder
-from ..pictures.resampling import cut_all
-from ..weights import catalogue, store
+from ..sd21.files import BASE
+from ..sd21.one_step import Restored
+from ..weights.catalogue import BUILTIN, NONE, WeightFile
 from ..weights.reading import read_tensors
-from .options import BUILTIN, DETECTORS, NONE
+from ..weights.store import Store
 from .pictures import read_mask
 
 log = logging.getLogger(__name__)
@@ -61,8 +69,9 @@ def models_dir(given: Path | None) -> Path:
     )
 
 
-def folders(models: Path) -> dict[str, list[Path]]:
-    return {name: [models / name] for searched in catalogue.SEARCHED.values() for name in searched}
+def store_in(models: Path) -> Store:
+    """The weight files in the folders of a models folder."""
+    return Store(CATALOGUE, {name: [models / name] for name in CATALOGUE.folders})
 
 
 def resolve(options: argparse.Namespace) -> argparse.Namespace:
@@ -90,21 +99,18 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     # Workers may be started in another folder.
     options.keep = options.keep and options.keep.absolute()
     options.models_dir = models = models_dir(options.models_dir).absolute()
-    places = folders(models)
+    store = store_in(models)
     bar = _download_bar() if options.download else None
 
-    def ensure(entry: catalogue.WeightFile) -> str:
+    def ensure(entry: WeightFile) -> str:
         try:
-            return str(
-                store.ensure(entry.name, places, allow_download=options.download, progress=bar)
-            )
+            return str(store.ensure(entry.name, allow_download=options.download, progress=bar))
         except OSDFaceError as error:
             if options.download:
                 raise
             raise OSDFaceError(
-                f"{entry.name} ({entry.purpose}) is missing in "
-                f"{store.target(entry, places).parent}: add --download, put it there, "
-                "or take the small built-in model by --model builtin."
+                f"{entry.name} ({entry.purpose}) is missing in {store.target(entry).parent}: add "
+                "--download, put it there, or take the small built-in model by --model builtin."
             ) from error
 
     def given(name: str, path: str) -> str:
@@ -115,11 +121,7 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     base = next(
         (str(models / name) for name in DIFFUSERS_FOLDERS if (models / name).is_dir()), None
     )
-    there = [
-        entry
-        for entry in (catalogue.BASE, catalogue.LORA, catalogue.VRE, catalogue.VRE_CHECKPOINT)
-        if store.find(entry, places)
-    ]
+    there = any(map(store.find, (BASE, LORA, VRE, VRE_CHECKPOINT)))
     if options.model is None and not (
         there or base or options.lora or options.vre or options.download
     ):
@@ -128,52 +130,39 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     if options.model == BUILTIN:
         options.lora, options.vre = NONE, BUILTIN
     else:
-        options.model = (
-            given("model", options.model) if options.model else base or ensure(catalogue.BASE)
-        )
+        options.model = given("model", options.model) if options.model else base or ensure(BASE)
         if options.lora != NONE:
-            options.lora = given("lora", options.lora) if options.lora else ensure(catalogue.LORA)
+            options.lora = given("lora", options.lora) if options.lora else ensure(LORA)
         if options.vre is None:
-            checkpoint = (
-                None
-                if store.find(catalogue.VRE, places)
-                else store.find(catalogue.VRE_CHECKPOINT, places)
-            )
-            options.vre = str(checkpoint or ensure(catalogue.VRE))
+            checkpoint = None if store.find(VRE) else store.find(VRE_CHECKPOINT)
+            options.vre = str(checkpoint or ensure(VRE))
         elif options.vre != BUILTIN:
             options.vre = given("vre", options.vre)
     # The small model is quick in any type.
     best = torch.float32 if options.model == BUILTIN else best_dtype(device)
     options.dtype = options.dtype or next(name for name, dtype in DTYPES.items() if dtype == best)
     if options.detector is None:
-        found = next(
-            (
-                name
-                for name, file in DETECTORS.items()
-                if store.find(catalogue.BY_NAME[file], places)
-            ),
-            None,
-        )
+        files = {name: CATALOGUE.by_name.get(file) for name, file in DETECTORS.items()}
+        found = next((name for name, entry in files.items() if entry and store.find(entry)), None)
         options.detector = found or (next(iter(DETECTORS)) if options.download else BUILTIN)
         if options.detector == BUILTIN and options.model != BUILTIN:
             log.warning(
                 "Using the small built-in face detector, for RetinaFace's file is missing: fetch "
                 "it with --download."
             )
+    detector = DETECTORS[options.detector]
     options.detector_file = (
-        BUILTIN
-        if options.detector == BUILTIN
-        else ensure(catalogue.BY_NAME[DETECTORS[options.detector]])
+        str(BUILTIN_DETECTOR) if detector == BUILTIN else ensure(CATALOGUE.by_name[detector])
     )
     if options.mask_type is None:
-        parser_there = options.download or store.find(catalogue.PARSER, places)
+        parser_there = options.download or store.find(PARSER)
         options.mask_type = "parsing" if parser_there else "ellipse"
         if not parser_there and options.model != BUILTIN:
             log.warning(
                 "Pasting by an ellipse, for the face parser's file is missing: fetch it with "
                 "--download."
             )
-    options.parser_file = ensure(catalogue.PARSER) if options.mask_type == "parsing" else None
+    options.parser_file = ensure(PARSER) if options.mask_type == "parsing" else None
     return options
 
 
@@ -201,7 +190,7 @@ class Restorer:
         self.device = torch.device(options.device)
         dtype = DTYPES[options.dtype]
         self.keep = read_mask(options.keep) if options.keep else None
-        self.choice = Choice(
+        choice = Choice(
             options.select,
             options.order,
             options.indices,
@@ -209,13 +198,19 @@ class Restorer:
             options.min_size,
             options.max_size,
         )
-        finder, vre = Path(options.detector_file), Path(options.vre)
-        self.detector = (
-            builtin.detector()
-            if options.detector_file == BUILTIN
-            else build_detector(read_tensors(finder))
+        self.detect_options = DetectOptions(
+            options.confidence, options.any_angle, choice, options.crop_size, options.smoothing
         )
-        self.detector.to(self.device)
+        self.paste_options = PasteOptions(
+            options.strength,
+            options.mask_type,
+            options.feather,
+            options.color_match,
+            options.keep_detail,
+        )
+        finder, vre = Path(options.detector_file), Path(options.vre)
+        build = build_retinaface if finder == BUILTIN_DETECTOR else build_detector
+        self.detector = build(read_tensors(finder)).to(self.device)
         self.embedder = (
             builtin.embedder()
             if options.vre == BUILTIN
@@ -228,9 +223,10 @@ class Restorer:
             else None
         )
         if options.model == BUILTIN:
-            self.backbone = builtin.backbone(self.device, dtype)
+            self.backbone = load_backbone(self.device, dtype)
         else:
-            lora = None if options.lora == NONE else Path(options.lora)
+            file = None if options.lora == NONE else Path(options.lora)
+            lora = None if file is None else parse_lora(read_tensors(file), file.name)
             self.backbone = DiffusersBackbone.from_files(
                 Path(options.model), lora, options.lora_strength, device=self.device, dtype=dtype
             )
@@ -242,39 +238,20 @@ class Restorer:
         """pixels (H,W,C) in [0,1] -> the picture restored, the mask (H,W) of what was changed, and
         what is to be said of each face.
         """
-        o = self.options
-        found: Found = find_faces(
-            pixels[None],
-            self.detector,
-            confidence=o.confidence,
-            any_angle=o.any_angle,
-            choice=self.choice,
-            crop_size=o.crop_size,
-            out_of_memory=out_of_memory,
-        )
+        found = find_faces(pixels[None], self.detector, self.detect_options)
         after, mask, notes = self.paste(pixels[None], found.faces, progress)
         return after[0], mask[0], described(found.everyone, found.verdicts, notes)
 
     @torch.inference_mode()
     def detect(self, frames: Tensor) -> list[Any]:
         """The detections in each frame (B,H,W,3), for `followed`."""
-        o = self.options
-        return detect(
-            frames,
-            self.detector,
-            confidence=o.confidence,
-            any_angle=o.any_angle,
-            smallest=self.choice.min_size,
-            out_of_memory=out_of_memory,
-        )
+        return detect(frames, self.detector, self.detect_options)
 
     def followed(
         self, found: list[Any], small: Tensor, width: int, height: int
     ) -> tuple[tuple[Face, ...], tuple[str, ...]]:
         """Everyone in a video, and a verdict for each, from its detections and thumbnails."""
-        return chosen_faces(
-            found, small, width, height, self.choice, self.options.crop_size, self.options.smoothing
-        )
+        return place_faces(found, small, width, height, self.detect_options)
 
     @torch.inference_mode()
     def frames(
@@ -284,8 +261,8 @@ class Restorer:
         count from the first of these.
         """
         count, height, width = frames.shape[:3]
-        size = self.options.crop_size
-        crops = cut_all(
+        size = self.detect_options.crop_size
+        crops = crop_faces(
             frames, [face.frame for face in chosen], [face.matrix for face in chosen], size
         )
         return self.paste(frames, Faces(tuple(chosen), crops, count, height, width, size))
@@ -297,14 +274,13 @@ class Restorer:
         """Restores and pastes `faces`; the pictures, the masks, and by frame and number what went
         wrong with a face.
         """
-        o = self.options
         crops = faces.crops
         notes: dict[tuple[int, int], str] = {}
-        if len(faces) and o.strength > 0:
+        if len(faces) and self.paste_options.strength > 0:
             result = self._restored(faces.crops, progress)
-            crops = result.crops
+            crops = result.pictures
             for which, note in (
-                (result.again, "computed again in fp32"),
+                (result.recomputed, "computed again in fp32"),
                 (result.failed, "came out as NaN, left as it was"),
             ):
                 notes |= {(faces.faces[i].frame, faces.faces[i].number): note for i in which}
@@ -312,13 +288,9 @@ class Restorer:
             images,
             faces,
             crops,
-            strength=o.strength,
-            mask_type=o.mask_type,
-            feather=o.feather,
-            color_match=o.color_match,
+            self.paste_options,
             keep=self.keep,
-            keep_detail=o.keep_detail,
-            parse=None if self.parser is None else self._parse,
+            parser=None if self.parser is None else self._parse,
         )
         return after, mask, notes
 
@@ -329,14 +301,13 @@ class Restorer:
             crops,
             lambda faces: (self.embedder, self.device),
             at_once=at_once,
-            out_of_memory=out_of_memory,
         )
         settings = {"timestep": o.timestep, "faces_per_batch": o.faces_per_batch}
         return restore(crops, prompts, self.backbone, progress=progress, **settings)
 
     def _parse(self, crops: Tensor) -> Tensor:
         assert self.parser is not None
-        return face_maps(crops, self.parser, out_of_memory)
+        return parse_faces(crops, self.parser)
 
 
 def described(

@@ -67,7 +67,7 @@ def _short(text: str) -> str:
     return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}..."
 
 
-def people(faces: Sequence[Face]) -> dict[tuple[int, int], list[int]]:
+def group_by_person(faces: Sequence[Face]) -> dict[tuple[int, int], list[int]]:
     """The positions in `faces` of each person's faces, by shot and number. A person is followed
     within a shot, never beyond.
     """
@@ -96,7 +96,7 @@ _ORDER_KEYS: dict[str, Callable[[Person], float]] = {
 }
 
 
-def _known(name: str, value: str, options: Sequence[str]) -> None:
+def _check_option(name: str, value: str, options: Sequence[str]) -> None:
     if value not in options:
         raise OSDFaceError(f'`{name}` is "{value}"; one of these is wanted: {", ".join(options)}.')
 
@@ -113,12 +113,12 @@ def _ranked(
     return places
 
 
-def numbered(faces: Sequence[Face], order: str) -> list[Face]:
+def number_faces(faces: Sequence[Face], order: str) -> list[Face]:
     """The same faces, each person of a shot numbered from 0 in `order`, by position, size and
     confidence over the whole shot.
     """
-    _known("order", order, ORDER)
-    persons = people(faces)
+    _check_option("order", order, ORDER)
+    persons = group_by_person(faces)
     places = _ranked(persons, faces, _ORDER_KEYS[order])
     return [replace(face, number=places[face.shot, face.number]) for face in faces]
 
@@ -131,11 +131,11 @@ def choose(faces: Sequence[Face], choice: Choice, width: int, height: int) -> li
     limits of size, and rank a person over the whole shot. Raises OSDFaceError if an option or
     `indices` cannot be understood.
     """
-    _known("select", choice.select, SELECT)
-    _known("order", choice.order, ORDER)
+    _check_option("select", choice.select, SELECT)
+    _check_option("order", choice.order, ORDER)
     wanted = parse_indices(choice.indices) if choice.select == BY_INDEX else ()
     verdicts = [CHOSEN] * len(faces)
-    persons = people(faces)
+    persons = group_by_person(faces)
 
     def reject(positions: Sequence[int], reason: str) -> None:
         for i in positions:
@@ -199,7 +199,7 @@ def report(faces: Sequence[Face], verdicts: Sequence[str], frames: int) -> str:
     A person who is followed over several pictures has one line: where they are first, and the range
     of size and confidence. Pictures without a face are named at the end.
     """
-    persons = people(faces)
+    persons = group_by_person(faces)
     chosen = sum(verdict == CHOSEN for verdict in verdicts)
     pictures = "1 picture" if frames == 1 else f"{frames} pictures"
     lines = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import OSDFaceError
 from ..layers import Operations
-from .detect import detect
+from .detect import DetectOptions, detect
 from .retinaface import RetinaFace, build_retinaface
 
 PICTURE = 256
@@ -60,7 +60,9 @@ def drawn_face(width: int, picture: int = PICTURE) -> Tensor:
 def check_detector(network: RetinaFace, source: str = "The face detector's file") -> None:
     """Raises OSDFaceError for a detector that finds several faces where most pictures show one."""
     found = detect(
-        torch.stack([drawn_face(width) for width in FACES]), network, confidence=CONFIDENCE
+        torch.stack([drawn_face(width) for width in FACES]),
+        network,
+        DetectOptions(confidence=CONFIDENCE),
     )
     doubled = [len(faces) for faces in found if len(faces) > 1]
     if len(doubled) > MOST_DOUBLED:

@@ -10,21 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OSDFaceError
-
-Box = tuple[float, float, float, float]
-Points = tuple[tuple[float, float], ...]
-Affine = tuple[tuple[float, float, float], tuple[float, float, float]]
-
-
-def check_pictures(images: Tensor) -> None:
-    """Raises OSDFaceError unless `images` is (B,H,W,C) with a channel at least."""
-    wanted = "a batch (B,H,W,C) is wanted: connect an IMAGE."
-    if images.ndim != 4:
-        raise OSDFaceError(f"`image` has {images.ndim} dimensions {tuple(images.shape)}; {wanted}")
-    if images.shape[3] < 1:
-        raise OSDFaceError(
-            f"`image` is {tuple(images.shape)}, which holds no colour channel; {wanted}"
-        )
+from ..pictures.geometry import Affine, Box, Points
 
 
 @dataclass(frozen=True)

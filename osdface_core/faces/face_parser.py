@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..chunks import in_chunks
-from ..cpu import faster
-from ..layers import Operations, filled
-from ..pictures.resampling import filtered
+from ..chunks import in_chunks, is_out_of_memory
+from ..cpu import optimized
+from ..layers import Operations, load_network
+from ..pictures.resampling import filter_columns
 
 SIDE = 512
 WIDTHS = (64, 128, 256, 256, 256)
@@ -31,7 +31,7 @@ FACE_LABELS = (*range(1, 14), 15)
 # noise.
 SPECK = 2.0
 # Peak of the network's activations for one face in fp32.
-FACE_MEMORY = 420 * 1024**2
+BYTES_PER_FACE = 420 * 1024**2
 
 
 class ConvLayer(nn.Module):
@@ -112,7 +112,7 @@ class ParseNet(nn.Module):
 
 def build_parser(tensors: dict[str, Tensor], operations: Operations = nn) -> ParseNet:
     """A network ready to run. Raises OSDFaceError if the tensors are not those of ParseNet."""
-    return filled(
+    return load_network(
         lambda: ParseNet(operations),
         tensors,
         "The face parser's file does not fit ParseNet",
@@ -120,10 +120,10 @@ def build_parser(tensors: dict[str, Tensor], operations: Operations = nn) -> Par
     )
 
 
-def face_maps(
+def parse_faces(
     crops: Tensor,
     network: ParseNet,
-    out_of_memory: Callable[[BaseException], bool] = lambda error: False,
+    out_of_memory: Callable[[BaseException], bool] = is_out_of_memory,
 ) -> Tensor:
     """How likely each pixel of the crops is face: (N,H,W,3) in [0,1] -> (N,512,512) in [0,1], on
     the device of `crops`.
@@ -139,7 +139,7 @@ def face_maps(
         pixels = crops[part].movedim(-1, 1).to(device, torch.float32).clamp(0, 1)
         if pixels.shape[-2:] != (SIDE, SIDE):
             pixels = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
-        with torch.inference_mode(), faster(device):
+        with torch.inference_mode(), optimized(device):
             maps[part] = face_probability(network(pixels * 2 - 1)).to(maps.device)
 
     in_chunks(len(crops), max(len(crops), 1), work, out_of_memory)
@@ -151,7 +151,7 @@ def face_probability(scores: Tensor) -> Tensor:
     return scores.float().softmax(1)[:, list(FACE_LABELS)].sum(1)
 
 
-def feathered(face_map: Tensor, feather: float) -> Tensor:
+def feather_mask(face_map: Tensor, feather: float) -> Tensor:
     """The mask (H,W) of a face map (H,W): 0 where the map says no face, rising to 1 inside over
     `feather` of its side.
     """
@@ -175,4 +175,6 @@ def _blurred(picture: Tensor, sigma: float) -> Tensor:
     kernel = torch.exp(-0.5 * (x / sigma) ** 2)
     kernel = kernel / kernel.sum()
     padded = F.pad(picture[None, None], (reach, reach, reach, reach), mode="replicate")[0]
-    return filtered(filtered(padded, kernel).transpose(1, 2).contiguous(), kernel)[0].T.contiguous()
+    return filter_columns(filter_columns(padded, kernel).transpose(1, 2).contiguous(), kernel)[
+        0
+    ].T.contiguous()

@@ -1,6 +1,4 @@
-"""Restored crops back into the pictures they came from: only there, and only as far as the mask
-says.
-"""
+"""Pastes restored crops back into their pictures, there and only as far as the mask reaches."""
 
 from __future__ import annotations
 
@@ -8,29 +6,20 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..chunks import Progress
+from ..chunks import Progress, no_progress
 from ..errors import OSDFaceError
-from ..pictures.color import COLOR_MATCHES, matched
-from ..pictures.resampling import (
-    bounds,
-    colour,
-    compose,
-    inverse,
-    moved,
-    reach,
-    reconciled,
-    sampled,
-    scaling,
-    warp,
-)
-from .face import Affine, Faces, check_pictures
-from .face_parser import feathered
+from ..pictures.color import COLOR_MATCHES, match_color
+from ..pictures.geometry import Affine, bounds, compose, inverse, scale_of, scaling, translated
+from ..pictures.picture import check_pictures, rgb_of
+from ..pictures.resampling import back_project, sample_affine, warp
+from .face import Faces
+from .face_parser import feather_mask
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +39,26 @@ Parser = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class _Look:
-    """How a face is to be put into its picture; the arguments of `paste`."""
+class PasteOptions:
+    """How restored faces are put into their pictures.
 
-    strength: float
-    mask_type: str
-    feather: float
-    color_match: str
-    keep_detail: float
+    strength: how much of the restored face shows, 0..1.
+    mask_type: one of MASK_TYPES.
+    feather: width of the mask's soft edge, as a fraction of the crop's side; it lies inside of the
+        mask, whose weight is 0 at the crop's border.
+    color_match: one of COLOR_MATCHES, towards the picture's own colours inside of the mask.
+    keep_detail: how much of the picture's own detail stays that is finer than the crop can hold, in
+        faces larger than the crop, 0..1.
+    """
+
+    strength: float = 1.0
+    mask_type: str = "parsing"
+    feather: float = 0.1
+    color_match: str = "none"
+    keep_detail: float = 0.0
+
+
+DEFAULT = PasteOptions()
 
 
 @dataclass(frozen=True)
@@ -76,72 +77,67 @@ def paste(
     images: Tensor,
     faces: Faces,
     restored: Tensor,
+    options: PasteOptions = DEFAULT,
     *,
-    strength: float = 1.0,
-    mask_type: str = "parsing",
-    feather: float = 0.1,
-    color_match: str = "none",
     keep: Tensor | None = None,
-    keep_detail: float = 0.0,
-    parse: Parser | None = None,
+    parser: Parser | None = None,
     skip_unchanged: bool = True,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pastes every restored face into its picture.
 
-    images: (B,H,W,C), any float type and range: the pictures that the faces were found in, or the
-    same enlarged or shrunk, whose scale is taken from their size. The first three channels are
-    colour (one or two: grey), further ones stay as they are. restored: (N,S,S,3) for the N faces, S
-    any size. strength: 0..1, how much of the restored face shows. mask_type: one of MASK_TYPES.
-    feather: width of the mask's soft edge as a fraction of the crop's side; it lies inside, and the
-    weight is 0 at the crop's border. color_match: one of COLOR_MATCHES, towards the picture's own
-    colours inside the mask. keep: (B,H,W) or (1,H,W) in [0,1], 1 where the picture must stay; of
-    another size, it is resized. keep_detail: 0..1, how much of the picture's own detail stays that
-    is finer than a crop of S px can hold (in faces larger than the crop). parse: needed for
-    "parsing"; takes crops (n,S,S,3) to their face maps (n,h,w), 1 where a pixel is face; see
-    parse.face_maps. It is given a few crops at a time. skip_unchanged: a restored crop that equals
-    its face's own crop bit for bit stands for a face that was not restored, and is not pasted.
-    progress: called with 1 and the restored crop (3,S,S) for each face; what it raises ends the
-    job.
-
     Returns the pictures, of the same type, and the mask (B,H,W) fp32 of the weights that were used.
     A pixel whose weight is 0 keeps its bits; without a face the very `images` come back.
     Overlapping faces share a pixel by their weights, in any order alike. A restored face that is
     not finite is left out with a warning. Raises OSDFaceError if the inputs do not fit together.
+
+    images: (B,H,W,C), any float type and range: the pictures that the faces were found in, or the
+        same enlarged or shrunk; the scale is taken from their size. The first three channels are
+        colour (one or two: grey), further ones stay as they are.
+    faces: where the N faces are.
+    restored: (N,S,S,3), S any size.
+    options: strength, mask and colours.
+    keep: (B,H,W) or (1,H,W) in [0,1], 1 where the picture must stay; of another size, it is
+        resized.
+    parser: needed for the mask "parsing": crops (n,S,S,3) -> face maps (n,h,w), 1 where a pixel is
+        face, as face_parser.parse_faces gives them. It is given a few crops at a time.
+    skip_unchanged: a restored crop that equals its face's own crop bit for bit stands for a face
+        that was not restored, and is not pasted.
+    progress: called with 1 and the restored crop (3,S,S) for each face; what it raises ends the
+        job.
     """
-    check(images, faces, restored, mask_type, color_match, keep, parse)
+    check(images, faces, restored, options, keep, parser)
     frames, height, width = images.shape[:3]
     mask = torch.zeros(frames, height, width, device=images.device)
-    report = progress or (lambda done, picture=None: None)
+    report = progress or no_progress
     chosen = [i for i in range(len(faces)) if _usable(faces, restored, i, skip_unchanged)]
     report(len(faces) - len(chosen))
-    if not chosen or strength <= 0:
+    if not chosen or options.strength <= 0:
         report(len(chosen))
         return images, mask
     chosen.sort(key=lambda i: faces.faces[i].frame)
-    look = _Look(
-        min(strength, 1.0), mask_type, feather, color_match, min(max(keep_detail, 0.0), 1.0)
-    )
+    detail = min(max(options.keep_detail, 0.0), 1.0)
+    options = replace(options, strength=min(options.strength, 1.0), keep_detail=detail)
     from_image = scaling(faces.width / width, faces.height / height)
     to_restored = scaling(restored.shape[2] / faces.crop_size, restored.shape[1] / faces.crop_size)
     out = images.clone()
     total = torch.empty(height, width, device=images.device)
     masks = (
-        _parsed(restored, chosen, parse, feather)
-        if mask_type == "parsing" and parse
+        _parsed_masks(restored, chosen, parser, options.feather)
+        if options.mask_type == "parsing" and parser
         else itertools.repeat(None)
     )
     members = zip(chosen, masks, strict=False)
     for frame, of_frame in itertools.groupby(
         members, key=lambda member: faces.faces[member[0]].frame
     ):
-        kept = None if keep is None else _kept(keep[frame if len(keep) > 1 else 0], images)
+        kept = None if keep is None else _keep_mask(keep[frame if len(keep) > 1 else 0], images)
         patches = []
         for i, face_mask in of_frame:
             to_crop = compose(to_restored, compose(faces.faces[i].matrix, from_image))
             crop = restored[i].to(images.device, torch.float32)
             patch = _patch(
-                images[frame], crop, to_crop, 1 / reach(from_image), look, face_mask, kept
+                images[frame], crop, to_crop, 1 / scale_of(from_image), options, face_mask, kept
             )
             if patch is not None:
                 patches.append(patch)
@@ -154,10 +150,9 @@ def check(
     images: Tensor,
     faces: Faces,
     restored: Tensor,
-    mask_type: str,
-    color_match: str,
+    options: PasteOptions,
     keep: Tensor | None,
-    parse: Parser | None,
+    parser: Parser | None,
 ) -> None:
     """Raises OSDFaceError if the arguments of `paste` do not fit together."""
     check_pictures(images)
@@ -195,19 +190,18 @@ def check(
             f"each face, in the same order, is wanted: "
             "connect the crops that were made with these faces."
         )
-    if mask_type not in MASK_TYPES:
+    if options.mask_type not in MASK_TYPES:
         raise OSDFaceError(
-            f"`mask_type` is {mask_type!r}; one of {', '.join(MASK_TYPES)} is wanted."
+            f"`mask_type` is {options.mask_type!r}; one of {', '.join(MASK_TYPES)} is wanted."
         )
-    if mask_type == "parsing" and parse is None:
+    if options.mask_type == "parsing" and parser is None:
         raise OSDFaceError(
-            "`mask_type` is parsing and no face parser is given: give `parse`, or choose ellipse "
+            "`mask_type` is parsing and no face parser is given: give `parser`, or choose ellipse "
             "or box."
         )
-    if color_match not in COLOR_MATCHES:
-        raise OSDFaceError(
-            f"`color_match` is {color_match!r}; one of {', '.join(COLOR_MATCHES)} is wanted."
-        )
+    if options.color_match not in COLOR_MATCHES:
+        names = ", ".join(COLOR_MATCHES)
+        raise OSDFaceError(f"`color_match` is {options.color_match!r}; one of {names} is wanted.")
     if keep is not None and (
         keep.ndim != 3 or len(keep) not in (1, frames) or (frames and not keep.numel())
     ):
@@ -226,7 +220,7 @@ def _usable(faces: Faces, restored: Tensor, i: int, skip_unchanged: bool) -> boo
             face.frame,
         )
         return False
-    scale = reach(face.matrix)
+    scale = scale_of(face.matrix)
     placed = (
         math.isfinite(scale)
         and scale > 0
@@ -250,16 +244,16 @@ def _usable(faces: Faces, restored: Tensor, i: int, skip_unchanged: bool) -> boo
     )
 
 
-def _parsed(
-    restored: Tensor, chosen: Sequence[int], parse: Parser, feather: float
+def _parsed_masks(
+    restored: Tensor, chosen: Sequence[int], parser: Parser, feather: float
 ) -> Iterator[Tensor]:
     """The feathered mask (h,w) of each chosen crop, parsed a few at a time."""
     for first in range(0, len(chosen), PARSED_AT_ONCE):
-        for face_map in parse(restored[list(chosen[first : first + PARSED_AT_ONCE])]):
-            yield feathered(face_map, feather)
+        for face_map in parser(restored[list(chosen[first : first + PARSED_AT_ONCE])]):
+            yield feather_mask(face_map, feather)
 
 
-def _kept(keep: Tensor, images: Tensor) -> Tensor:
+def _keep_mask(keep: Tensor, images: Tensor) -> Tensor:
     # What is not a number says nothing: there the picture stays.
     keep = keep.to(images.device, torch.float32).nan_to_num(1.0)
     height, width = images.shape[1:3]
@@ -275,7 +269,7 @@ def _patch(
     restored: Tensor,
     to_crop: Affine,
     grown: float,
-    look: _Look,
+    options: PasteOptions,
     face_mask: Tensor | None,
     kept: Tensor | None,
 ) -> _Patch | None:
@@ -292,8 +286,8 @@ def _patch(
     if left >= right or top >= bottom:
         return None
     from_region = compose(compose(to_unit, to_crop), ((1.0, 0.0, left), (0.0, 1.0, top)))
-    weight = look.strength * _weight(
-        from_region, bottom - top, right - left, look, face_mask, image.device
+    weight = options.strength * _weight(
+        from_region, bottom - top, right - left, options, face_mask, image.device
     )
     if kept is not None:
         weight = weight * (1 - kept[top:bottom, left:right])
@@ -303,24 +297,26 @@ def _patch(
     rows = slice(top + int(used_rows[0]), top + int(used_rows[-1]) + 1)
     columns = slice(left + int(used_columns[0]), left + int(used_columns[-1]) + 1)
     weight = weight[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-    crop, before = restored.movedim(-1, 0), colour(image[rows, columns]).float()
-    if look.color_match != "none" or look.keep_detail > 0:
-        own = warp(colour(image).movedim(-1, 0), to_crop, height, width)
+    crop, before = restored.movedim(-1, 0), rgb_of(image[rows, columns]).float()
+    if options.color_match != "none" or options.keep_detail > 0:
+        own = warp(rgb_of(image).movedim(-1, 0), to_crop, height, width)
         # A pixel that is not a number has no colour to match.
         own = torch.where(own.isfinite(), own, crop)
-        if look.color_match != "none":
-            inside = _weight(to_unit, height, width, look, face_mask, image.device)
-            crop = matched(restored, own.movedim(0, -1), inside, look.color_match).movedim(-1, 0)
+        if options.color_match != "none":
+            inside = _weight(to_unit, height, width, options, face_mask, image.device)
+            crop = match_color(restored, own.movedim(0, -1), inside, options.color_match).movedim(
+                -1, 0
+            )
     lowest, highest = float(crop.min()), float(crop.max())
-    if look.keep_detail > 0:
-        crop = crop - look.keep_detail * own
+    if options.keep_detail > 0:
+        crop = crop - options.keep_detail * own
         lowest, highest = min(lowest, float(before.min())), max(highest, float(before.max()))
     if abs(grown - 1) < 1e-3:
-        crop = reconciled(crop, to_crop)
-    from_crop = moved(inverse(to_crop), -columns.start, -rows.start)
+        crop = back_project(crop, to_crop)
+    from_crop = translated(inverse(to_crop), -columns.start, -rows.start)
     pixels = warp(crop, from_crop, weight.shape[0], weight.shape[1], grown).movedim(0, -1)
-    if look.keep_detail > 0:
-        pixels = pixels + look.keep_detail * before
+    if options.keep_detail > 0:
+        pixels = pixels + options.keep_detail * before
     # Cubic resampling overshoots at edges. What was within [0,1] stays there; wider ranges keep
     # theirs.
     return _Patch(rows, columns, pixels.clamp(min(0.0, lowest), max(1.0, highest)), weight)
@@ -330,7 +326,7 @@ def _weight(
     to_unit: Affine,
     height: int,
     width: int,
-    look: _Look,
+    options: PasteOptions,
     face_mask: Tensor | None,
     device: torch.device,
 ) -> Tensor:
@@ -343,8 +339,8 @@ def _weight(
     u = ((a * across + c).float() + (b * down).float()).to(device)
     v = ((d * across + f).float() + (e * down).float()).to(device)
     # An edge narrower than a pixel would be a staircase.
-    edge = max(look.feather, reach(to_unit))
-    if look.mask_type == "ellipse":
+    edge = max(options.feather, scale_of(to_unit))
+    if options.mask_type == "ellipse":
         (x, y), (x_radius, y_radius) = ELLIPSE_CENTRE, ELLIPSE_RADII
         distance = torch.hypot((u - x) / x_radius, (v - y) / y_radius)
         return _ramp((1 - distance) * (x_radius / edge))
@@ -352,7 +348,9 @@ def _weight(
     if face_mask is None:
         return box
     to_mask = compose(scaling(face_mask.shape[1], face_mask.shape[0]), to_unit)
-    return box * sampled(face_mask[None].to(device), to_mask, height, width, mode="bilinear")[0]
+    return (
+        box * sample_affine(face_mask[None].to(device), to_mask, height, width, mode="bilinear")[0]
+    )
 
 
 def _ramp(x: Tensor) -> Tensor:

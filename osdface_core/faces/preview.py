@@ -10,9 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..chunks import Progress
-from ..pictures.resampling import colour
+from ..pictures.picture import finite, rgb_of
 from .choose import CHOSEN
-from .detect import finite
 from .face import Face
 
 # A preview is to be looked at; for the frames of a video at full size it would take as much memory
@@ -22,7 +21,7 @@ CHOSEN_COLOUR = (80, 255, 120)
 OTHER_COLOUR = (255, 90, 70)
 
 
-def draw(
+def draw_faces(
     images: Tensor, faces: Sequence[Face], verdicts: Sequence[str], progress: Progress | None = None
 ) -> Tensor:
     """The pictures (B,H,W,C) in [0,1] -> (B,h,w,3), at most 1024 px a side: chosen faces in green,
@@ -94,7 +93,7 @@ def _reduced(height: int, width: int) -> tuple[int, int]:
 
 def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
     """(H,W,C) -> (h,w,3) in [0,1]; what is not a number becomes one."""
-    pixels = finite(colour(picture))
+    pixels = finite(rgb_of(picture))
     if pixels.shape[:2] == size:
         return pixels
     return F.interpolate(pixels.movedim(-1, 0)[None], size, mode="bilinear", antialias=True)[
@@ -102,17 +101,21 @@ def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
     ].movedim(0, -1)
 
 
-def _mark(draw: ImageDraw.ImageDraw, face: Face, scale: float, ink: tuple[int, int, int]) -> None:
+def _mark(
+    draw_faces: ImageDraw.ImageDraw, face: Face, scale: float, ink: tuple[int, int, int]
+) -> None:
     box = [c * scale for c in face.box]
     side = max(box[2] - box[0], box[3] - box[1])
     stroke = max(1, round(side / 100))
-    draw.rectangle(box, outline=ink, width=stroke)
+    draw_faces.rectangle(box, outline=ink, width=stroke)
     dot = max(1.0, side / 60)
     for x, y in face.landmarks:
-        draw.ellipse([x * scale - dot, y * scale - dot, x * scale + dot, y * scale + dot], fill=ink)
+        draw_faces.ellipse(
+            [x * scale - dot, y * scale - dot, x * scale + dot, y * scale + dot], fill=ink
+        )
     font = ImageFont.load_default(size=min(48, max(12, round(side / 6))))
     label = str(face.number)
-    left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
+    left, top, right, bottom = draw_faces.textbbox((0, 0), label, font=font)
     x, y = max(0.0, box[0]), max(0.0, box[1] - (bottom - top) - 4)
-    draw.rectangle([x, y, x + right - left + 4, y + bottom - top + 4], fill=ink)
-    draw.text((x + 2 - left, y + 2 - top), label, fill=(0, 0, 0), font=font)
+    draw_faces.rectangle([x, y, x + right - left + 4, y + bottom - top + 4], fill=ink)
+    draw_faces.text((x + 2 - left, y + 2 - top), label, fill=(0, 0, 0), font=font)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from ..layers import Operations, filled
+from ..layers import Operations, load_network
 
 # Two anchors of these sides at every cell of the three feature maps; what facexlib's files were
 # trained with.
@@ -184,13 +184,13 @@ class RetinaFace(nn.Module):
     landmarks (B,A,5,2), in pixels.
 
     A is the number of anchors, in facexlib's order. Boxes are x1, y1, x2, y2. As in facexlib, a
-    landmark on the centre of the picture's first pixel is at (0, 0). looks_twice: its landmarks are
-    good only in an upright window about the face.
+    landmark on the centre of the picture's first pixel is at (0, 0). needs_refinement: the
+    landmarks are good only in an upright window about the face.
     """
 
     def __init__(self, trunk: str, operations: Operations = nn) -> None:
         super().__init__()
-        self.looks_twice = trunk == "narrow"
+        self.needs_refinement = trunk == "narrow"
         self.body = (
             ResNet50()
             if trunk == "resnet50"
@@ -254,7 +254,7 @@ def build_retinaface(tensors: dict[str, Tensor], operations: Operations = nn) ->
     trunk = "resnet50" if "body.conv1.weight" in tensors else "mobilenet0.25"
     if first is not None and first.shape[:1] == (NARROWEST,):
         trunk = "narrow"
-    return filled(
+    return load_network(
         lambda: RetinaFace(trunk, operations),
         tensors,
         "The face detector's file does not fit RetinaFace",

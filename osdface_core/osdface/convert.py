@@ -10,12 +10,8 @@ from pathlib import Path
 from ..errors import OSDFaceError
 from ..weights.checkpoint import Checkpoint
 from ..weights.fetching import place, sha256_of
+from .files import ENCODER_PREFIXES, LQ_PREFIX, PROJECTOR_PREFIX
 
-LQ_PREFIX = "vqvae_LQ."
-VRE_PREFIXES = tuple(
-    LQ_PREFIX + part for part in ("encoder.", "quant_conv.", "quantize.embedding.")
-)
-PROJECTOR_PREFIX = "projector."
 # Values of the encoder, quant_conv and code book, and of the projector: none may be missing, none
 # may be left over.
 VRE_VALUES = 29_172_416 + 394_496
@@ -37,7 +33,7 @@ def convert_vre(checkpoint: Path, projector: Path, target: Path) -> Path:
 
     arrays: dict[str, np.ndarray] = {}
     for path, prefixes, strip, prefix in (
-        (checkpoint, VRE_PREFIXES, LQ_PREFIX, ""),
+        (checkpoint, tuple(LQ_PREFIX + part for part in ENCODER_PREFIXES), LQ_PREFIX, ""),
         (projector, (), "", PROJECTOR_PREFIX),
     ):
         with Checkpoint(path, prefixes) as opened:
@@ -80,18 +76,14 @@ def convert_lora(source: Path, target: Path) -> Path:
 
     Raises OSDFaceError unless `source` holds exactly OSDFace's 278 modules.
     """
-    import torch
     from safetensors.torch import save_file
 
-    from ..sd21.adapters import parse_lora
+    from ..sd21.adapters import kohya_tensors
     from ..weights.reading import read_tensors
+    from .lora import parse_lora
 
-    tensors = {}
-    for name, module in parse_lora(read_tensors(source), source.name).items():
-        kohya = KOHYA_PREFIX + name.replace(".", "_")
-        tensors[f"{kohya}.lora_down.weight"] = module.down.contiguous()
-        tensors[f"{kohya}.lora_up.weight"] = module.up.contiguous()
-        tensors[f"{kohya}.alpha"] = torch.tensor(module.scale * module.down.shape[0])
+    lora = parse_lora(read_tensors(source), source.name)
+    tensors = kohya_tensors(lora, lambda name: KOHYA_PREFIX + name.replace(".", "_"))
     metadata = {"format": "pt", f"sha256 of {source.name}": sha256_of(source)}
 
     def write(fresh: Path) -> str:

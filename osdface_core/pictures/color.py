@@ -21,7 +21,7 @@ WAVELET_LEVELS = 5
 WAVELET_SIDE = 512
 
 
-def matched(restored: Tensor, original: Tensor, weight: Tensor, method: str) -> Tensor:
+def match_color(restored: Tensor, original: Tensor, weight: Tensor, method: str) -> Tensor:
     """`restored` (H,W,3) in the colours of `original` (H,W,3), both fp32; weight (H,W) says where
     the face is.
 
@@ -31,15 +31,15 @@ def matched(restored: Tensor, original: Tensor, weight: Tensor, method: str) -> 
     if method == "none" or not bool((weight > 0).any()):
         return restored
     result = (
-        mean_std(restored, original, weight)
+        match_mean_std(restored, original, weight)
         if method == "mean-std"
-        else wavelet(restored, original, weight)
+        else match_wavelet(restored, original, weight)
     )
     lowest, highest = torch.aminmax(torch.stack([restored, original]))
     return result.clamp(min(0.0, float(lowest)), max(1.0, float(highest)))
 
 
-def mean_std(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
+def match_mean_std(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
     """Gives each channel of CIE L*a*b* the original's weighted mean and standard deviation
     (Reinhard et al. 2001).
     """
@@ -53,7 +53,7 @@ def mean_std(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
     return to_rgb((source - source_mean) * gain + target_mean)
 
 
-def wavelet(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
+def match_wavelet(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
     """Keeps the restored crop's detail and takes the coarse rest from the original.
 
     The a-trous wavelet of StableSR (Wang et al. 2023), five levels at 512 px, with its smoothing

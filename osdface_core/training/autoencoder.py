@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, autocast, nn
 
 from ..faces.choose import Choice
+from ..faces.detect import DetectOptions
 from ..faces.find import find_faces
 from ..faces.retinaface import build_retinaface
 from ..osdface.builtin.autoencoder import Autoencoder
@@ -78,7 +79,7 @@ def squares(paths: list[Path], detector: Path | None) -> Tensor:
         if network:
             pixels = torch.from_numpy(np.asarray(image).copy()).float()[None] / 255
             crops = find_faces(
-                pixels, network, confidence=0.5, choice=Choice("largest")
+                pixels, network, DetectOptions(confidence=0.5, choice=Choice("largest"))
             ).faces.crops
             found += [(crop.clamp(0, 1) * 255).round().byte().numpy() for crop in crops]
     return torch.from_numpy(np.stack(found)).movedim(-1, 1).contiguous()

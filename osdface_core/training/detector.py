@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, autocast
 
-from ..faces.detect import BEST_SIZE, WINDOW
+from ..faces.refine import BEST_SIZE, WINDOW
 from ..faces.retinaface import MEAN_BGR, RetinaFace, build_retinaface
 from ..weights.reading import read_tensors
 from .autoencoder import SIDE, squares, training_pictures

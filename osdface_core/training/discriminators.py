@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Conv2d, GroupNorm, Linear
 
-from ..osdface.vre import TOKENS
-from ..sd21.backbone import TIMESTEPS, alphas_cumprod
+from ..sd21.backbone import TOKENS
+from ..sd21.schedule import TIMESTEPS, alphas_cumprod
 
 POOLED = 1280
 

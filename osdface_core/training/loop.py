@@ -25,7 +25,7 @@ from accelerate.utils import gather_object, set_seed
 from PIL import Image
 from torch import Tensor, nn
 
-from ..cpu import computes_in_bf16
+from ..cpu import has_bf16
 from ..errors import OSDFaceError
 from .data import Samples, batches
 from .losses import check_finite
@@ -120,7 +120,7 @@ def accelerator_for(run: Run) -> Accelerator:
         log_with="tensorboard",
         project_dir=str(run.folder),
     )
-    if run.precision == "bf16" and accelerator.device.type == "cpu" and not computes_in_bf16():
+    if run.precision == "bf16" and accelerator.device.type == "cpu" and not has_bf16():
         log.warning(
             "This processor has no instructions for bf16, which makes it many times slower: set "
             'run.precision="no".'

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Conv2d, Linear
 
 from ..errors import OSDFaceError
-from ..layers import filled
+from ..layers import load_network
 from ..weights.reading import read_tensors
 
 log = logging.getLogger(__name__)
@@ -337,7 +337,7 @@ def _vgg(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_dists(files: Sequence[Path]) -> DISTS:
     tensors = _tensors(files)
     state = _vgg(tensors) | {name: tensors[name] for name in ("alpha", "beta") if name in tensors}
-    return filled(
+    return load_network(
         DISTS,
         state,
         "The files given for DISTS do not fit it",
@@ -354,7 +354,7 @@ def load_lpips(files: Sequence[Path]) -> LPIPS:
         for i in range(5)
         if (key := f"lin{i}.model.1.weight") in tensors
     }
-    return filled(
+    return load_network(
         LPIPS,
         state,
         "The files given for LPIPS do not fit it",
@@ -364,7 +364,7 @@ def load_lpips(files: Sequence[Path]) -> LPIPS:
 
 
 def load_arcface(files: Sequence[Path]) -> ArcFace:
-    return filled(
+    return load_network(
         ArcFace,
         _tensors(files),
         "The file given for the identity loss does not fit",

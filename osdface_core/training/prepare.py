@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..errors import OSDFaceError
+from ..faces.detect import DetectOptions
 from ..faces.detector_check import build_detector
 from ..faces.find import find_faces
 from ..weights.reading import read_tensors
@@ -42,7 +43,7 @@ def prepare(pictures: Path, faces: Path, detector: Path, size: int) -> None:
             log.warning("%s is passed over: %s", path, error)
             continue
         crops = find_faces(
-            torch.from_numpy(pixels).float()[None] / 255, network, crop_size=size
+            torch.from_numpy(pixels).float()[None] / 255, network, DetectOptions(crop_size=size)
         ).faces.crops
         place.mkdir(parents=True, exist_ok=True)
         for i, crop in enumerate(crops):

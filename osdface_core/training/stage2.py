@@ -18,11 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, autocast, nn
 
 from ..errors import OSDFaceError
-from ..osdface.vre import WIDTH, Shape, VisualEmbedder, build_embedder
+from ..osdface.files import LORA, PROJECTOR_PREFIX, VRE
+from ..osdface.lora import is_adapted, parse_lora
+from ..osdface.restore import TIMESTEP
+from ..osdface.vre import Shape, VisualEmbedder, build_embedder
 from ..osdface.vre.embedder import Projector
-from ..osdface.vre.loading import BARE_PREFIXES, LQ_PREFIX, embedder_files
-from ..sd21.adapters import parse_lora
-from ..sd21.backbone import LATENT_CHANNELS, TIMESTEP, alphas_cumprod
+from ..osdface.vre.loading import read_parts
+from ..sd21.backbone import LATENT_CHANNELS, TEXT_WIDTH
+from ..sd21.schedule import alphas_cumprod
 from ..weights.reading import read_tensors
 from .data import Pictures, Samples, split
 from .degradation import Degradation, generator_for
@@ -45,14 +48,6 @@ from .losses import (
 )
 
 log = logging.getLogger(__name__)
-
-# The layers that OSDFace adapts, by the last part of their names: 278 in Stable Diffusion 2.1's
-# UNet.
-ADAPTED = re.compile(
-    r".*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2|conv_shortcut|time_emb_proj"
-    r"|downsamplers\.0\.conv|upsamplers\.0\.conv)"
-)
-LORA_FILE, VRE_FILE = "pytorch_lora_weights.safetensors", "osdface_vre.safetensors"
 
 
 @dataclass(frozen=True)
@@ -243,33 +238,27 @@ def load_vre(path: Path, hidden: int) -> VisualEmbedder:
     """The embedder of degraded faces, frozen, with the file's projector or else a new one, which
     alone is to be trained.
     """
-    tensors = read_tensors(path, (LQ_PREFIX, *BARE_PREFIXES))
-    state = {name.removeprefix(LQ_PREFIX): t for name, t in tensors.items()}
-    state = {name: t for name, t in state.items() if name.startswith(BARE_PREFIXES)}
-    if not any(name.startswith("projector.") for name in state):
-        if beside := embedder_files(path)[1:]:
-            projector = read_tensors(beside[0])
-        else:
-            if "quant_conv.weight" not in state:
-                raise OSDFaceError(
-                    f"{path.name} holds no embedder of degraded faces: give stage 1's file of "
-                    f"part lq or associate."
-                )
-            projector = Projector(
-                shape=Shape(features=len(state["quant_conv.weight"]), hidden=hidden)
-            ).state_dict()
-            log.info("The projector starts anew: %s holds none.", path.name)
-        state |= {f"projector.{name}": t for name, t in projector.items()}
-    network = build_embedder(state, source=path.name)
+    encoder, projector = read_parts(path)
+    if not projector:
+        if "quant_conv.weight" not in encoder:
+            raise OSDFaceError(
+                f"{path.name} holds no embedder of degraded faces: give stage 1's file of part lq "
+                "or associate."
+            )
+        features = len(encoder["quant_conv.weight"])
+        new = Projector(shape=Shape(features=features, hidden=hidden)).state_dict()
+        projector = {PROJECTOR_PREFIX + name: t for name, t in new.items()}
+        log.info("The projector starts anew: %s holds none.", path.name)
+    network = build_embedder(encoder | projector, source=path.name)
     network.projector.requires_grad_(True)
     return network
 
 
-def adapted_layers(unet: nn.Module) -> list[str]:
+def adapted_in(unet: nn.Module) -> list[str]:
     return [
         name
         for name, layer in unet.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and ADAPTED.fullmatch(name)
+        if isinstance(layer, nn.Linear | nn.Conv2d) and is_adapted(name)
     ]
 
 
@@ -277,7 +266,7 @@ def add_lora(unet: Any, rank: int, alpha: int) -> list[str]:
     """Puts a LoRA on the layers that OSDFace adapts; all else is frozen. Returns their names."""
     from peft import LoraConfig
 
-    names = adapted_layers(unet)
+    names = adapted_in(unet)
     unet.requires_grad_(False)
     unet.add_adapter(
         LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian")
@@ -287,17 +276,17 @@ def add_lora(unet: Any, rank: int, alpha: int) -> list[str]:
 
 def start_lora(unet: Any, path: Path) -> None:
     modules = dict(unet.named_modules())
-    for module in parse_lora(read_tensors(path), path.name).values():
-        layer = modules[module.diffusers.removesuffix(".weight")]
+    for name, adapter in parse_lora(read_tensors(path), path.name).items():
+        layer = modules[name]
         down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        if len(module.down) != len(down):
+        if adapter.rank != len(down):
             raise OSDFaceError(
-                f"{path.name} has rank {len(module.down)} and `lora.rank` is {len(down)}: set "
-                f"lora.rank to the file's."
+                f"{path.name} has rank {adapter.rank} and `lora.rank` is {len(down)}: set "
+                "lora.rank to the file's."
             )
         with torch.no_grad():
-            down.copy_(module.down.view_as(down))
-            up.copy_(module.up.view_as(up) * (module.scale / layer.scaling["default"]))
+            down.copy_(adapter.down.view_as(down))
+            up.copy_(adapter.up.view_as(up) * (adapter.scale / layer.scaling["default"]))
 
 
 def lora_tensors(unet: Any) -> dict[str, Tensor]:
@@ -362,11 +351,14 @@ class Stage2Task:
         ]
         self.embedder = load_vre(config.vre, config.projector_hidden).to(device)
         unet = _network(UNet2DConditionModel, config.unet, "unet")
-        if (unet.config.cross_attention_dim, unet.config.in_channels) != (WIDTH, LATENT_CHANNELS):
+        if (unet.config.cross_attention_dim, unet.config.in_channels) != (
+            TEXT_WIDTH,
+            LATENT_CHANNELS,
+        ):
             raise OSDFaceError(
                 f"`unet` takes {unet.config.in_channels} channels and prompts of "
                 f"{unet.config.cross_attention_dim}; {LATENT_CHANNELS} and "
-                f"{WIDTH} are wanted: give the UNet of Stable Diffusion 2.1-base."
+                f"{TEXT_WIDTH} are wanted: give the UNet of Stable Diffusion 2.1-base."
             )
         if config.train == "lora":
             names = add_lora(unet, config.lora.rank, config.lora.alpha)
@@ -426,7 +418,7 @@ class Stage2Task:
         if gan.lora_rank:
             judge.unet.requires_grad_(False)
             adapter = LoraConfig(
-                r=gan.lora_rank, lora_alpha=gan.lora_rank, target_modules=adapted_layers(judge.unet)
+                r=gan.lora_rank, lora_alpha=gan.lora_rank, target_modules=adapted_in(judge.unet)
             )
             judge.unet.add_adapter(adapter)
         if self.config.gradient_checkpointing:
@@ -548,9 +540,9 @@ class Stage2Task:
         vre = {
             name: t.detach().cpu().contiguous() for name, t in self.embedder.state_dict().items()
         }
-        save_file(vre, folder / VRE_FILE)
+        save_file(vre, folder / VRE.name)
         if self.config.train == "lora":
-            save_file(lora_tensors(generator.unet), folder / LORA_FILE)
+            save_file(lora_tensors(generator.unet), folder / LORA.name)
         else:
             generator.unet.save_pretrained(folder / "unet")
         if self.config.vae.train != "none":

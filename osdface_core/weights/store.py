@@ -1,5 +1,5 @@
-"""What of the catalogue is on this machine, whether it is right, and how what is missing gets
-there.
+"""A catalogue's files on this machine: which are there, whether they are right, and how what is
+missing gets there.
 """
 
 from __future__ import annotations
@@ -12,17 +12,7 @@ from enum import Enum
 from pathlib import Path
 
 from ..errors import OSDFaceError
-from .catalogue import (
-    BY_NAME,
-    CATALOGUE,
-    DETECTOR,
-    KOHYA_LORA,
-    SEARCHED,
-    SMALL_DETECTOR,
-    VRE,
-    WeightFile,
-    sources,
-)
+from .catalogue import Catalogue, WeightFile
 from .fetching import RECORD, Progress, UnreachableError, fetch, place, recorded_sha256, sha256_of
 
 # Paths of each of the host's model folders, by the folder's name; the first is where files are put.
@@ -50,20 +40,6 @@ class Finding:
     @property
     def usable(self) -> bool:
         return self.state in (State.VERIFIED, State.ACCEPTED)
-
-
-def find(entry: WeightFile, folders: Folders) -> Path | None:
-    """The file in the folders that are searched for it, by its name."""
-    for folder in SEARCHED[entry.folder]:
-        for place_ in folders.get(folder, ()):
-            if (place_ / entry.name).is_file():
-                return place_ / entry.name
-    return None
-
-
-def target(entry: WeightFile, folders: Folders) -> Path:
-    """Where the file is put."""
-    return folders[entry.folder][0] / entry.name
 
 
 def command(*options: str) -> str:
@@ -100,46 +76,10 @@ def fits(entry: WeightFile, held: Mapping[str, tuple[int, ...]]) -> bool:
     return all(held.get(name) == shape for name, shape in entry.signature.items())
 
 
-def recognise(path: Path) -> WeightFile | None:
-    """The file of the catalogue that `path` is, by its content; None for any other, readable or
-    not.
-    """
-    try:
-        held = shapes(path)
-    except (OSDFaceError, OSError):
-        return None
-    return next((entry for entry in CATALOGUE if fits(entry, held)), None)
-
-
-def recognise_all(folder: Path) -> dict[str, Path]:
-    """Files of the catalogue that lie in or under `folder`, whatever they are called there, by
-    their names in the catalogue.
-    """
-    found: dict[str, Path] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if (entry := recognise(path)) is not None:
-            known = (
-                entry.sha256 is not None
-                and path.stat().st_size == entry.size
-                and sha256_of(path) == entry.sha256
-            )
-            if known or entry.name not in found:
-                found[entry.name] = path
-    return found
-
-
-def inspect(entry: WeightFile, folders: Folders) -> Finding:
-    """How the file stands: its content against the known digest; without one, or where it differs,
-    whether it does its work.
-    """
-    path = find(entry, folders)
-    if path is None:
-        return Finding(entry, State.MISSING, f"wanted in {target(entry, folders).parent}")
-    return judge(entry, path)
-
-
 def judge(entry: WeightFile, path: Path) -> Finding:
-    """`inspect` for a file at any place."""
+    """How a file at any place stands: its content against the known digest; without one, or where
+    it differs, whether it does its work.
+    """
     try:
         known, digest = entry.sha256 or recorded_sha256(path), sha256_of(path)
         if digest == known:
@@ -147,25 +87,14 @@ def judge(entry: WeightFile, path: Path) -> Finding:
         if not fits(entry, shapes(path)):
             return Finding(entry, State.WRONG, "it does not hold the tensors of that file", path)
         if entry.sha256 is None and known is not None:
-            return Finding(
-                entry,
-                State.WRONG,
-                f"its SHA-256 is no longer the one recorded beside it in {path.name}{RECORD}",
-                path,
-            )
-        if entry in (DETECTOR, SMALL_DETECTOR):
-            from ..faces.detector_check import build_detector
-            from .reading import read_tensors
-
-            build_detector(read_tensors(path))
-            why = (
-                "not the official file (another SHA-256), but it has the same layout and finds one "
-                "face where one face is drawn"
-            )
-        elif entry.sha256 is not None:
-            why = "not the official file (another SHA-256), but it has the same layout"
-        else:
+            why = f"its SHA-256 is no longer the one recorded beside it in {path.name}{RECORD}"
+            return Finding(entry, State.WRONG, why, path)
+        if entry.sha256 is None:
             why = "no SHA-256 is recorded for it, but it has the right layout"
+        else:
+            why = "not the official file (another SHA-256), but it has the same layout"
+        if entry.check is not None:
+            why += f" and {entry.check(path)}"
     except OSDFaceError as error:
         return Finding(entry, State.WRONG, str(error), path)
     except OSError as error:
@@ -173,52 +102,135 @@ def judge(entry: WeightFile, path: Path) -> Finding:
     return Finding(entry, State.ACCEPTED, why, path)
 
 
-def obtain(
-    entry: WeightFile,
-    folders: Folders,
-    *,
-    progress: Progress | None = None,
-    given: Mapping[str, Path] | None = None,
-    offline: bool = False,
-    keep_original: bool = False,
-    unreachable: set[str] | None = None,
-) -> Path:
-    """Puts the file in its place: copied from `given` (paths by the catalogue's names), converted,
-    or downloaded.
+@dataclass(frozen=True)
+class Store:
+    """A catalogue's files in a host's model folders."""
 
-    What is downloaded only to be converted is removed afterwards unless `keep_original`. Raises
-    OSDFaceError as `fetch` and the conversions do.
-    """
-    given = given or {}
-    into = target(entry, folders)
-    if entry.name in given:
-        return _copy(entry, given[entry.name], into)
-    if not entry.made_from:
-        if offline:
-            raise UnreachableError(
-                f"{entry.name} is missing and downloads are off: put it into {into.parent}.",
-                ["downloads are off"],
+    catalogue: Catalogue
+    folders: Folders
+
+    def find(self, entry: WeightFile) -> Path | None:
+        """The file in the folders that are searched for it, by its name."""
+        for name in self.catalogue.searched[entry.folder]:
+            for folder in self.folders.get(name, ()):
+                if (folder / entry.name).is_file():
+                    return folder / entry.name
+        return None
+
+    def target(self, entry: WeightFile) -> Path:
+        """Where the file is put."""
+        return self.folders[entry.folder][0] / entry.name
+
+    def inspect(self, entry: WeightFile) -> Finding:
+        """How the file stands."""
+        path = self.find(entry)
+        if path is None:
+            return Finding(entry, State.MISSING, f"wanted in {self.target(entry).parent}")
+        return judge(entry, path)
+
+    def recognise(self, path: Path) -> WeightFile | None:
+        """The file of the catalogue that `path` is, by its content; None for any other."""
+        try:
+            held = shapes(path)
+        except (OSDFaceError, OSError):
+            return None
+        return next((entry for entry in self.catalogue.files if fits(entry, held)), None)
+
+    def recognise_all(self, folder: Path) -> dict[str, Path]:
+        """Files of the catalogue that lie in or under `folder`, whatever they are called there, by
+        their names in the catalogue.
+        """
+        found: dict[str, Path] = {}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            if (entry := self.recognise(path)) is not None:
+                is_known = (
+                    entry.sha256 is not None
+                    and path.stat().st_size == entry.size
+                    and sha256_of(path) == entry.sha256
+                )
+                if is_known or entry.name not in found:
+                    found[entry.name] = path
+        return found
+
+    def obtain(
+        self,
+        entry: WeightFile,
+        *,
+        progress: Progress | None = None,
+        given: Mapping[str, Path] | None = None,
+        offline: bool = False,
+        keep_original: bool = False,
+        unreachable: set[str] | None = None,
+    ) -> Path:
+        """Puts the file in its place: copied, converted, or downloaded.
+
+        What is downloaded only to be converted is removed afterwards. Raises OSDFaceError as
+        `fetch` and the conversions do.
+
+        entry: the file.
+        progress: see fetching.Progress; what it raises stops the download.
+        given: files that are at hand, by the catalogue's names.
+        offline: download nothing.
+        keep_original: keep what was downloaded only to be converted.
+        unreachable: hosts that did not answer; filled and heeded.
+        """
+        given = given or {}
+        into = self.target(entry)
+        if entry.name in given:
+            return _copy(entry, given[entry.name], into)
+        if not entry.made_from:
+            if offline:
+                raise UnreachableError(
+                    f"{entry.name} is missing and downloads are off: put it into {into.parent}.",
+                    ["downloads are off"],
+                )
+            return fetch(entry, into.parent, progress, unreachable)
+        assert entry.convert is not None
+        parts = []
+        for source in map(self.catalogue.by_name.__getitem__, entry.made_from):
+            path = given.get(source.name) or self.find(source)
+            if path is None:
+                path = self.obtain(
+                    source, progress=progress, offline=offline, unreachable=unreachable
+                )
+            parts.append(path)
+        entry.convert(*parts, into)
+        for path, name in zip(parts, entry.made_from, strict=True):
+            is_kept = self.catalogue.by_name[name].needed or keep_original or name in given
+            # The record tells that it was downloaded here: what a user put there stays.
+            if not is_kept and recorded_sha256(path):
+                path.unlink()
+                path.with_name(path.name + RECORD).unlink(missing_ok=True)
+        return into
+
+    def ensure(
+        self, name: str, *, allow_download: bool = False, progress: Progress | None = None
+    ) -> Path:
+        """The path of a file of the catalogue, obtained first if it is missing and that is allowed.
+
+        Raises OSDFaceError that says how to get the file.
+
+        name: in the catalogue.
+        allow_download: whether it may be fetched.
+        progress: see fetching.Progress; what it raises stops the download.
+        """
+        entry = self.catalogue.by_name.get(name)
+        if entry is None:
+            raise OSDFaceError(
+                f"{name} is in none of the model folders and is not a file that can be fetched: "
+                "put it there."
             )
-        return fetch(entry, into.parent, progress, unreachable)
-    parts = []
-    for source in map(BY_NAME.__getitem__, entry.made_from):
-        path = given.get(source.name) or find(source, folders)
-        parts.append(
-            path
-            or obtain(source, folders, progress=progress, offline=offline, unreachable=unreachable)
-        )
-    from ..osdface import convert
-
-    if entry is VRE:
-        convert.convert_vre(parts[0], parts[1], into)
-    elif entry is KOHYA_LORA:
-        convert.convert_lora(parts[0], into)
-    for path, name in zip(parts, entry.made_from, strict=True):
-        # The record tells that it was downloaded here: what a user put there stays.
-        if not (BY_NAME[name].needed or keep_original or name in given) and recorded_sha256(path):
-            path.unlink()
-            path.with_name(path.name + RECORD).unlink(missing_ok=True)
-    return into
+        path = self.find(entry)
+        if path is not None:
+            return path
+        if not allow_download:
+            parts = " and ".join(source.name for source in self.catalogue.sources(entry))
+            origin = "" if parts == name else f", which is made from {parts}"
+            raise OSDFaceError(
+                f"{name} is missing ({entry.purpose}{origin}): run {command('--only', name)} in a "
+                "terminal, or allow downloads in the settings (or by OSDFACE_DOWNLOAD=1)."
+            )
+        return self.obtain(entry, progress=progress)
 
 
 def _copy(entry: WeightFile, source: Path, into: Path) -> Path:
@@ -231,32 +243,3 @@ def _copy(entry: WeightFile, source: Path, into: Path) -> Path:
         return sha256_of(fresh)
 
     return into if into.exists() and into.samefile(source) else place(into, write)
-
-
-def ensure(
-    name: str, folders: Folders, *, allow_download: bool = False, progress: Progress | None = None
-) -> Path:
-    """The path of a file of the catalogue, fetched (and converted) first if it is missing and that
-    is allowed.
-
-    progress: see fetching.Progress; what it raises stops the download. Raises OSDFaceError that
-    says how to get the file.
-    """
-    entry = BY_NAME.get(name)
-    if entry is None:
-        raise OSDFaceError(
-            f"{name} is in none of the model folders and is not a file that OSDFace knows where "
-            f"to fetch: put it there."
-        )
-    path = find(entry, folders)
-    if path is not None:
-        return path
-    if not allow_download:
-        parts = " and ".join(source.name for source in sources(entry))
-        origin = "" if parts == name else f", which is made from {parts}"
-        raise OSDFaceError(
-            f"{name} is missing ({entry.purpose}{origin}): run {command('--only', name)} in a "
-            f"terminal, or allow downloads in the settings "
-            "(or by OSDFACE_DOWNLOAD=1)."
-        )
-    return obtain(entry, folders, progress=progress)

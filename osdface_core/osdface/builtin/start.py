@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ...sd21.backbone import LATENT_CHANNELS, TIMESTEP, alphas_cumprod
+from ...sd21.backbone import LATENT_CHANNELS
+from ...sd21.schedule import alphas_cumprod
+from ..restore import TIMESTEP
 from . import UNET_CONFIG
 
 # Standard deviation of t, and what conv2's weights must be multiplied by for it.

@@ -1,14 +1,10 @@
-"""Visual Representation Embedder: encoder, code selection, projector, and the reading of their
-weights.
-"""
+"""Visual Representation Embedder: encoder, code selection, projector; reading their weights."""
 
-from .embedder import TOKENS, WIDTH, VisualEmbedder, choose_codes, embed
+from .embedder import VisualEmbedder, choose_codes, embed
 from .encoder import Shape
 from .loading import build_embedder, embedder_files, read_embedder, shape_of
 
 __all__ = [
-    "TOKENS",
-    "WIDTH",
     "Shape",
     "VisualEmbedder",
     "build_embedder",

@@ -1,5 +1,4 @@
-"""The Visual Representation Embedder: face crops -> 77 x 1024 visual prompts (OSDFace, section
-3.2).
+"""Visual Representation Embedder: face crops -> 77 x 1024 visual prompts (OSDFace, section 3.2).
 
 A VQ encoder describes the degraded face by the entries of a learned code book; the 77 best matched
 distinct entries, widened to the text width of Stable Diffusion 2.1, take the place of the text
@@ -14,14 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...chunks import Progress, in_chunks
-from ...cpu import faster
+from ...chunks import Progress, in_chunks, is_out_of_memory, no_progress
+from ...cpu import optimized
 from ...layers import Operations
+from ...sd21.backbone import SIDE, TEXT_WIDTH, TOKENS
 from .encoder import FULL, Encoder, Shape
-
-SIDE = 512
-TOKENS = 77
-WIDTH = 1024
 
 
 class Projector(nn.Module):
@@ -32,7 +28,7 @@ class Projector(nn.Module):
     def __init__(self, operations: Operations = nn, shape: Shape = FULL) -> None:
         super().__init__()
         self.conv1 = operations.Conv1d(shape.features, shape.hidden, 1)
-        self.conv2 = operations.Conv1d(shape.hidden, WIDTH, 1)
+        self.conv2 = operations.Conv1d(shape.hidden, TEXT_WIDTH, 1)
 
     def forward(self, codes: Tensor) -> Tensor:
         h = F.silu(self.conv1(codes.transpose(1, 2)))
@@ -82,24 +78,27 @@ def embed(
     network: Callable[[int], tuple[VisualEmbedder, torch.device]],
     *,
     at_once: int = 1,
-    out_of_memory: Callable[[BaseException], bool] = lambda error: False,
+    out_of_memory: Callable[[BaseException], bool] = is_out_of_memory,
     progress: Progress | None = None,
 ) -> Tensor:
-    """The visual prompts (N,77,1024) of crops (N,H,W,3) in [0,1], fp32, on the device of `crops`.
+    """The visual prompts (N,77,1024) fp32 of N crops, on their device.
 
-    network: called before each chunk with its number of faces; gives the embedder, ready, and the
-    device that it computes on. at_once: faces in a chunk. progress: called with 1 and the crop
-    (3,H,W) for each face; what it raises ends the job.
+    crops: (N,H,W,3) in [0,1].
+    network: called before each chunk with its number of crops; gives the embedder, ready, and the
+        device that it computes on.
+    at_once: crops in a chunk.
+    out_of_memory: tells whether an error says that fewer crops at once may work.
+    progress: called with 1 and the crop (3,H,W) for each crop; what it raises ends the job.
     """
-    prompts = torch.empty(len(crops), TOKENS, WIDTH, device=crops.device)
+    prompts = torch.empty(len(crops), TOKENS, TEXT_WIDTH, device=crops.device)
     pixels = crops.movedim(-1, 1)
 
     def work(part: slice) -> None:
         embedder, device = network(part.stop - part.start)
-        with faster(device):
+        with optimized(device):
             prompts[part] = embedder(pixels[part].to(device)).to(prompts)
         for crop in pixels[part]:
-            (progress or (lambda done, picture: None))(1, crop)
+            (progress or no_progress)(1, crop)
 
     in_chunks(len(crops), at_once, work, out_of_memory)
     return prompts
@@ -113,9 +112,9 @@ def encoder_input(crops: Tensor, side: int = SIDE) -> Tensor:
     normalised once more, as if it were [0,1]. The released weights were trained on prompts made
     that way, so the range must stay.
     """
-    x = (
-        crops.float().contiguous() * 2 - 1
-    )  # a picture arrives channels-last, where torch's group norm on the CPU is less exact
+    # Contiguous: torch's group norm on the CPU is less exact in the channels-last order in which a
+    # picture arrives.
+    x = crops.float().contiguous() * 2 - 1
     if x.shape[-2:] != (SIDE, SIDE):
         x = F.interpolate(
             x, (SIDE, SIDE), mode="bilinear", align_corners=x.shape[-2] == x.shape[-1]

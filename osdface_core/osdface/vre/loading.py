@@ -7,14 +7,15 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ...errors import OSDFaceError
-from ...layers import Operations, filled
+from ...layers import Operations, load_network
 from ...weights.reading import read_tensors
+from ..files import ENCODER_PREFIXES, LQ_PREFIX, PROJECTOR, PROJECTOR_PREFIX
 from .embedder import VisualEmbedder
 from .encoder import FULL, NORM_GROUPS, Shape
 
-LQ_PREFIX = "vqvae_LQ."
-BARE_PREFIXES = ("encoder.", "quant_conv.", "quantize.embedding.", "projector.")
-PROJECTOR_FILES = ("embedding_change_weights.pth", "embedding_change.pth")
+BARE_PREFIXES = (*ENCODER_PREFIXES, PROJECTOR_PREFIX)
+# Names of the projector's own file: the one on the hub, and the one of the released code.
+PROJECTOR_FILES = (PROJECTOR.name, "embedding_change.pth")
 
 
 def embedder_files(path: Path) -> tuple[Path, ...]:
@@ -28,24 +29,35 @@ def embedder_files(path: Path) -> tuple[Path, ...]:
     )
 
 
-def read_embedder(path: Path) -> dict[str, Tensor]:
-    """The embedder's tensors under their own names, from `path`.
-
-    path: one safetensors file that holds both parts, or `associate_2.ckpt` with the projector's
-    file beside it. Raises OSDFaceError if a file cannot be read, or its projector is not there.
+def read_parts(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the encoder and code book, and those of the projector, under the embedder's
+    own names; none where neither the file nor one beside it holds a projector.
     """
     tensors = read_tensors(path, (LQ_PREFIX, *BARE_PREFIXES))
     state = {name.removeprefix(LQ_PREFIX): t for name, t in tensors.items()}
-    state = {name: t for name, t in state.items() if name.startswith(BARE_PREFIXES)}
-    if not any(name.startswith("projector.") for name in state):
-        _, *projector = embedder_files(path)
-        if not projector:
-            raise OSDFaceError(
-                f"{path.name} holds no projector: put {PROJECTOR_FILES[0]} beside it in "
-                f"{path.parent}, or run `python install.py`."
-            )
-        state |= {f"projector.{name}": t for name, t in read_tensors(projector[0]).items()}
-    return state
+    encoder = {name: t for name, t in state.items() if name.startswith(BARE_PREFIXES)}
+    projector = {n: encoder.pop(n) for n in list(encoder) if n.startswith(PROJECTOR_PREFIX)}
+    if not projector:
+        for beside in embedder_files(path)[1:]:
+            projector = {PROJECTOR_PREFIX + name: t for name, t in read_tensors(beside).items()}
+    return encoder, projector
+
+
+def read_embedder(path: Path) -> dict[str, Tensor]:
+    """The embedder's tensors under their own names.
+
+    Raises OSDFaceError if a file cannot be read, or its projector is not there.
+
+    path: one safetensors file that holds both parts, or `associate_2.ckpt` with the projector's
+        file beside it.
+    """
+    encoder, projector = read_parts(path)
+    if not projector:
+        raise OSDFaceError(
+            f"{path.name} holds no projector: put {PROJECTOR_FILES[0]} beside it in {path.parent}, "
+            "or run `python install.py`."
+        )
+    return encoder | projector
 
 
 def shape_of(state: dict[str, Tensor]) -> Shape:
@@ -78,7 +90,7 @@ def build_embedder(
     """A network in fp32, ready to run; tensors without a place in it are left aside. Raises
     OSDFaceError that names what does not fit.
     """
-    return filled(
+    return load_network(
         lambda: VisualEmbedder(operations, shape_of(state)),
         state,
         f"{source} does not fit OSDFace's visual embedder",

@@ -1,0 +1,192 @@
+"""ComfyUI's MODEL and VAE as the core's Backbone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.samplers
+import comfy.sd
+import torch
+from comfy.cli_args import args
+from comfy.ldm.modules.attention import attention_pytorch
+from torch import Tensor
+
+from ...osdface_core.cpu import optimized
+from ...osdface_core.errors import OSDFaceError
+from ...osdface_core.osdface.files import LORAS
+from ...osdface_core.sd21.backbone import LATENT_CHANNELS, STRIDE
+from ...osdface_core.sd21.one_step import Restored
+from ...osdface_core.weights.catalogue import NONE
+from .base_model import BUILTIN_MARK, check_model, check_together, check_vae
+from .files import find, naming_input
+from .lora import with_lora
+from .networks import clamp_batch, free_memory, is_out_of_memory
+
+# Crops whose latents are cached with a VAE: 64 KB each at 512 px, 256 KB at 1024.
+MAX_LATENTS = 128
+NAN_REMEDY = "start ComfyUI with --fp32-vae, or with --force-fp32."
+
+
+def _with_fused_attention(model: Any, model_options: dict[str, Any]) -> dict[str, Any]:
+    """The sampler's options with torch's fused attention in place of the slower one that ComfyUI
+    takes on a CPU; one that the user or a node has chosen stays.
+    """
+    given = model_options.get("transformer_options", {})
+    chosen = (
+        mm.pytorch_attention_enabled()
+        or args.use_split_cross_attention
+        or args.use_quad_cross_attention
+    )
+    if chosen or not mm.is_device_cpu(model.load_device) or "optimized_attention_override" in given:
+        return model_options
+
+    def fused(usual: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
+        return attention_pytorch(*inputs, **options)
+
+    return model_options | {"transformer_options": given | {"optimized_attention_override": fused}}
+
+
+class HostBackbone:
+    """ComfyUI's MODEL and VAE as the core's Backbone.
+
+    Raises OSDFaceError for a wrong base, autoencoder or LoRA.
+
+    model: the MODEL.
+    vae: the VAE.
+    options: what nodes have added to the conditioning (hooks and the like); it goes along to the
+        sampler.
+    lora_name: of a file of models/osdface or models/loras, or none.
+    lora_strength: factor of the LoRA.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        vae: Any,
+        options: dict[str, Any] | None = None,
+        lora_name: str = NONE,
+        lora_strength: float = 1.0,
+    ) -> None:
+        check_model(model)
+        check_vae(vae)
+        self.options = dict(options or {})
+        has_lora = lora_name != NONE and lora_strength != 0
+        check_together(model, vae, self.options.pop(BUILTIN_MARK, False), has_lora)
+        self.model = model
+        if has_lora:
+            with naming_input("lora_name"):
+                path = find(lora_name, LORAS)
+            self.model = with_lora(model, path, lora_strength)
+        self.vae = vae
+        self.latent_format = model.get_model_object("latent_format")
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        with optimized(self.vae.device, self.vae.first_stage_model):
+            encoded = _one_by_one(self._encode_cached, pixels.movedim(1, -1))
+        return self.latent_format.process_in(encoded)
+
+    def _encode_cached(self, pixels: Tensor) -> Tensor:
+        """The latents of one crop (1,H,W,3), cached with the VAE: the same crops come again when
+        the strength or the timestep is changed.
+        """
+        cache = self.vae.__dict__.setdefault("osdface_latents", OrderedDict())
+        digest = hashlib.blake2b(pixels.contiguous().numpy(force=True).data).digest()
+        network = id(self.vae.first_stage_model), self.vae.patcher.patches_uuid
+        key = digest, tuple(pixels.shape), network
+        latents = cache.pop(key, None)
+        if latents is None:
+            # Newer hosts may hand out half precision.
+            latents = self.vae.encode(pixels).float()
+        cache[key] = latents
+        if len(cache) > MAX_LATENTS:
+            cache.popitem(last=False)
+        return latents
+
+    def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
+        if len(latents) > 1 and mm.is_device_cpu(self.model.load_device):
+            # Several at once take no less time there, and alone a face is the same to the bit
+            # whichever others are restored with it.
+            faces = zip(latents.split(1), prompts.split(1), strict=True)
+            return torch.cat([self.denoise(latent, prompt, timestep) for latent, prompt in faces])
+        sigma = self.model.get_model_object("model_sampling").sigmas[timestep]
+        guider = comfy.samplers.CFGGuider(self.model)
+        guider.model_options = _with_fused_attention(self.model, guider.model_options)
+        guider.inner_set_conds({"positive": [[prompts, dict(self.options)]]})
+        x0 = guider.sample(
+            torch.zeros_like(latents),
+            self.latent_format.process_out(latents),
+            comfy.samplers.KSAMPLER(_one_step),
+            torch.stack([sigma, torch.zeros_like(sigma)]),
+            disable_pbar=True,
+        )
+        return self.latent_format.process_in(x0.to(mm.intermediate_device()))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with optimized(self.vae.device, self.vae.first_stage_model):
+            decoded = _one_by_one(self.vae.decode, self.latent_format.process_out(latents))
+        return decoded.movedim(-1, 1)
+
+    def max_batch(self, height: int, width: int) -> int:
+        device = self.model.load_device
+        if mm.is_device_cpu(device):
+            return 1
+        one, two = (
+            self.model.memory_required((n, LATENT_CHANNELS, height // STRIDE, width // STRIDE))
+            for n in (1, 2)
+        )
+        # Newer hosts add what they want to keep free, however many faces there are.
+        return clamp_batch(1 + (free_memory(device, self.model) - one) / (two - one))
+
+    @contextmanager
+    def fp32_fallback(self) -> Iterator[bool]:
+        """The VAE's weights in fp32: its activations are the ones that leave the range of fp16."""
+        vae = self.vae
+        if vae.vae_dtype == torch.float32:
+            yield False
+            return
+        self.vae = comfy.sd.VAE(sd=vae.get_sd(), device=vae.device, dtype=torch.float32)
+        try:
+            yield True
+        finally:
+            self.vae = vae
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        return is_out_of_memory(error)
+
+
+def check_restored(result: Restored) -> None:
+    """Raises OSDFaceError where every face came out as NaN."""
+    if result.failed and len(result.failed) == len(result.pictures):
+        crops = ", ".join(map(str, result.failed))
+        raise OSDFaceError(f"Every face (crops {crops}) came out as NaN: {NAN_REMEDY}")
+
+
+def _one_by_one(work: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """A batch through the VAE face by face, for it takes the most memory and the most time; a run
+    can be stopped between two.
+    """
+    done = []
+    for face in batch.split(1):
+        mm.throw_exception_if_processing_interrupted()
+        done.append(work(face))
+    return torch.cat(done)
+
+
+def _one_step(
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Any = None,
+    callback: Any = None,
+    disable: Any = None,
+) -> Tensor:
+    """A sampler that calls the model once. No noise was added to the latent, and the UNet must see
+    it unscaled: ComfyUI divides its input by sqrt(sigma^2 + 1), which the factor here undoes.
+    """
+    sigma = sigmas[0]
+    return model(x * (1 + sigma**2) ** 0.5, sigma * x.new_ones(len(x)), **(extra_args or {}))

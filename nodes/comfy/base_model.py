@@ -1,0 +1,100 @@
+"""Refuses a MODEL or VAE that is not Stable Diffusion 2.1-base's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_sampling
+
+from ...osdface_core.errors import OSDFaceError
+from ...osdface_core.osdface import builtin
+from ...osdface_core.sd21 import base_model
+from ...osdface_core.sd21.base_model import BaseFacts, check_autoencoder, check_base
+from ...osdface_core.sd21.modules import WIDTHS
+from ...osdface_core.weights.catalogue import BUILTIN
+
+# The attribute that tells the built-in model's networks, and the option that tells its prompts.
+BUILTIN_MARK = "osdface_builtin"
+CHECKPOINT = (
+    "load Stable Diffusion 2.1-base (v2-1_512-ema-pruned.safetensors) with Load Checkpoint."
+)
+
+
+def check_model(model: Any) -> None:
+    """Raises OSDFaceError unless MODEL is Stable Diffusion 2.1-base (or a fine-tune of it) sampled
+    as it was trained.
+    """
+    network = getattr(model, "model", None)
+    config = getattr(network, "model_config", None)
+    unet = getattr(config, "unet_config", None) or {}
+    given = f"`model` is {type(config if config is not None else model).__name__}"
+    widths = (builtin.WIDTHS if is_builtin(network) else WIDTHS)[:1]
+    is_variant = (
+        (unet.get("model_channels"),) != widths
+        or unet.get("adm_in_channels") is not None
+        or not unet.get("use_linear_in_transformer")
+        or bool(unet.get("use_temporal_attention"))
+    )
+    facts = BaseFacts(given, unet.get("context_dim"), unet.get("in_channels"), is_variant)
+    check_base(facts, CHECKPOINT)
+    sampling = model.get_model_object("model_sampling")
+    check_base(
+        BaseFacts(given, facts.text_width, facts.in_channels, prediction=_prediction(sampling)),
+        CHECKPOINT,
+    )
+    base_model.check_schedule(given, getattr(sampling, "sigmas", None), CHECKPOINT)
+
+
+def _prediction(sampling: Any) -> str:
+    """What a model predicts, by the host's class that samples it."""
+    kinds = comfy.model_sampling
+    # These are subclasses of EPS.
+    for name in ("V_PREDICTION", "X0", "EDM"):
+        if hasattr(kinds, name) and isinstance(sampling, getattr(kinds, name)):
+            return {"V_PREDICTION": "v"}.get(name, name)
+    return "epsilon" if isinstance(sampling, kinds.EPS) else type(sampling).__name__
+
+
+def check_vae(vae: Any) -> None:
+    """Raises OSDFaceError unless VAE has 4 latent channels at an eighth of the size."""
+    if getattr(vae, "first_stage_model", None) is None:
+        raise OSDFaceError(
+            "`vae` holds no autoencoder; the one of Stable Diffusion 2.1-base is wanted: "
+            f"{CHECKPOINT}"
+        )
+    check_autoencoder("`vae`", vae.latent_channels, vae.spacial_compression_encode(), CHECKPOINT)
+
+
+def is_builtin(network: Any) -> bool:
+    """Whether a network is one of the built-in model's."""
+    return bool(getattr(network, BUILTIN_MARK, False))
+
+
+def check_together(model: Any, vae: Any, builtin_prompts: bool, lora: bool) -> None:
+    """Raises OSDFaceError unless all of them, or none, are the built-in model's, which takes no
+    LoRA.
+    """
+    of = {
+        "`model`": is_builtin(model.model),
+        "`vae`": is_builtin(vae.first_stage_model),
+        "`conditioning`": builtin_prompts,
+    }
+    ours, others = ([name for name, known in of.items() if known == kind] for kind in (True, False))
+    remedy = (
+        "take model and vae from OSDFace Built-in Model with `builtin` as vre_name and `none` as "
+        "lora_name, or none of these."
+    )
+    if ours and others:
+        raise OSDFaceError(
+            f"{' and '.join(ours)} of the small built-in model cannot go with another "
+            f"{' and '.join(others)}: {remedy}"
+        )
+    if ours and lora:
+        raise OSDFaceError(
+            f"`lora_name` names OSDFace's LoRA, and the small built-in `model` takes none: {remedy}"
+        )
+
+
+def prompt_options(vre_name: str) -> dict[str, Any]:
+    """What goes along with visual prompts: the mark of the built-in model's."""
+    return {BUILTIN_MARK: True} if vre_name == BUILTIN else {}

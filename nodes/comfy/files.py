@@ -1,0 +1,166 @@
+"""Weight files in ComfyUI's model folders: menus, finding them, downloads, and a cache of what was
+made of a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import comfy.model_management as mm
+import comfy.utils
+import folder_paths
+
+from ...osdface_core.catalogue import CATALOGUE
+from ...osdface_core.errors import OSDFaceError
+from ...osdface_core.faces.files import BUILTIN_DETECTOR
+from ...osdface_core.faces.files import FOLDER as FACES
+from ...osdface_core.osdface import builtin
+from ...osdface_core.osdface.files import FOLDER as OSDFACE
+from ...osdface_core.osdface.files import LORAS
+from ...osdface_core.weights.catalogue import BUILTIN, NONE
+from ...osdface_core.weights.store import Store
+
+T = TypeVar("T")
+
+# The LoRA may lie with OSDFace's other files, a detector in newer hosts' folder for such.
+SEARCHED = {
+    **CATALOGUE.searched,
+    LORAS: (OSDFACE, LORAS),
+    FACES: (*CATALOGUE.searched[FACES], "detection"),
+}
+EXTENSIONS = {".safetensors", ".ckpt", ".pth"}
+# ComfyUI's settings file holds this once the user has allowed downloads there (web/osdface.js); the
+# variable does the same.
+DOWNLOAD_SETTING, DOWNLOAD_VARIABLE = "OSDFace.download", "OSDFACE_DOWNLOAD"
+BUILTIN_FILES = {OSDFACE: builtin.VRE, FACES: BUILTIN_DETECTOR}
+
+
+@contextmanager
+def naming_input(given: str) -> Iterator[None]:
+    """Errors about a file say which input named the file."""
+    try:
+        yield
+    except OSDFaceError as error:
+        raise OSDFaceError(f"`{given}`: {error}") from error
+
+
+def register_folders() -> None:
+    """Makes ComfyUI look in models/osdface and models/facedetection, beside what
+    extra_model_paths.yaml names for them.
+    """
+    for name in (OSDFACE, FACES):
+        folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
+        paths, extensions = folder_paths.folder_names_and_paths[name]
+        folder_paths.folder_names_and_paths[name] = (
+            paths,
+            set(extensions) | EXTENSIONS if extensions else EXTENSIONS,
+        )
+
+
+def menu(kind: str, *first: str) -> list[str]:
+    """A menu of the files of a folder: first the names that a shared workflow holds, there or not,
+    then whatever else is there.
+    """
+    found = dict.fromkeys(first)
+    for folder in SEARCHED[kind]:
+        if folder in folder_paths.folder_names_and_paths:
+            found |= dict.fromkeys(folder_paths.get_filename_list(folder))
+    return list(found)
+
+
+def find(name: str, kind: str) -> Path:
+    """The file `name` in the folders that are searched for `kind`; fetched first if it is missing
+    and the user has allowed that.
+
+    `builtin` names our own small one. Raises OSDFaceError, which says how to get it.
+    """
+    if (path := _present(name, kind)) is not None:
+        return path
+    folders = {
+        folder: [Path(path) for path in folder_paths.get_folder_paths(folder)]
+        for searched in SEARCHED.values()
+        for folder in searched
+        if folder in folder_paths.folder_names_and_paths
+    }
+    return Store(CATALOGUE, folders).ensure(
+        name, allow_download=_downloads_allowed(), progress=_download_progress()
+    )
+
+
+def _present(name: str, kind: str) -> Path | None:
+    if name == BUILTIN and kind in BUILTIN_FILES:
+        return BUILTIN_FILES[kind]
+    for folder in SEARCHED[kind]:
+        if (path := folder_paths.get_full_path(folder, name)) is not None:
+            return Path(path)
+    return None
+
+
+def any_available(names: Iterable[str], kind: str) -> bool:
+    """Whether one of the files is there, or may be fetched when it is wanted."""
+    return _downloads_allowed() or any(_present(name, kind) is not None for name in names)
+
+
+def _downloads_allowed() -> bool:
+    if os.environ.get(DOWNLOAD_VARIABLE, "").lower() in ("1", "true", "yes", "on"):
+        return True
+    settings = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
+    try:
+        return json.loads(settings.read_text(encoding="utf-8")).get(DOWNLOAD_SETTING) is True
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _download_progress() -> Callable[[int, int], None]:
+    """For bytes there of bytes in all."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def report(done: int, total: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, max(total, 1))
+
+    return report
+
+
+def fingerprint_of(
+    name: str | None, kind: str, files_of: Callable[[Path], tuple[Path, ...]] = lambda path: (path,)
+) -> str:
+    """A text that changes when the named file does, for nodes that read it; empty for none, or one
+    that is not there.
+    """
+    path = None if name is None or name == NONE else _present(name, kind)
+    return "" if path is None else str(fingerprint(*files_of(path)))
+
+
+def fingerprint(*files: Path) -> tuple[tuple[str, int, int], ...]:
+    """Changes when one of the files does: path, size and time of change of each."""
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
+_cache: dict[tuple[str, str], tuple[object, Any]] = {}
+
+
+def cached(what: str, files: tuple[Path, ...], make: Callable[[], T]) -> T:
+    """What `make` gives from the files, made anew only when one of them has changed.
+
+    Raises OSDFaceError for a file that the host's keeper does not allow: newer hosts may be told
+    which files may be loaded.
+    """
+    key, state = (what, str(files[0])), fingerprint(*files)
+    if key not in _cache or _cache[key][0] != state:
+        _cache.pop(key, None)
+        governance = sys.modules.get("app.governance")
+        for path in files:
+            if not getattr(governance, "model_allowed", lambda path: True)(str(path)):
+                raise OSDFaceError(
+                    f"{path.name} is not among the files that this ComfyUI may load: ask who "
+                    f"looks after it to allow it."
+                )
+        _cache[key] = state, make()
+    return _cache[key][1]

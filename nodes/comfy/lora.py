@@ -1,0 +1,85 @@
+"""LoRA adapters on a clone of the MODEL."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_management as mm
+import torch
+
+from ...osdface_core.cpu import has_bf16
+from ...osdface_core.errors import OSDFaceError
+from ...osdface_core.osdface.lora import parse_lora
+from ...osdface_core.sd21.adapters import Lora, kohya_tensors
+from ...osdface_core.weights.reading import read_tensors
+from .base_model import CHECKPOINT
+from .files import cached, fingerprint, naming_input
+
+log = logging.getLogger(__name__)
+
+
+def with_lora(model: Any, path: Path, strength: float) -> Any:
+    """A clone of MODEL with OSDFace's LoRA on all of its 278 layers; MODEL's own patches stay as
+    they are.
+
+    The clone lives as long as the MODEL: ComfyUI then keeps the merged weights from run to run, and
+    finds the patches when it has to merge a part of them anew. Raises OSDFaceError if a tensor of
+    the file, or a weight of the model, is left over.
+    """
+    state = fingerprint(path), strength, model.patches_uuid
+    known = getattr(model, "osdface_clone", None)
+    if known is None or known[0] != state:
+        with naming_input("lora_name"):
+            lora = cached("lora", (path,), lambda: parse_lora(read_tensors(path), path.name))
+        clone = merge_lora(model, lora, path.name, strength)
+        # ComfyUI hands the loaded weights to the parent when a clone goes. The oldest one outlives
+        # all that share them.
+        while clone.parent is not None and clone.parent.parent is not None:
+            clone.parent = clone.parent.parent
+        model.osdface_clone = known = state, clone
+    return known[1]
+
+
+def merge_lora(model: Any, lora: Lora, source: str, strength: float) -> Any:
+    """A clone of MODEL with a LoRA's patches on its UNet. Call it again for another LoRA.
+
+    Raises OSDFaceError that names a weight that the model lacks.
+
+    model: the host's MODEL.
+    lora: adapters by the UNet's layers.
+    source: the LoRA's name, for the log and for errors.
+    strength: factor of all of them.
+    """
+    targets = {name: f"diffusion_model.{adapter.ldm}.weight" for name, adapter in lora.items()}
+    if present := set(targets.values()) & set(model.patches):
+        log.warning(
+            "`model` already holds another LoRA on %d of the %d layers of %s: if that is "
+            "OSDFace's own, choose `none` as lora_name.",
+            len(present),
+            len(targets),
+            source,
+        )
+    clone = model.clone()
+    if _casts_bf16(model):
+        # As newer hosts' own set_model_compute_dtype does.
+        clone.add_object_patch("manual_cast_dtype", torch.bfloat16)
+    patches = comfy.lora.load_lora(kohya_tensors(lora, str), targets)
+    left_over = sorted(set(targets.values()) - set(clone.add_patches(patches, strength)))
+    if left_over:
+        raise OSDFaceError(
+            f"`model` has no weight for {len(left_over)} of the {len(targets)} layers of "
+            f"{source} (such as {left_over[0]}): {CHECKPOINT}"
+        )
+    return clone
+
+
+def _casts_bf16(model: Any) -> bool:
+    """Whether the user asked for bf16 (--bf16-unet) on a CPU that computes in it, for which ComfyUI
+    casts every weight to fp32.
+    """
+    base = model.model
+    is_bf16 = base.get_dtype() == torch.bfloat16 and base.manual_cast_dtype is not None
+    return is_bf16 and mm.is_device_cpu(model.load_device) and has_bf16()

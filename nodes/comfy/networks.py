@@ -1,0 +1,157 @@
+"""Our own networks in ComfyUI's memory management."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from ...osdface_core import chunks
+from ...osdface_core.faces.detect import memory_for
+from ...osdface_core.faces.detector_check import build_detector
+from ...osdface_core.faces.face_parser import BYTES_PER_FACE, ParseNet, build_parser, parse_faces
+from ...osdface_core.faces.files import DETECTORS, PARSER
+from ...osdface_core.faces.files import FOLDER as FACES
+from ...osdface_core.faces.retinaface import RetinaFace
+from ...osdface_core.osdface.files import FOLDER as OSDFACE
+from ...osdface_core.osdface.vre import (
+    VisualEmbedder,
+    build_embedder,
+    embedder_files,
+    read_embedder,
+)
+from ...osdface_core.weights.reading import read_tensors
+from .files import cached, find, naming_input
+
+# A chunk is also the step in which a run shows progress, and in which the UNet stops.
+MAX_BATCH = 16
+# Peak of the embedder's activations for a 512 px crop in fp32.
+EMBEDDER_BYTES = 450 * 1024**2
+
+
+def _with_weights(layer: type[nn.Module], plain: type[nn.Module]) -> Any:
+    """ComfyUI's layer with its weights there from the start; newer hosts wait for them where a
+    subclass does not read them itself.
+    """
+    methods = {
+        "__init__": plain.__init__,
+        "_load_from_state_dict": nn.Module._load_from_state_dict,
+    }
+    return type(layer.__name__, (layer,), methods)
+
+
+class Operations(comfy.ops.manual_cast):
+    """ComfyUI's layers, which cast weights to the input's type and which it can page."""
+
+    Linear = _with_weights(comfy.ops.manual_cast.Linear, nn.Linear)
+    Embedding = _with_weights(comfy.ops.manual_cast.Embedding, nn.Embedding)
+
+
+def make_patcher(
+    module: nn.Module, load_device: torch.device, offload_device: torch.device
+) -> comfy.model_patcher.ModelPatcher:
+    """The host's handle of a network; that of newer hosts pages weights in as they are used."""
+    name = "CoreModelPatcher"
+    kind = getattr(comfy.model_patcher, name, comfy.model_patcher.ModelPatcher)
+    return kind(module, load_device=load_device, offload_device=offload_device)
+
+
+def load_network(
+    path: Path,
+    build: Callable[[dict[str, Tensor], Any], nn.Module],
+    memory: float = 0,
+    read: Callable[[Path], dict[str, Tensor]] = read_tensors,
+    files_of: Callable[[Path], tuple[Path, ...]] = lambda path: (path,),
+) -> nn.Module:
+    """The network of a weight file, on the device that ComfyUI computes on, ready to be called.
+
+    It is read once for each state of its files, stays loaded between runs, and leaves the device
+    when ComfyUI needs the room. Raises ComfyUI's own error when the user has asked to stop.
+
+    path: the file.
+    build: (tensors, operations) -> module.
+    memory: bytes that its activations will take.
+    read: reads the file.
+    files_of: all files that `read` reads.
+    """
+    mm.throw_exception_if_processing_interrupted()
+
+    def make() -> comfy.model_patcher.ModelPatcher:
+        module = build(read(path), Operations)
+        return make_patcher(module, mm.get_torch_device(), mm.unet_offload_device())
+
+    patcher = cached(build.__module__ + "." + build.__qualname__, files_of(path), make)
+    mm.load_models_gpu([patcher], memory_required=memory)
+    return patcher.model
+
+
+def load_detector(name: str, image: Tensor) -> RetinaFace:
+    """The face detector of this name, with room for the pictures (B,H,W,C)."""
+    with naming_input("detector"):
+        path = find(DETECTORS[name], FACES)
+        network = load_network(path, build_detector, memory_for(*image.shape[:3]))
+    assert isinstance(network, RetinaFace)
+    return network
+
+
+def load_embedder(vre_name: str, faces: int) -> tuple[VisualEmbedder, torch.device]:
+    """The visual embedder of a file of models/osdface, with room for so many faces at once, and the
+    device that it computes on.
+    """
+    with naming_input("vre_name"):
+        path = find(vre_name, OSDFACE)
+        memory = faces * EMBEDDER_BYTES
+        network = load_network(path, build_embedder, memory, read_embedder, embedder_files)
+    assert isinstance(network, VisualEmbedder)
+    return network, mm.get_torch_device()
+
+
+def parse_crops(crops: Tensor) -> Tensor:
+    """The face maps (N,h,w) of crops (N,S,S,3). Called only where there is a face to be parsed: a
+    graph without faces needs no parser's file.
+    """
+    maps = []
+    for part in crops.split(max_batch(BYTES_PER_FACE)):
+        with naming_input("mask_type"):
+            path = find(PARSER.name, FACES)
+            network = load_network(path, build_parser, len(part) * BYTES_PER_FACE)
+        assert isinstance(network, ParseNet)
+        maps.append(parse_faces(part, network, is_out_of_memory))
+    return torch.cat(maps)
+
+
+def max_batch(memory: float) -> int:
+    """How many faces a network of our own takes at once, which needs so many bytes for each; one on
+    a CPU, so that a run can be stopped between two.
+    """
+    device = mm.get_torch_device()
+    return 1 if mm.is_device_cpu(device) else clamp_batch(free_memory(device) / memory)
+
+
+def clamp_batch(faces: float) -> int:
+    """A number of faces within the limits of a chunk."""
+    return max(1, min(MAX_BATCH, int(faces)))
+
+
+def free_memory(device: torch.device, *staying: comfy.model_patcher.ModelPatcher) -> float:
+    """Bytes for activations once ComfyUI has made all the room it can: every loaded model may leave
+    but those that stay.
+    """
+    loaded = sum(
+        patcher.loaded_size()
+        for patcher in mm.loaded_models()
+        if patcher and patcher.load_device == device
+    )
+    kept = sum(patcher.model_size() for patcher in staying) + mm.extra_reserved_memory()
+    return mm.get_free_memory(device) + loaded - kept
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, by torch's words or by what newer hosts know beside them."""
+    return chunks.is_out_of_memory(error) or (hasattr(mm, "is_oom") and mm.is_oom(error))

@@ -1,0 +1,69 @@
+"""ComfyUI's progress bar, previews and texts on nodes."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+
+import comfy.model_management as mm
+import comfy.utils
+from comfy_api.latest import ui
+from comfy_execution.utils import get_executing_context
+from PIL import Image
+from torch import Tensor
+
+PREVIEW_SIDE = 512
+
+
+def progress_bar(total: int) -> Callable[..., None]:
+    """A Progress for `total` steps: it moves ComfyUI's bar, shows the picture (3,H,W) or (1,H,W),
+    and raises ComfyUI's own error when the user has asked to stop.
+    """
+    return staged_progress(all=total)("all", total)
+
+
+def staged_progress(**shares: int) -> Callable[[str, int], Callable[..., None]]:
+    """One bar over the stages of a job, each with its share of it. The function that is returned
+    takes a stage and its number of steps and gives that stage's Progress.
+
+    The bar never goes back, however many steps a stage turns out to have, and whether it is begun
+    at all.
+    """
+    bar = comfy.utils.ProgressBar(sum(shares.values()))
+    starts = dict(zip(shares, itertools.accumulate(shares.values(), initial=0), strict=False))
+
+    def begin(stage: str, total: int) -> Callable[..., None]:
+        steps = 0
+
+        def report(done: int = 1, picture: Tensor | None = None) -> None:
+            nonlocal steps
+            mm.throw_exception_if_processing_interrupted()
+            if done:
+                steps += done
+                preview = None if picture is None else ("JPEG", _pil(picture), PREVIEW_SIDE)
+                bar.update_absolute(
+                    starts[stage] + shares[stage] * min(steps, total) // max(total, 1),
+                    bar.total,
+                    preview,
+                )
+
+        return report
+
+    return begin
+
+
+def show_text(text: str) -> ui.PreviewText:
+    """Shows a text on the running node: as its output, and as the progress text that pages show on
+    any node.
+    """
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    context = get_executing_context()
+    if context is not None and (instance := getattr(server, "instance", None)) is not None:
+        instance.send_progress_text(text, context.node_id, instance.client_id)
+    return ui.PreviewText(text)
+
+
+def _pil(picture: Tensor) -> Image.Image:
+    pixels = (picture.detach().float().clamp(0, 1) * 255).byte().movedim(0, -1).cpu().numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3])

@@ -1,0 +1,59 @@
+"""Inputs that several nodes have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..osdface_core.faces.choose import ORDER, SELECT
+
+FACES = io.Custom("OSDFACE_FACES")
+
+
+def choice_inputs() -> dict[str, Any]:
+    """The inputs that say which faces are meant, by their ids."""
+    inputs = [
+        io.Combo.Input(
+            "select",
+            options=list(SELECT),
+            default=SELECT[0],
+            tooltip="Which faces are meant, in each picture. If none is, nothing is restored.",
+        ),
+        io.Combo.Input(
+            "order",
+            options=list(ORDER),
+            default=ORDER[0],
+            tooltip="The order in which faces are numbered and max_faces counts them. Over a "
+            "video a person keeps one number.",
+        ),
+        io.String.Input(
+            "indices",
+            default="0",
+            tooltip='Numbers of the faces that are meant when select is "by index", as the '
+            'preview shows them: "0", or "0,2-4".',
+        ),
+        io.Int.Input(
+            "max_faces",
+            default=0,
+            min=0,
+            max=1000,
+            tooltip="At most so many faces in each picture; 0 is no limit.",
+        ),
+        io.Int.Input(
+            "min_size",
+            default=24,
+            min=0,
+            max=16384,
+            tooltip="Faces smaller than this are left as they are: the shorter side of the face's "
+            "box, in pixels of the picture.",
+        ),
+        io.Int.Input(
+            "max_size",
+            default=0,
+            min=0,
+            max=16384,
+            tooltip="Faces larger than this are left as they are; 0 is no limit.",
+        ),
+    ]
+    return {item.id: item for item in inputs}

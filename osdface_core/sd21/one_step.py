@@ -1,0 +1,111 @@
+"""One diffusion step over a batch of pictures: encode, denoise once, decode."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..chunks import Progress, in_chunks, no_progress
+from ..errors import OSDFaceError
+from .backbone import STRIDE, Backbone
+from .schedule import TIMESTEPS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What one step gave.
+
+    pictures: (N,H,W,3) in [0,1].
+    failed: indices of the pictures that came out as NaN and are returned as they were.
+    recomputed: indices of those that came out as NaN in half precision, and as numbers when they
+        were computed again in fp32.
+    """
+
+    pictures: Tensor
+    failed: tuple[int, ...] = ()
+    recomputed: tuple[int, ...] = ()
+
+
+def check_timestep(timestep: int, trained: int) -> None:
+    """Raises OSDFaceError for a timestep that the schedule does not have."""
+    if not 0 <= timestep < TIMESTEPS:
+        raise OSDFaceError(
+            f"`timestep` is {timestep}; a whole number from 0 to {TIMESTEPS - 1} is wanted: set it "
+            f"to {trained}."
+        )
+
+
+def padded(pixels: Tensor) -> Tensor:
+    """(B,3,H,W), the edge repeated below and to the right up to multiples of 8."""
+    height, width = pixels.shape[-2:]
+    # Contiguous, for torch's group norm on the CPU loses four digits in channels-last order, which
+    # is how a picture arrives.
+    return F.pad(pixels, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate").contiguous()
+
+
+def one_step(
+    inputs: Callable[[slice], Tensor],
+    prompts: Tensor,
+    size: tuple[int, int],
+    backbone: Backbone,
+    *,
+    timestep: int,
+    batch: int = 0,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> Restored:
+    """Takes each of N pictures through the step.
+
+    inputs: gives the pictures of a slice of range(N) as (n,3,H',W') in [0,1], padded.
+    prompts: (N,77,1024).
+    size: height and width of a picture without its padding.
+    backbone: the networks.
+    timestep: 0..999.
+    batch: pictures at once; 0 takes as many as fit.
+    device: of the result.
+    progress: called with 1 and the picture (3,H,W) for each one that is done, with 0 between the
+        networks; what it raises ends the job.
+    """
+    height, width = size
+    out = torch.empty(len(prompts), height, width, 3, device=device)
+    report = progress or no_progress
+    failed: list[int] = []
+
+    def work(part: slice, done: int = 1) -> None:
+        pixels = inputs(part)
+        report(0)
+        latents = backbone.encode(pixels)
+        report(0)
+        latents = backbone.denoise(latents, prompts[part], timestep)
+        report(0)
+        result = backbone.decode(latents)[:, :, :height, :width].to(out.device, out.dtype)
+        for i, (given, picture) in enumerate(zip(pixels, result, strict=True), start=part.start):
+            is_whole = bool(picture.isfinite().all())
+            if not is_whole:
+                failed.append(i)
+            out[i] = (picture if is_whole else given[:, :height, :width]).movedim(0, -1)
+            report(done, picture)
+
+    if len(out):
+        in_chunks(
+            len(out), batch or backbone.max_batch(height, width), work, backbone.out_of_memory
+        )
+    again: tuple[int, ...] = ()
+    if failed:
+        with backbone.fp32_fallback() as was_half:
+            if was_half:
+                again = tuple(failed)
+                failed.clear()
+                for i in again:
+                    log.warning("Picture %d came out as NaN and is computed again in fp32.", i)
+                    work(slice(i, i + 1), 0)
+    for i in failed:
+        log.warning("Picture %d came out as NaN and is left as it was.", i)
+    return Restored(out, tuple(failed), tuple(i for i in again if i not in failed))
