@@ -188,7 +188,7 @@ def restoration(data: Path, limit: int, grid: Path | None) -> None:
             crops = torch.stack(poor)
             with torch.inference_mode():
                 prompts = torch.cat([embedder(crop[None].movedim(-1, 1)) for crop in crops])
-                better = list(restore(crops, prompts, backbone).crops)
+                better = list(restore(crops, prompts, backbone).pictures)
             plain = [filtered(small, (SIDE, SIDE)) for small, _ in pairs]
             scores = {
                 f: sum(psnr(p[f], r) for p, r in zip(plain, pictures, strict=True))

@@ -236,36 +236,35 @@ class Ours:
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.portraits, self.without = given.data / "images" / "portraits", False
         pack_name = str(pack).replace(".", "_x_") + ".nodes"
-        host, vre = sys.modules[f"{pack_name}.comfy.host"], sys.modules[f"{pack_name}.osdface_vre"]
+        backbone = sys.modules[f"{pack_name}.comfy.backbone"].HostBackbone
+        vre = sys.modules[f"{pack_name}.osdface_vre"]
         self._time(
-            host.HostBackbone,
+            backbone,
             "encode",
             "encode",
             lambda of, pixels: torch.zeros(len(pixels), 4, 64, 64),
         )
+        self._time(backbone, "denoise", "step", lambda of, latents, prompts, timestep: latents)
         self._time(
-            host.HostBackbone, "denoise", "step", lambda of, latents, prompts, timestep: latents
-        )
-        self._time(
-            host.HostBackbone,
+            backbone,
             "decode",
             "decode",
             lambda of, latents: torch.full((len(latents), 3, 512, 512), 0.5),
         )
         self._time(
             vre,
-            "visual_prompts",
+            "embed",
             "prompts",
-            lambda pictures, name, progress: torch.zeros(len(pictures), 77, 1024),
+            lambda pictures, *_, **__: torch.zeros(len(pictures), 77, 1024),
         )
 
     def _time(self, place: Any, name: str, stage: str, instead: Callable[..., Tensor]) -> None:
         usual = getattr(place, name)
 
-        def timed(*arguments: Any) -> Tensor:
+        def timed(*arguments: Any, **named: Any) -> Tensor:
             start = moment()
             try:
-                return (instead if self.without else usual)(*arguments)
+                return (instead if self.without else usual)(*arguments, **named)
             finally:
                 self.seconds[stage] += moment() - start
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from osdface_core.diffusers.builtin import load_backbone
+from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.osdface import builtin
 from osdface_core.osdface.builtin.autoencoder import Autoencoder
 from osdface_core.osdface.restore import restore
@@ -31,7 +32,7 @@ def no_gradients() -> Any:
 
 
 def test_it_is_small() -> None:
-    files = list(builtin.FOLDER.glob("*.safetensors"))
+    files = [*builtin.FOLDER.glob("*.safetensors"), BUILTIN_DETECTOR]
     assert {file.name for file in files} == {
         "autoencoder.safetensors",
         "detector.safetensors",
@@ -72,7 +73,7 @@ def backbone() -> Any:
 
 
 def restored(crops: torch.Tensor, backbone: Any) -> torch.Tensor:
-    return restore(crops, builtin.embedder()(crops.movedim(-1, 1)), backbone).crops
+    return restore(crops, builtin.embedder()(crops.movedim(-1, 1)), backbone).pictures
 
 
 def error(given: torch.Tensor, right: torch.Tensor) -> float:

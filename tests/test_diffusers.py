@@ -52,7 +52,7 @@ def small_lora(unet: torch.nn.Module) -> dict[str, Adapter]:
         rank, scale = (4, 1.0) if i % 5 else (2, 0.5)
         down = torch.randn(rank, *weight.shape[1:], generator=generator)
         up = torch.randn(weight.shape[0], rank, generator=generator)
-        lora[name] = Adapter(f"{name}.weight", "", down, up, scale)
+        lora[name] = Adapter("", down, up, scale)
     return lora
 
 
@@ -160,7 +160,7 @@ def rewritten(folder: Path, part: str, file: str, **changes: Any) -> None:
         ("unet", {"in_channels": 9}, "9 input channels"),
         ("unet", {"class_embed_type": "projection"}, "another UNet"),
         ("vae", {"latent_channels": 16}, "16 channels at 1/8"),
-        ("scheduler", {"prediction_type": "v_prediction"}, "predicts v_prediction"),
+        ("scheduler", {"prediction_type": "v_prediction"}, "predicts v"),
         ("scheduler", {"beta_end": 0.02}, "another noise schedule"),
     ],
 )
@@ -172,9 +172,7 @@ def test_a_wrong_base_is_refused(
     rewritten(
         folder, part, "scheduler_config.json" if part == "scheduler" else "config.json", **changes
     )
-    with pytest.raises(
-        OSDFaceError, match=f"base is a .*{says}.*OSDFace needs Stable Diffusion 2.1-base"
-    ):
+    with pytest.raises(OSDFaceError, match=f"base .*{says}.*Stable Diffusion 2.1-base"):
         loading.load(folder)
 
 
@@ -274,8 +272,8 @@ def test_neither_diffusers_nor_peft_is_imported_before_it_is_used() -> None:
 def test_the_released_code_s_numbers(
     model: str, stand_ins: Path, truth: dict[str, torch.Tensor], crop: Callable[[str], torch.Tensor]
 ) -> None:
-    from osdface_core.osdface.restore import network_input, restore
     from osdface_core.osdface.lora import parse_lora
+    from osdface_core.osdface.restore import network_input, restore
     from osdface_core.osdface.vre import build_embedder, embed, read_embedder
     from osdface_core.weights.reading import read_tensors
 
@@ -295,7 +293,7 @@ def test_the_released_code_s_numbers(
         x0 = backbone.denoise(latents, truth[f"{name}.prompt"], 399)
         assert (x0 - truth[f"{name}.x0"]).abs().max() < 1e-4
     given = crop("astronaut_lq")
-    restored = restore(given, embed(given, lambda faces: (embedder, CPU)), backbone).pictures.movedim(
-        -1, 1
-    )
+    restored = restore(
+        given, embed(given, lambda faces: (embedder, CPU)), backbone
+    ).pictures.movedim(-1, 1)
     assert (restored - truth["astronaut_lq.image"]).abs().max() < 1e-4

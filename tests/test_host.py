@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import skimage.data
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +26,23 @@ pytestmark = [pytest.mark.host, pytest.mark.full]
 
 INPUTS = ("astronaut_lq", "portrait_severe_lq", "portrait_128", "portrait_512x640", "many_codes")
 LORA = "pytorch_lora_weights.safetensors"
+RESTORE = {
+    "vre_name": "associate_2.ckpt",
+    "detector": "builtin",
+    "select": "all",
+    "order": "left to right",
+    "indices": "0",
+    "max_faces": 0,
+    "min_size": 24,
+    "confidence": 0.9,
+    "any_angle": False,
+    "crop_size": 512,
+    "smoothing": 0.0,
+    "strength": 1.0,
+    "mask_type": "ellipse",
+    "feather": 0.1,
+    "color_match": "none",
+}
 STEP = {"lora_name": LORA, "lora_strength": 1.0, "timestep": 399, "faces_per_batch": 0}
 
 
@@ -320,6 +338,22 @@ def test_a_file_that_is_not_there_is_named_with_the_remedy(host: Any) -> None:
         run(host, "OSDFaceVRE", crops=torch.zeros(1, 64, 64, 3), vre_name="osdface_vre.safetensors")
 
 
+def test_a_lora_that_is_not_there_is_named_before_a_network_runs(
+    host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.networks, "load_embedder", lambda *_: pytest.fail("ran"))
+    model, vae = checkpoint
+    picture = torch.from_numpy(skimage.data.astronaut()).float()[None] / 255
+    says = r"^`lora_name`: gone\.safetensors is in none of the model folders"
+    with pytest.raises(host.error, match=says):
+        host.nodes["OSDFaceRestore"].execute(
+            image=picture,
+            model=model,
+            vae=vae,
+            **RESTORE | {"lora_name": "gone.safetensors"},
+        )
+
+
 def test_menus_offer_what_a_shared_workflow_names_present_or_not(host: Any) -> None:
     """So that it validates on a fresh install; the file that is missing is asked for when it is
     needed.
@@ -523,15 +557,15 @@ def with_zero_terminal_snr(host: Any) -> Any:
     [
         (
             lambda host: base_model(host, "SD15"),
-            r"`model` is SD15 \(text width 768, UNet width 320\)",
+            "`model` is SD15 with a text width of 768 instead of 1024",
         ),
         (
             lambda host: base_model(host, "SDXL"),
-            r"`model` is SDXL \(text width 2048, UNet width 320\)",
+            "`model` is SDXL with a text width of 2048 instead of 1024",
         ),
         (
             lambda host: base_model(host, "SD20", "V_PREDICTION"),
-            "`model` is SD20 predicting v, such as Stable Diffusion 2.1 768-v",
+            "`model` is SD20 that predicts v, as Stable Diffusion 2.1 768-v does",
         ),
         (
             lambda host: base_model(host, "inpainting"),
@@ -539,11 +573,11 @@ def with_zero_terminal_snr(host: Any) -> Any:
         ),
         (
             lambda host: base_model(host, "Lotus"),
-            "`model` is LotusD, a variant of Stable Diffusion 2 with another UNet",
+            "`model` is LotusD, a variant with another UNet",
         ),
         (
             patched_to_v,
-            "`model` is SD20 predicting v, .* or patched to do so by a node before this one",
+            "`model` is SD20 that predicts v, as Stable Diffusion 2.1 768-v does",
         ),
         (with_zero_terminal_snr, "`model` is SD20 with a changed noise schedule"),
     ],
@@ -554,7 +588,8 @@ def test_a_wrong_base_is_refused(
     with pytest.raises(
         host.error,
         match=says
-        + ".*OSDFace needs Stable Diffusion 2.1-base.*Load .*v2-1_512-ema-pruned.safetensors",
+        + ".*Stable Diffusion 2.1-base.* is wanted: (take away the node that patches it, or )?"
+        "load .*v2-1_512-ema-pruned.safetensors",
     ):
         run(
             host,
@@ -572,7 +607,7 @@ def test_a_vae_of_another_family_is_refused(host: Any, checkpoint: tuple[Any, An
     vae.latent_channels = 16
     with pytest.raises(
         host.error,
-        match=r"`vae` makes latents of 16 channels at 1/8 of the size; OSDFace needs 4 at 1/8",
+        match=r"`vae` makes latents of 16 channels at 1/8 of the size; 4 at 1/8 are wanted",
     ):
         run(
             host,

@@ -139,11 +139,7 @@ def waiting(layer: type[nn.Module], plain: type[nn.Module]) -> Any:
 def test_layers_that_wait_for_their_weights_are_filled(host: Any) -> None:
     import comfy.ops
 
-    networks = next(
-        module
-        for name, module in sys.modules.items()
-        if name.endswith("osdface.osdface_core.layers")
-    )
+    load_network = host.module("osdface_core.layers").load_network
     late = {
         "Linear": waiting(comfy.ops.manual_cast.Linear, nn.Linear),
         "Embedding": waiting(comfy.ops.manual_cast.Embedding, nn.Embedding),
@@ -161,7 +157,7 @@ def test_layers_that_wait_for_their_weights_are_filled(host: Any) -> None:
     tensors = {name: tensor.detach().clone() for name, tensor in plain.state_dict().items()}
 
     def filled(operations: Any) -> nn.Module:
-        return networks.filled(lambda: Network(operations), tensors, "It does not fit", "look.")
+        return load_network(lambda: Network(operations), tensors, "It does not fit", "look.")
 
     with pytest.raises(host.error, match="left over"):
         filled(SimpleNamespace(**late))
@@ -246,12 +242,11 @@ def test_all_networks_work_while_their_weights_are_paged(
 def test_the_face_parser_works_where_its_buffers_are(
     host: Any, paging: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scope = vars(sys.modules[host.nodes["FacePasteBack"].__module__])
     with torch.inference_mode(False):
-        tensors = scope["ParseNet"]().state_dict()
+        tensors = host.networks.ParseNet().state_dict()
     network = host.networks.load_network(
         host.files.find("detection_mobilenet0.25_Final.pth", "facedetection"),
-        scope["build_parser"],
+        host.networks.build_parser,
         read=lambda path: tensors,
     )
     assert paging == ["ParseNet"]
@@ -262,7 +257,7 @@ def test_the_face_parser_works_where_its_buffers_are(
         "forward",
         lambda self, x: seen.append(x.device.type) or torch.zeros(1, 19, 512, 512),
     )
-    scope["face_maps"](torch.zeros(1, 512, 512, 3), network)
+    host.networks.parse_faces(torch.zeros(1, 512, 512, 3), network)
     assert seen == ["cpu"]
 
 
@@ -372,8 +367,8 @@ def test_a_detector_in_the_hosts_own_folder_is_found(
     name = "detection_Resnet50_Final.pth"
     save_file({"x": torch.zeros(1)}, tmp_path / name)
     with pytest.raises(host.error, match="is missing"):
-        host.files.find(name)
+        host.files.find(name, "facedetection")
     monkeypatch.setitem(
         host.folder_paths.folder_names_and_paths, "detection", ([str(tmp_path)], {".pth"})
     )
-    assert host.files.find(name) == tmp_path / name
+    assert host.files.find(name, "facedetection") == tmp_path / name

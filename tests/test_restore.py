@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -328,10 +327,6 @@ def test_values_that_are_no_numbers_are_laid_to_the_picture(
         ({"keep": torch.zeros(2, 512, 512)}, r"^`keep` is \(2, 512, 512\) for 1 pictures"),
         ({"mask_type": "parsing"}, "^`mask_type`: parsing_parsenet.pth is missing"),
         (
-            {"lora_name": "gone.safetensors"},
-            "^`lora_name`: gone.safetensors is in none of the model folders",
-        ),
-        (
             {"detector": "retinaface_resnet50"},
             "^`detector`: detection_Resnet50_Final.pth is missing",
         ),
@@ -417,11 +412,13 @@ def test_a_turned_widget_runs_anew_only_what_depends_on_it(
     host: Any, small: Any, portrait: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = []
-    scope = vars(sys.modules[host.nodes["FaceDetectAlign"].__module__])
-    find_faces = scope["find_faces"]
-    monkeypatch.setitem(
-        scope, "find_faces", lambda *given, **named: looks.append(1) or find_faces(*given, **named)
-    )
+    find_faces = host.module("osdface_core.faces.find").find_faces
+    for node in ("face_detect_align", "osdface_restore"):
+        monkeypatch.setattr(
+            host.module(f"nodes.{node}"),
+            "find_faces",
+            lambda *given, **named: looks.append(1) or find_faces(*given, **named),
+        )
     first = restore(host, small, portrait)
     ran = list(small.calls)
     assert ran == ["embed", "encode", "denoise", "decode"]
@@ -474,7 +471,7 @@ def test_if_every_face_fails_the_node_says_so_as_one_step_does(
 
 def test_nothing_is_kept_longer_than_the_picture(host: Any, small: Any, portrait: Tensor) -> None:
     image = portrait.clone()
-    kept = vars(sys.modules[host.nodes["OSDFaceRestore"].__module__])["_kept"]
+    kept = host.module("nodes.comfy.picture_cache")._cache
     restore(host, small, image)
     crops = weakref.ref(kept[id(image)]["found"][0][1].faces.crops)
     del image

@@ -249,12 +249,10 @@ def test_a_cut_is_never_crossed_and_a_blank_frame_has_no_face(
     first, second = (film(load_picture(portrait(data, n)), 12) for n in (5, 120))
     images = torch.cat([first, second])
     images[6] = 0.0
-    options = {"smoothing": 0.8, "choice": Choice("by index", indices="0")}
-    whole = find_faces(images, network, **options).faces.faces  # type: ignore[arg-type]
+    options = DetectOptions(smoothing=0.8, choice=Choice("by index", indices="0"))
+    whole = find_faces(images, network, options).faces.faces
     assert sorted(face.frame for face in whole) == [t for t in range(24) if t != 6]
-    alone = [
-        find_faces(part, network, **options).faces.faces for part in (images[:12], images[12:])
-    ]  # type: ignore[arg-type]
+    alone = [find_faces(part, network, options).faces.faces for part in (images[:12], images[12:])]
     for part, faces in ((0, alone[0]), (12, alone[1])):
         by_frame: dict[int, Face] = {face.frame: face for face in whole}
         for face in faces:

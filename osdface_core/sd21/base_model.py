@@ -49,16 +49,10 @@ def check_base(facts: BaseFacts, remedy: str) -> None:
         what = "a variant with another UNet (unCLIP, upscaler, SDXL, video or the like)"
         raise refusal(facts.given + ",", what, remedy)
     if facts.prediction in ("v", "v_prediction"):
-        what = (
-            "predicting v, such as Stable Diffusion 2.1 768-v, or patched to do so by a node "
-            "before this one"
-        )
+        what = "that predicts v, as Stable Diffusion 2.1 768-v does"
         raise refusal(facts.given, what, remedy)
     if facts.prediction != "epsilon":
-        what = (
-            f"predicting {facts.prediction} and not noise, or patched to by a node before this one"
-        )
-        raise refusal(facts.given, what, remedy)
+        raise refusal(facts.given, f"that predicts {facts.prediction} and not noise", remedy)
 
 
 def check_schedule(given: str, sigmas: Tensor | None, remedy: str) -> None:

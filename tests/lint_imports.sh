@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Holds the imports to the contracts in pyproject.toml: bash tests/lint_imports.sh [FOLDER]
+set -euo pipefail
+folder=$(realpath "${1:-$(dirname "$0")/..}")
+place=$(mktemp -d)
+trap 'rm -rf "$place"' EXIT
+ln -s "$folder" "$place/osdface"
+cd "$place"
+lint-imports osdface/pyproject.toml --no-cache
