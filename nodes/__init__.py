@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .comfy.guard import checked
+from .comfy.guard import with_input_checks
 from .face_detect_align import FaceDetectAlign
 from .face_paste_back import FacePasteBack
 from .face_select import FaceSelect
@@ -29,4 +29,4 @@ NODE_CLASS_MAPPINGS = {
 
 class OSDFaceExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [checked(node) for node in NODE_CLASS_MAPPINGS.values()]
+        return [with_input_checks(node) for node in NODE_CLASS_MAPPINGS.values()]

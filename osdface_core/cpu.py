@@ -63,7 +63,9 @@ class _Faster(TorchFunctionMode):
         given = kwargs or {}
         if func is F.interpolate:
             result, x = func(*args, **given), args[0] if args else given["input"]
-            self.enlarged = (x, weakref.ref(result)) if _doubles(x, result, args, given) else None
+            self.enlarged = (
+                (x, weakref.ref(result)) if _is_nearest_doubling(x, result, args, given) else None
+            )
             return result
         if func is torch.conv2d:
             return self._convolution(*args, **given)
@@ -86,14 +88,14 @@ class _Faster(TorchFunctionMode):
         if x.ndim != 4:
             return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
         plain = (
-            _is(stride, 1)
-            and _is(padding, 1)
-            and _is(dilation, 1)
+            _equals(stride, 1)
+            and _equals(padding, 1)
+            and _equals(dilation, 1)
             and groups == 1
             and weight.shape[2:] == (3, 3)
         )
         if enlarged is not None and enlarged() is x and plain:
-            return enlarged_convolution(small, weight, bias)
+            return upsampled_convolution(small, weight, bias)
         return torch.conv2d(
             x.contiguous(memory_format=torch.channels_last),
             weight,
@@ -105,11 +107,13 @@ class _Faster(TorchFunctionMode):
         )
 
 
-def _is(given: Any, value: int) -> bool:
+def _equals(given: Any, value: int) -> bool:
     return given in (value, (value,), (value, value), [value, value])
 
 
-def _doubles(x: Tensor, result: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
+def _is_nearest_doubling(
+    x: Tensor, result: Tensor, args: tuple[Any, ...], given: dict[str, Any]
+) -> bool:
     """Whether F.interpolate, so called, has repeated every pixel of x (B,C,H,W) twice in both
     directions.
     """
@@ -119,7 +123,7 @@ def _doubles(x: Tensor, result: Tensor, args: tuple[Any, ...], given: dict[str, 
     )
 
 
-def enlarged_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What a 3 x 3 convolution with a border of zeros makes of x (B,C,H,W) enlarged to twice its
     size by repetition.
 
@@ -133,13 +137,13 @@ def enlarged_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     result = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     for row in (0, 1):
         for column in (0, 1):
-            kernel = _halved(_halved(weight.float(), row, 2), column, 3).to(weight.dtype)
+            kernel = _fold_taps(_fold_taps(weight.float(), row, 2), column, 3).to(weight.dtype)
             part = padded[:, :, row : row + height + 1, column : column + width + 1]
             result[:, :, row::2, column::2] = F.conv2d(part, kernel, bias)
     return result
 
 
-def _halved(weight: Tensor, place: int, axis: int) -> Tensor:
+def _fold_taps(weight: Tensor, place: int, axis: int) -> Tensor:
     """Three taps along `axis` as the two that are left at the first (0) or the second (1) of two
     equal pixels.
     """

@@ -38,6 +38,12 @@ def golden() -> Path:
     return _folder("OSDFACE_TEST_GOLDEN", ROOT.parent / "shared" / "golden", "golden outputs")
 
 
+@pytest.fixture(scope="session")
+def golden_osediff() -> Path:
+    default = ROOT.parent / "shared" / "golden" / "osediff"
+    return _folder("OSDFACE_TEST_GOLDEN_OSEDIFF", default, "golden outputs of OSEDiff")
+
+
 def picture(path: Path) -> torch.Tensor:
     """(1,H,W,3) in [0,1], as ComfyUI's Load Image gives it."""
     return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).float()[None] / 255

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Conv2d, GroupNorm
 
 from osdface_core import cpu
-from osdface_core.cpu import enlarged_convolution, group_norm, optimized
+from osdface_core.cpu import group_norm, optimized, upsampled_convolution
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_a_convolution_of_an_enlarged_picture_is_done_before_it(
     enlarged = F.interpolate(x.double(), scale_factor=2, mode="nearest")
     wanted = F.conv2d(enlarged, weight.double(), None if bias is None else bias.double(), padding=1)
     torch.testing.assert_close(
-        enlarged_convolution(x, weight, bias).double(), wanted, rtol=1e-5, atol=2e-5
+        upsampled_convolution(x, weight, bias).double(), wanted, rtol=1e-5, atol=2e-5
     )
 
 
@@ -143,7 +143,7 @@ def test_torchs_functions_may_be_called_in_each_of_their_ways() -> None:
 
 def test_it_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    for name in ("enlarged_convolution", "group_norm"):
+    for name in ("upsampled_convolution", "group_norm"):
         usual = getattr(cpu, name)
         monkeypatch.setattr(
             cpu, name, lambda *inputs, name=name, usual=usual: ran.append(name) or usual(*inputs)
@@ -156,7 +156,7 @@ def test_it_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with torch.inference_mode(), optimized(CPU, network):
         network(torch.rand(1, 3, 16, 16))
-    assert ran == ["group_norm", "enlarged_convolution"]
+    assert ran == ["group_norm", "upsampled_convolution"]
 
 
 def test_bf16_stays_bf16() -> None:

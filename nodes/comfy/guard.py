@@ -19,7 +19,7 @@ from torch import Tensor
 from ...osdface_core.errors import OSDFaceError
 from ...osdface_core.faces.face import Faces
 
-LONGEST_SHOWN = 60
+MAX_SHOWN = 60
 KINDS: dict[str, tuple[type, str]] = {
     "IMAGE": (Tensor, "pictures are wanted: connect an IMAGE"),
     "MASK": (Tensor, "a mask is wanted: connect a MASK"),
@@ -36,16 +36,16 @@ KINDS: dict[str, tuple[type, str]] = {
 }
 # What core nodes confine a prompt to; the rest of the crop would come out as nothing the networks
 # have made.
-CONFINED = {
+RESTRICTIONS = {
     "area": "an area",
     "mask": "a mask",
     "start_percent": "a part of the steps",
     "end_percent": "a part of the steps",
 }
-WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
+UNRESTRICTED = {"start_percent": 0.0, "end_percent": 1.0}
 
 
-def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+def with_input_checks(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """The node, whose `execute` from now on raises OSDFaceError for an input that its schema does
     not allow.
     """
@@ -54,13 +54,13 @@ def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         return node
 
     @functools.wraps(execute)
-    def looks_first(cls: type[io.ComfyNode], **inputs: Any) -> io.NodeOutput:
+    def check_first(cls: type[io.ComfyNode], **inputs: Any) -> io.NodeOutput:
         for item in cls.define_schema().inputs:
             if item.id in inputs and not (item.optional and inputs[item.id] is None):
                 check(item, inputs[item.id])
         return execute(cls, **inputs)
 
-    node.execute = classmethod(looks_first)
+    node.execute = classmethod(check_first)
     return node
 
 
@@ -71,20 +71,23 @@ def check(item: Any, value: Any) -> None:
         # A lazy input that nobody has asked for is not there.
         if value is None and item.lazy:
             return
-        raise OSDFaceError(f"`{item.id}` is {_shown(value)}; {KINDS[kind][1]}.")
+        raise OSDFaceError(f"`{item.id}` is {_describe(value)}; {KINDS[kind][1]}.")
     # Their own checks tell a wrong one from a right one, where it is one at all.
     if kind in ("MODEL", "VAE") and type(value).__module__ == "builtins":
         raise OSDFaceError(
-            f"`{item.id}` is {_shown(value)}; a {kind} is wanted: connect one of Stable Diffusion "
-            f"2.1-base."
+            f"`{item.id}` is {_describe(value)}; a {kind} is wanted: connect one of Stable "
+            "Diffusion 2.1-base."
         )
     if kind == "CONDITIONING":
         if not all(map(_is_prompt, value)):
             raise OSDFaceError(
                 f"`{item.id}` is a list of other things than prompts; {KINDS[kind][1]}."
             )
-        for name, what in CONFINED.items():
-            if any(options.get(name, WHOLE.get(name)) != WHOLE.get(name) for _, options in value):
+        for name, what in RESTRICTIONS.items():
+            if any(
+                options.get(name, UNRESTRICTED.get(name)) != UNRESTRICTED.get(name)
+                for _, options in value
+            ):
                 raise OSDFaceError(
                     f"`{item.id}` is confined to {what}; a visual prompt is of the whole crop: "
                     f"take that node away."
@@ -100,13 +103,13 @@ def check(item: Any, value: Any) -> None:
         if not number or not item.min <= value <= item.max:  # NaN too
             wanted = "a whole number" if kind == "INT" else "a number"
             raise OSDFaceError(
-                f"`{item.id}` is {_shown(value)}; {wanted} from {item.min} to {item.max} is "
+                f"`{item.id}` is {_describe(value)}; {wanted} from {item.min} to {item.max} is "
                 f"wanted: look at what is connected to it."
             )
     # A file that a menu does not offer is looked for all the same: the node says how to get it.
     if kind == "COMBO" and not item.id.endswith("_name") and value not in item.options:
         raise OSDFaceError(
-            f"`{item.id}` is {_shown(value)}; one of these is wanted: {', '.join(item.options)}."
+            f"`{item.id}` is {_describe(value)}; one of these is wanted: {', '.join(item.options)}."
         )
 
 
@@ -119,7 +122,7 @@ def _is_prompt(entry: Any) -> bool:
     )
 
 
-def _shown(value: Any) -> str:
+def _describe(value: Any) -> str:
     """A value in the words of a sentence: short, and on one line."""
     if value is None or isinstance(value, (bool, int, float, str)):
         text = " ".join(
@@ -131,5 +134,5 @@ def _shown(value: Any) -> str:
                 else str(value)
             ).split()
         )
-        return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+        return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
     return f"a {type(value).__name__}"

@@ -56,7 +56,7 @@ def restore(options: argparse.Namespace) -> int:
     items = job.plan(options.input, options.output, options.overwrite, inputs)
     entries = [_left_out(item) for item in items if item.reason]
     for item in items:
-        if item.reason and item.reason != job.THERE:
+        if item.reason and item.reason != job.EXISTS:
             log.warning(
                 "%s is %s: %s.", item.source, "not done" if item.wrong else "skipped", item.reason
             )
@@ -156,7 +156,7 @@ def _check_report(options: argparse.Namespace, items: list[Any]) -> None:
 def _write_report(
     path: Path, options: argparse.Namespace, entries: list[dict[str, Any]], seconds: float
 ) -> None:
-    from .pictures import placed
+    from .pictures import write_whole
     from .restorer import versions
 
     settings = {
@@ -176,7 +176,7 @@ def _write_report(
         fresh.write_text(text, encoding="utf-8")
 
     try:
-        placed(path, fill)
+        write_whole(path, fill)
     except OSError as error:
         raise OSDFaceError(
             f"--report is {path}, which cannot be written ({error.strerror or error}): name "

@@ -39,7 +39,7 @@ VIDEOS = (
     ".3gp",
     ".ogv",
 )
-THERE = "its output is there already"
+EXISTS = "its output is there already"
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 
 
@@ -128,7 +128,7 @@ def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ())
                 )
             )
         elif place.exists() and not overwrite:
-            items.append(Item(path, place, THERE))
+            items.append(Item(path, place, EXISTS))
         else:
             items.append(Item(path, place))
     if single and items[0].wrong:
@@ -191,7 +191,7 @@ def _picture(item: Item, restorer: Restorer) -> dict[str, Any]:
         else:
             pictures.write(given, after, mask, fresh, kind, restorer.options.quality)
 
-    pictures.placed(item.target, fill)
+    pictures.write_whole(item.target, fill)
     height, width = after.shape[:2]
     return {"width": width, "height": height, "faces": faces}
 
@@ -213,7 +213,7 @@ def _video(item: Item, restorer: Restorer) -> dict[str, Any]:
         def fill(fresh: Path) -> None:
             says.update(video.restore(item.source, fresh, restorer, restorer.options.crf, progress))
 
-        pictures.placed(item.target, fill)
+        pictures.write_whole(item.target, fill)
     return says
 
 
@@ -228,7 +228,7 @@ def run(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str, An
     anything is done.
     """
     if options.workers > 1 or options.ray_address:
-        yield from _shared(items, options)
+        yield from _run_workers(items, options)
         return
     restorer = Restorer(options)
     for item in items:
@@ -247,7 +247,7 @@ class Worker:
         return {"entry": json.dumps(work(item, self.restorer))}
 
 
-def _shared(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _run_workers(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray

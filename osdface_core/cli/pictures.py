@@ -131,7 +131,7 @@ def _read(path: Path, image: Image.Image, deep: bool) -> Picture:
             f"PNG or TIFF: convert it."
         )
     else:
-        array = np.asarray(_plain(image))
+        array = np.asarray(_to_rgb(image))
     raw = image.info.get("exif")
     if image.format == "TIFF":
         for tag in set(exif) - {*_TIFF_KEPT, *_TIFF_BLOCKS}:
@@ -159,17 +159,17 @@ def _check_single(path: Path, count: int) -> None:
         )
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Grey or RGB, with alpha where the picture has any."""
     if image.mode == "CMYK":
-        return _from_ink(image, image.info.get("icc_profile"))
+        return _cmyk_to_rgb(image, image.info.get("icc_profile"))
     grey = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
         return image.convert("LA" if grey else "RGBA")
     return image.convert("L" if grey else "RGB")
 
 
-def _from_ink(image: Image.Image, icc: bytes | None) -> Image.Image:
+def _cmyk_to_rgb(image: Image.Image, icc: bytes | None) -> Image.Image:
     if icc:
         with suppress(ImageCms.PyCMSError):
             return ImageCms.profileToProfile(
@@ -178,7 +178,7 @@ def _from_ink(image: Image.Image, icc: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_ink(image: Image.Image, icc: bytes | None) -> Image.Image:
+def _rgb_to_cmyk(image: Image.Image, icc: bytes | None) -> Image.Image:
     if icc:
         with suppress(ImageCms.PyCMSError):
             return ImageCms.profileToProfile(
@@ -322,7 +322,9 @@ def write(
         image = Image.fromarray(array)
         if picture.cmyk is not None and kind in (*JPEG, *TIFF):
             ink = np.where(
-                (mask > 0).numpy()[..., None], np.asarray(_to_ink(image, picture.icc)), picture.cmyk
+                (mask > 0).numpy()[..., None],
+                np.asarray(_rgb_to_cmyk(image, picture.icc)),
+                picture.cmyk,
             )
             image, icc = Image.fromarray(ink, "CMYK"), picture.icc
         options: dict[str, object] = {
@@ -389,7 +391,7 @@ def _write_tiff(path: Path, array: np.ndarray, picture: Picture) -> None:
         )
 
 
-def placed(path: Path, fill: Callable[[Path], None]) -> None:
+def write_whole(path: Path, fill: Callable[[Path], None]) -> None:
     """Makes the file `path` by `fill`, which writes the temporary name it is given: the file is
     there whole or not at all.
     """

@@ -18,6 +18,7 @@ from ..chunks import Progress
 from ..diffusers.backbone import DiffusersBackbone, best_device, best_dtype
 from ..diffusers.builtin import load_backbone
 from ..errors import OSDFaceError
+from ..faces import find
 from ..faces.align import crop_faces
 from ..faces.choose import CHOSEN, Choice, parse_indices
 from ..faces.detect import DetectOptions, detect
@@ -25,7 +26,6 @@ from ..faces.detector_check import build_detector
 from ..faces.face import Face, Faces
 from ..faces.face_parser import build_parser, parse_faces
 from ..faces.files import BUILTIN_DETECTOR, DETECTORS, PARSER
-from ..faces.find import find_faces, place_faces
 from ..faces.paste import PasteOptions, paste
 from ..faces.retinaface import build_retinaface
 from ..osdface import builtin
@@ -238,20 +238,20 @@ class Restorer:
         """pixels (H,W,C) in [0,1] -> the picture restored, the mask (H,W) of what was changed, and
         what is to be said of each face.
         """
-        found = find_faces(pixels[None], self.detector, self.detect_options)
+        found = find.find_faces(pixels[None], self.detector, self.detect_options)
         after, mask, notes = self.paste(pixels[None], found.faces, progress)
-        return after[0], mask[0], described(found.everyone, found.verdicts, notes)
+        return after[0], mask[0], describe_faces(found.everyone, found.verdicts, notes)
 
     @torch.inference_mode()
     def detect(self, frames: Tensor) -> list[Any]:
-        """The detections in each frame (B,H,W,3), for `followed`."""
+        """The detections in each frame (B,H,W,3), for `place_faces`."""
         return detect(frames, self.detector, self.detect_options)
 
-    def followed(
+    def place_faces(
         self, found: list[Any], small: Tensor, width: int, height: int
     ) -> tuple[tuple[Face, ...], tuple[str, ...]]:
         """Everyone in a video, and a verdict for each, from its detections and thumbnails."""
-        return place_faces(found, small, width, height, self.detect_options)
+        return find.place_faces(found, small, width, height, self.detect_options)
 
     @torch.inference_mode()
     def frames(
@@ -310,7 +310,7 @@ class Restorer:
         return parse_faces(crops, self.parser)
 
 
-def described(
+def describe_faces(
     everyone: Sequence[Face], verdicts: Sequence[str], notes: dict[tuple[int, int], str]
 ) -> list[dict[str, Any]]:
     """The faces for the report, one by one."""

@@ -22,13 +22,13 @@ from torch import Tensor
 from ..errors import OSDFaceError
 from ..faces.choose import CHOSEN
 from ..faces.track import thumbnails
-from .restorer import Restorer, described
+from .restorer import Restorer, describe_faces
 
 log = logging.getLogger(__name__)
 
 
 # Pixels of a window, and frames at most.
-WINDOW, MOST_FRAMES = 24 * 1024**2, 64
+WINDOW, MAX_FRAMES = 24 * 1024**2, 64
 # The encoder for a codec, best first. What is not named here is encoded as H.264, or as the
 # container prefers.
 ENCODERS = {
@@ -75,7 +75,7 @@ def restore(
             progress(len(window), total)
     if first is None:
         raise OSDFaceError(f"{source} holds no frames: it is damaged or of another kind.")
-    everyone, verdicts = restorer.followed(found, torch.cat(small), size[1], size[0])
+    everyone, verdicts = restorer.place_faces(found, torch.cat(small), size[1], size[0])
     chosen = [face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN]
     notes: dict[tuple[int, int], str] = {}
     start = 0
@@ -91,7 +91,11 @@ def restore(
             after, mask, said = restorer.frames(pixels, here)
             notes.update({(frame + start, number): note for (frame, number), note in said.items()})
             for frame, picture, changed in zip(window, after, mask, strict=True):
-                yield _changed(frame, picture, changed > 0) if bool((changed > 0).any()) else frame
+                yield (
+                    _replace_pixels(frame, picture, changed > 0)
+                    if bool((changed > 0).any())
+                    else frame
+                )
         else:
             yield from window
         start = stop
@@ -110,7 +114,7 @@ def restore(
         "codec": codec,
         "width": size[1],
         "height": size[0],
-        "faces": described(everyone, verdicts, notes),
+        "faces": describe_faces(everyone, verdicts, notes),
     }
 
 
@@ -128,11 +132,15 @@ def _windows(frames: Iterable[av.VideoFrame]) -> Iterator[list[av.VideoFrame]]:
     window: list[av.VideoFrame] = []
     for frame in frames:
         window.append(frame)
-        if len(window) >= MOST_FRAMES or len(window) * frame.width * frame.height >= WINDOW:
+        if _is_full(window):
             yield window
             window = []
     if window:
         yield window
+
+
+def _is_full(window: list[av.VideoFrame]) -> bool:
+    return len(window) >= MAX_FRAMES or len(window) * window[-1].width * window[-1].height >= WINDOW
 
 
 def _transcode(
@@ -181,7 +189,7 @@ def _transcode(
             continue
         for frame in packet.decode():
             window.append(frame)
-            if len(window) >= MOST_FRAMES or len(window) * frame.width * frame.height >= WINDOW:
+            if _is_full(window):
                 encode(window)
                 window = []
     encode(window)
@@ -236,7 +244,7 @@ def _pixels(frame: av.VideoFrame) -> Tensor:
     return torch.from_numpy(array.astype(np.float32) / (65535 if array.dtype == np.uint16 else 255))
 
 
-def _changed(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> av.VideoFrame:
+def _replace_pixels(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> av.VideoFrame:
     """`frame` with `picture` (H,W,3) where `changed` (H,W) says so; elsewhere its values stay,
     untouched by any conversion.
     """
@@ -270,7 +278,7 @@ def _changed(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> av.Video
         fresh = (
             np.frombuffer(memoryview(after), np.uint8).reshape(after.height, after.line_size).copy()
         )
-        keep = ~_pooled(where, before.height, before.width)
+        keep = ~_pool_mask(where, before.height, before.width)
         visible = fresh[:, : before.width * pixel].reshape(before.height, before.width, pixel)
         visible[keep] = old.reshape(before.height, before.width, pixel)[keep]
         after.update(fresh.tobytes())
@@ -279,7 +287,7 @@ def _changed(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> av.Video
     return new
 
 
-def _pooled(where: np.ndarray, height: int, width: int) -> np.ndarray:
+def _pool_mask(where: np.ndarray, height: int, width: int) -> np.ndarray:
     """`where` at a plane's resolution: true where any of a sample's pixels is."""
     down, across = -(-where.shape[0] // height), -(-where.shape[1] // width)
     padded = np.pad(

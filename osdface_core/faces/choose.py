@@ -24,7 +24,7 @@ ORDER = (
     "most confident first",
 )
 CHOSEN = "chosen"
-LONGEST_SHOWN = 60
+MAX_SHOWN = 60
 
 Person = Sequence[Face]
 
@@ -54,17 +54,17 @@ def parse_indices(text: str) -> tuple[tuple[int, int], ...]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise OSDFaceError(
-                f'`indices` is "{_short(text)}"; numbers and ranges counted from 0 are wanted, '
-                f'such as "0,2-4": correct "{_short(part)}".'
+                f'`indices` is "{_shorten(text)}"; numbers and ranges counted from 0 are wanted, '
+                f'such as "0,2-4": correct "{_shorten(part)}".'
             )
         ranges.append((first, last))
     return tuple(ranges)
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     """On one line, and cut where nobody reads on."""
     line = " ".join(text.split())
-    return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}..."
+    return line if len(line) <= MAX_SHOWN else f"{line[:MAX_SHOWN]}..."
 
 
 def group_by_person(faces: Sequence[Face]) -> dict[tuple[int, int], list[int]]:
@@ -77,21 +77,21 @@ def group_by_person(faces: Sequence[Face]) -> dict[tuple[int, int], list[int]]:
     return groups
 
 
-def size_of(person: Person) -> float:
+def median_size(person: Person) -> float:
     return median(face.size for face in person)
 
 
-def centre_of(person: Person) -> tuple[float, float]:
+def mean_centre(person: Person) -> tuple[float, float]:
     return fmean((f.box[0] + f.box[2]) / 2 for f in person), fmean(
         (f.box[1] + f.box[3]) / 2 for f in person
     )
 
 
 _ORDER_KEYS: dict[str, Callable[[Person], float]] = {
-    "left to right": lambda person: centre_of(person)[0],
-    "top to bottom": lambda person: centre_of(person)[1],
-    "largest first": lambda person: -size_of(person),
-    "smallest first": size_of,
+    "left to right": lambda person: mean_centre(person)[0],
+    "top to bottom": lambda person: mean_centre(person)[1],
+    "largest first": lambda person: -median_size(person),
+    "smallest first": median_size,
     "most confident first": lambda person: -fmean(face.score for face in person),
 }
 
@@ -101,7 +101,7 @@ def _check_option(name: str, value: str, options: Sequence[str]) -> None:
         raise OSDFaceError(f'`{name}` is "{value}"; one of these is wanted: {", ".join(options)}.')
 
 
-def _ranked(
+def _rank(
     persons: dict[tuple[int, int], list[int]], faces: Sequence[Face], key: Callable[[Person], float]
 ) -> dict[tuple[int, int], int]:
     """The place of each person among those of the same shot."""
@@ -119,7 +119,7 @@ def number_faces(faces: Sequence[Face], order: str) -> list[Face]:
     """
     _check_option("order", order, ORDER)
     persons = group_by_person(faces)
-    places = _ranked(persons, faces, _ORDER_KEYS[order])
+    places = _rank(persons, faces, _ORDER_KEYS[order])
     return [replace(face, number=places[face.shot, face.number]) for face in faces]
 
 
@@ -142,7 +142,7 @@ def choose(faces: Sequence[Face], choice: Choice, width: int, height: int) -> li
             verdicts[i] = reason
 
     for (_, number), positions in persons.items():
-        size = size_of([faces[i] for i in positions])
+        size = median_size([faces[i] for i in positions])
         if size < choice.min_size:
             reject(positions, f"smaller than min_size {choice.min_size:g}")
         elif choice.max_size and size > choice.max_size:
@@ -150,10 +150,10 @@ def choose(faces: Sequence[Face], choice: Choice, width: int, height: int) -> li
         elif choice.select == BY_INDEX and not any(
             first <= number <= last for first, last in wanted
         ):
-            reject(positions, f'not in indices "{_short(choice.indices)}"')
+            reject(positions, f'not in indices "{_shorten(choice.indices)}"')
 
     def keep_first(key: Callable[[Person], float], count: int, reason: str) -> None:
-        places = _ranked(persons, faces, key)
+        places = _rank(persons, faces, key)
         frames: dict[int, list[int]] = {}
         for i, face in enumerate(faces):
             if verdicts[i] == CHOSEN:
@@ -163,10 +163,10 @@ def choose(faces: Sequence[Face], choice: Choice, width: int, height: int) -> li
             reject(there[count:], reason)
 
     if choice.select == LARGEST:
-        keep_first(lambda person: -size_of(person), 1, "not the largest")
+        keep_first(lambda person: -median_size(person), 1, "not the largest")
     elif choice.select == CENTRAL:
         keep_first(
-            lambda person: math.dist(centre_of(person), (width / 2, height / 2)),
+            lambda person: math.dist(mean_centre(person), (width / 2, height / 2)),
             1,
             "not the most central",
         )
@@ -229,23 +229,27 @@ def report(faces: Sequence[Face], verdicts: Sequence[str], frames: int) -> str:
             if not kept
             else f"{CHOSEN} in {kept}, else {left_out}"
         )
+        size = _join_range([f.size for f in own], ".0f")
+        confidence = _join_range([f.score for f in own], ".3f")
         lines.append(
-            f"{where}face {number}: box {box}, size {_range([f.size for f in own], '.0f')} px, "
-            f"confidence {_range([f.score for f in own], '.3f')}{turned}: {verdict}"
+            f"{where}face {number}: box {box}, size {size} px, confidence {confidence}{turned}: "
+            f"{verdict}"
         )
     empty = sorted(set(range(frames)) - {face.frame for face in faces})
     if faces and empty:
-        lines.append(f"no face in {'picture' if len(empty) == 1 else 'pictures'} {_runs(empty)}")
+        lines.append(
+            f"no face in {'picture' if len(empty) == 1 else 'pictures'} {_join_runs(empty)}"
+        )
     return "\n".join(lines)
 
 
-def _runs(numbers: Sequence[int]) -> str:
+def _join_runs(numbers: Sequence[int]) -> str:
     """0,1,2,5 -> 0-2, 5"""
     starts = [n for i, n in enumerate(numbers) if not i or n != numbers[i - 1] + 1]
     ends = [n for i, n in enumerate(numbers) if i + 1 == len(numbers) or n != numbers[i + 1] - 1]
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def _range(values: Sequence[float], form: str) -> str:
+def _join_range(values: Sequence[float], form: str) -> str:
     low, high = format(min(values), form), format(max(values), form)
     return low if low == high else f"{low}-{high}"

@@ -158,17 +158,17 @@ def feather_mask(face_map: Tensor, feather: float) -> Tensor:
     weight = torch.ones_like(face_map)
     for sigma in (SPECK * face_map.shape[-1] / SIDE, feather * face_map.shape[-1] / 3.3):
         if sigma > 0.3:
-            weight = weight * (2 * _blurred(face_map, sigma) - 1).clamp(0, 1)
+            weight = weight * (2 * _blur(face_map, sigma) - 1).clamp(0, 1)
     return weight
 
 
-def _blurred(picture: Tensor, sigma: float) -> Tensor:
+def _blur(picture: Tensor, sigma: float) -> Tensor:
     # A wide blur leaves nothing that a smaller picture could not hold, and is many times as fast
     # there.
     smaller = 2 ** max(0, int(math.log2(sigma / 3)))
     height, width = picture.shape
     if smaller > 1 and height % smaller == width % smaller == 0:
-        small = _blurred(F.avg_pool2d(picture[None], smaller)[0], sigma / smaller)
+        small = _blur(F.avg_pool2d(picture[None], smaller)[0], sigma / smaller)
         return F.interpolate(small[None, None], (height, width), mode="bilinear")[0, 0]
     reach = round(3 * sigma)
     x = torch.arange(-reach, reach + 1, dtype=torch.float64)

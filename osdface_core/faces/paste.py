@@ -110,7 +110,7 @@ def paste(
     frames, height, width = images.shape[:3]
     mask = torch.zeros(frames, height, width, device=images.device)
     report = progress or no_progress
-    chosen = [i for i in range(len(faces)) if _usable(faces, restored, i, skip_unchanged)]
+    chosen = [i for i in range(len(faces)) if _is_pasted(faces, restored, i, skip_unchanged)]
     report(len(faces) - len(chosen))
     if not chosen or options.strength <= 0:
         report(len(chosen))
@@ -136,7 +136,7 @@ def paste(
         for i, face_mask in of_frame:
             to_crop = compose(to_restored, compose(faces.faces[i].matrix, from_image))
             crop = restored[i].to(images.device, torch.float32)
-            patch = _patch(
+            patch = _make_patch(
                 images[frame], crop, to_crop, 1 / scale_of(from_image), options, face_mask, kept
             )
             if patch is not None:
@@ -211,7 +211,7 @@ def check(
         )
 
 
-def _usable(faces: Faces, restored: Tensor, i: int, skip_unchanged: bool) -> bool:
+def _is_pasted(faces: Faces, restored: Tensor, i: int, skip_unchanged: bool) -> bool:
     face = faces.faces[i]
     if not bool(restored[i].isfinite().all()):
         log.warning(
@@ -264,7 +264,7 @@ def _keep_mask(keep: Tensor, images: Tensor) -> Tensor:
     return keep.clamp(0, 1)
 
 
-def _patch(
+def _make_patch(
     image: Tensor,
     restored: Tensor,
     to_crop: Affine,

@@ -31,7 +31,7 @@ def draw_faces(
     """
     count, height, width = images.shape[:3]
     scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
-    size = _reduced(height, width)
+    size = _preview_size(height, width)
     frames: dict[int, list[tuple[Face, str]]] = {}
     for face, verdict in zip(faces, verdicts, strict=True):
         frames.setdefault(face.frame, []).append((face, verdict))
@@ -41,7 +41,7 @@ def draw_faces(
     for i, image in enumerate(images):
         if progress:
             progress(0)
-        pixels = _resized(image, size)
+        pixels = _resize(image, size)
         if i in frames:
             canvas = Image.frombytes(
                 "RGB",
@@ -49,7 +49,7 @@ def draw_faces(
                 bytes((pixels * 255).round().byte().cpu().contiguous().flatten().numpy()),
             )
             for face, verdict in frames[i]:
-                _mark(
+                _draw_face(
                     ImageDraw.Draw(canvas),
                     face,
                     scale,
@@ -72,7 +72,7 @@ def before_after(before: Tensor, after: Tensor, progress: Progress | None = None
     side. progress: as for `draw`.
     """
     count, height, width = before.shape[:3]
-    size = _reduced(height, width) if count > 1 else (height, width)
+    size = _preview_size(height, width) if count > 1 else (height, width)
     line = max(2, max(size) // 200)
     above = width > height
     out = torch.ones(
@@ -81,17 +81,17 @@ def before_after(before: Tensor, after: Tensor, progress: Progress | None = None
     for i in range(count if height and width else 0):
         if progress:
             progress(0)
-        out[i, : size[0], : size[1]] = _resized(before[i], size)
-        out[i, -size[0] :, -size[1] :] = _resized(after[i], size)
+        out[i, : size[0], : size[1]] = _resize(before[i], size)
+        out[i, -size[0] :, -size[1] :] = _resize(after[i], size)
     return out
 
 
-def _reduced(height: int, width: int) -> tuple[int, int]:
+def _preview_size(height: int, width: int) -> tuple[int, int]:
     scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
     """(H,W,C) -> (h,w,3) in [0,1]; what is not a number becomes one."""
     pixels = finite(rgb_of(picture))
     if pixels.shape[:2] == size:
@@ -101,7 +101,7 @@ def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
     ].movedim(0, -1)
 
 
-def _mark(
+def _draw_face(
     draw_faces: ImageDraw.ImageDraw, face: Face, scale: float, ink: tuple[int, int, int]
 ) -> None:
     box = [c * scale for c in face.box]

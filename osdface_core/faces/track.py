@@ -131,9 +131,9 @@ def follow(found: Sequence[Sequence[Detection]], shot_numbers: Sequence[int]) ->
             (
                 (overlap(expected, detection.box), -i, -j)
                 for i, track in enumerate(alive)
-                for expected in [_expected(track, frame)]
+                for expected in [_extrapolate(track, frame)]
                 for j, detection in enumerate(detections)
-                if _like_size(expected, detection.box)
+                if _is_similar_size(expected, detection.box)
             ),
             reverse=True,
         )
@@ -152,7 +152,7 @@ def follow(found: Sequence[Sequence[Detection]], shot_numbers: Sequence[int]) ->
     return tracks
 
 
-def _expected(track: Track, frame: int) -> Box:
+def _extrapolate(track: Track, frame: int) -> Box:
     """Where a face will be if it goes on as it went between the last two frames."""
     (before, last) = ([None, *track.detections])[-2:]
     assert last is not None
@@ -165,7 +165,7 @@ def _expected(track: Track, frame: int) -> Box:
     return box[0] + x, box[1] + y, box[2] + x, box[3] + y
 
 
-def _like_size(a: Box, b: Box) -> bool:
+def _is_similar_size(a: Box, b: Box) -> bool:
     ratio = math.sqrt(
         max((a[2] - a[0]) * (a[3] - a[1]), 1e-6) / max((b[2] - b[0]) * (b[3] - b[1]), 1e-6)
     )
@@ -180,12 +180,14 @@ def _bridge(track: Track, shot_numbers: Sequence[int]) -> None:
         first, last = track.detections[before], track.detections[after]
         for frame in range(before + 1, after):
             if shot_numbers[frame] == track.shot:
-                track.detections[frame] = _between(first, last, (frame - before) / (after - before))
+                track.detections[frame] = _interpolate(
+                    first, last, (frame - before) / (after - before)
+                )
                 track.bridged.add(frame)
     track.detections = dict(sorted(track.detections.items()))
 
 
-def _between(first: Detection, last: Detection, share: float) -> Detection:
+def _interpolate(first: Detection, last: Detection, share: float) -> Detection:
     def mix(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...]:
         return tuple(x + (y - x) * share for x, y in zip(a, b, strict=True))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import OSDFaceError
 from ..weights.checkpoint import Checkpoint
-from ..weights.fetching import place, sha256_of
+from ..weights.fetching import sha256_of, write_whole
 from .files import ENCODER_PREFIXES, LQ_PREFIX, PROJECTOR_PREFIX
 
 # Values of the encoder, quant_conv and code book, and of the projector: none may be missing, none
@@ -67,7 +67,7 @@ def convert_vre(checkpoint: Path, projector: Path, target: Path) -> Path:
         save_file(arrays, fresh, metadata)
         return sha256_of(fresh)
 
-    return place(target, write)
+    return write_whole(target, write)
 
 
 def convert_lora(source: Path, target: Path) -> Path:
@@ -90,4 +90,4 @@ def convert_lora(source: Path, target: Path) -> Path:
         save_file(tensors, fresh, metadata)
         return sha256_of(fresh)
 
-    return place(target, write)
+    return write_whole(target, write)

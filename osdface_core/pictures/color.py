@@ -65,13 +65,13 @@ def match_wavelet(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
     levels = WAVELET_LEVELS + max(0, round(math.log2(max(stack.shape[-1], 1) / WAVELET_SIDE)))
     for level in range(levels):
         gap = 2**level
-        stack = F.conv2d(_extended(stack, gap), kernel.view(1, 1, 1, 3), dilation=gap)
-        stack = F.conv2d(_extended(stack, gap, down=True), kernel.view(1, 1, 3, 1), dilation=gap)
+        stack = F.conv2d(_pad(stack, gap), kernel.view(1, 1, 1, 3), dilation=gap)
+        stack = F.conv2d(_pad(stack, gap, down=True), kernel.view(1, 1, 3, 1), dilation=gap)
     coarse, reached = stack[:3, 0], stack[3:, 0]
     return restored + (coarse / reached.clamp_min(1e-6)).movedim(0, -1)
 
 
-def _extended(stack: Tensor, gap: int, down: bool = False) -> Tensor:
+def _pad(stack: Tensor, gap: int, down: bool = False) -> Tensor:
     return F.pad(stack, (0, 0, gap, gap) if down else (gap, gap, 0, 0), mode="replicate")
 
 

@@ -117,7 +117,7 @@ def record_sha256(path: Path, digest: str) -> None:
     fresh.replace(record)
 
 
-def place(path: Path, write: Callable[[Path], str]) -> Path:
+def write_whole(path: Path, write: Callable[[Path], str]) -> Path:
     """Makes the file `path` by `write`, which fills the temporary name it is given and returns the
     content's SHA-256.
 
@@ -279,7 +279,7 @@ def _source(address: str, entry: WeightFile, path: Path, progress: Progress | No
         except Exception as error:
             raise _Failed(error) from error
 
-    metadata = _tried(ask, entry, progress)
+    metadata = _retry(ask, entry, progress)
     told = metadata.etag if metadata.etag and len(metadata.etag) == 64 else None
     if known and told and known != told:
         raise _NextAddress("the hub has another file under this name than the one known")
@@ -328,27 +328,29 @@ def _transfer(entry: WeightFile, source: _Source, part: Path, progress: Progress
     ):
         part.unlink(missing_ok=True)
         resumed = False
-    _tried(lambda: _get_on(entry, source, part, progress), entry, progress)
+    _retry(lambda: _get_resuming(entry, source, part, progress), entry, progress)
     digest = sha256_of(part)
     if source.sha256 is not None and digest != source.sha256:
-        what = _seen(part)
+        what = _describe_part(part)
         part.unlink()
         if resumed:  # what was there before may have been the wrong half
             return _transfer(entry, source, part, progress)
         raise _NextAddress(f"gave {what}: its SHA-256 is not the known one")
     if source.size is not None and part.stat().st_size != source.size:
-        what = _seen(part)
+        what = _describe_part(part)
         part.unlink()
         raise _NextAddress(f"gave {what} of another size")
     return digest
 
 
-def _seen(part: Path) -> str:
+def _describe_part(part: Path) -> str:
     with part.open("rb") as file:
         return WEB_PAGE if file.read(256).lstrip().startswith(b"<") else "another file"
 
 
-def _get_on(entry: WeightFile, source: _Source, part: Path, progress: Progress | None) -> None:
+def _get_resuming(
+    entry: WeightFile, source: _Source, part: Path, progress: Progress | None
+) -> None:
     """Transfers, going on after each break for as long as more comes: only newer versions of
     huggingface_hub do so themselves.
     """
@@ -408,7 +410,7 @@ def _get(entry: WeightFile, source: _Source, part: Path, progress: Progress | No
         thread.join(1.0)
         raise
     if failure:
-        seen = _seen(part)
+        seen = _describe_part(part)
         if seen == WEB_PAGE or getattr(failure[0], "errno", None) in _DISK_FULL:
             part.unlink()
         if seen == WEB_PAGE:
@@ -416,7 +418,7 @@ def _get(entry: WeightFile, source: _Source, part: Path, progress: Progress | No
         raise _Failed(failure[0])
 
 
-def _tried(work: Callable[[], _T], entry: WeightFile, progress: Progress | None) -> _T:
+def _retry(work: Callable[[], _T], entry: WeightFile, progress: Progress | None) -> _T:
     """What `work` returns; a server that asks for patience is tried again.
 
     huggingface_hub has retried broken connections by then.

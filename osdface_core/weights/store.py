@@ -13,7 +13,15 @@ from pathlib import Path
 
 from ..errors import OSDFaceError
 from .catalogue import Catalogue, WeightFile
-from .fetching import RECORD, Progress, UnreachableError, fetch, place, recorded_sha256, sha256_of
+from .fetching import (
+    RECORD,
+    Progress,
+    UnreachableError,
+    fetch,
+    recorded_sha256,
+    sha256_of,
+    write_whole,
+)
 
 # Paths of each of the host's model folders, by the folder's name; the first is where files are put.
 Folders = Mapping[str, Sequence[Path]]
@@ -242,4 +250,4 @@ def _copy(entry: WeightFile, source: Path, into: Path) -> Path:
         shutil.copyfile(source, fresh)
         return sha256_of(fresh)
 
-    return into if into.exists() and into.samefile(source) else place(into, write)
+    return into if into.exists() and into.samefile(source) else write_whole(into, write)
