@@ -1,23 +1,22 @@
 """Random graphs of our nodes through a real ComfyUI server: each must end in a right result or in
 one sentence.
 
-    python -m benchmarks.fuzz [--count 2000] [--seed 0] [--comfyui DIR] [--data DIR] [--only N ...]
+    python -m benchmarks.fuzz [--count 2000] [--seed 0] [--comfyui DIR] [--only N ...]
                               [--replay FILE]
 
-The networks are the small built-in ones and, from DATA/weights, RetinaFace mobilenet0.25. A graph
-is refused by the host's validation, ends in one of our sentences, or is judged by nodes in the
-server (benchmarks/fuzz_nodes.py): shapes, finite values, pixels outside of the mask bit for bit,
-the very picture where there is no face, inputs not written into. Anything else is a violation: a
-raw Python error of a node of ours, a server that is gone or hangs. Prints a table of what became of
-them and each violation's graph as JSON, for --replay; exits with 1 if there was one. --only runs
-the graphs of these numbers.
+The networks are the small built-in ones, the pictures those of tests/photographs.py. A graph is
+refused by the host's validation, ends in one of our sentences, or is judged by nodes in the server
+(benchmarks/fuzz_nodes.py): shapes, finite values, pixels outside of the mask bit for bit, the very
+picture where there is no face, inputs not written into. Anything else is a violation: a raw Python
+error of a node of ours, a server that is gone or hangs. Prints a table of what became of them and
+each violation's graph as JSON, for --replay; exits with 1 if there was one. --only runs the graphs
+of these numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import shutil
@@ -39,6 +38,7 @@ import websocket
 from PIL import Image
 
 from osdface_core.faces.face_parser import ParseNet
+from tests import photographs
 from tests.conftest import comfyui_path
 from tests.frontend import server
 
@@ -791,7 +791,7 @@ class Maker:
 # Pictures
 
 
-def write_pictures(folder: Path, data: Path | None) -> tuple[list[str], list[str]]:
+def write_pictures(folder: Path) -> tuple[list[str], list[str]]:
     """Files as they come from the world; names of those without faces, and of those with."""
     rng = np.random.default_rng(0)
     noise = (rng.random((90, 120, 4)) * 255).astype(np.uint8)
@@ -811,11 +811,7 @@ def write_pictures(folder: Path, data: Path | None) -> tuple[list[str], list[str
     for width, height in ((1, 1), (1, 300), (700, 2), (2048, 12)):
         Image.new("RGB", (width, height), (90, 140, 20)).save(folder / f"{width}x{height}.png")
     plain = sorted(path.name for path in folder.iterdir())
-    if data is None:
-        return plain, []
-    astronaut = Image.open(data / "images" / "astronaut.png").convert("RGB")
-    portraits = sorted((data / "images" / "portraits").glob("*.jpg"))[:4]
-    group = Image.open(data / "images" / "cc0_mosaic_6faces_1080p.png").convert("RGB")
+    astronaut, group = photographs.astronaut(), photographs.group()
     made = {
         "astronaut.png": astronaut.resize((256, 256)),
         "astronaut.webp": astronaut.resize((384, 384)),
@@ -826,8 +822,9 @@ def write_pictures(folder: Path, data: Path | None) -> tuple[list[str], list[str
         "grey_face.png": astronaut.resize((256, 256)).convert("L"),
         "face_alpha.png": astronaut.resize((200, 220)).convert("RGBA"),
     }
-    for path in portraits:
-        made[path.name] = Image.open(path).convert("RGB").resize((300, 300))
+    for i in range(4):
+        cell = group.crop((i % 3 * 640, i // 3 * 540, (i % 3 + 1) * 640, (i // 3 + 1) * 540))
+        made[f"person_{i}.jpg"] = cell.resize((300, 253))
     for name, picture in made.items():
         picture.save(folder / name)
     shifted = [
@@ -839,7 +836,7 @@ def write_pictures(folder: Path, data: Path | None) -> tuple[list[str], list[str
     return plain, [*made, "video.webp", "face_turned.jpg"]
 
 
-def populate(base: Path, data: Path | None) -> tuple[list[str], list[str]]:
+def populate(base: Path) -> tuple[list[str], list[str]]:
     """Makes a folder a ComfyUI base directory with the pack, the fuzz's nodes and pictures, and a
     face parser of noise.
     """
@@ -857,12 +854,10 @@ def populate(base: Path, data: Path | None) -> tuple[list[str], list[str]]:
     shutil.copy(
         Path(__file__).with_name("fuzz_nodes.py"), base / "custom_nodes" / "fuzz" / "__init__.py"
     )
-    if data is not None:
-        detector = data / "weights" / "detection_mobilenet0.25_Final.pth"
-        (base / "models" / "facedetection" / detector.name).symlink_to(detector)
+    photographs.write_detector(base / "models" / "facedetection")
     torch.manual_seed(0)
     torch.save(ParseNet().state_dict(), base / "models" / "facedetection" / "parsing_parsenet.pth")
-    return write_pictures(base / "input", data)
+    return write_pictures(base / "input")
 
 
 # Runs
@@ -1046,12 +1041,6 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--comfyui", type=Path, default=comfyui_path())
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=os.environ.get("OSDFACE_TEST_DATA"),
-        help="the folder with images/ and weights/",
-    )
     parser.add_argument("--only", type=int, nargs="*", help="numbers of graphs")
     parser.add_argument("--replay", type=Path, help="a graph as it was printed")
     parser.add_argument(
@@ -1064,7 +1053,7 @@ def main() -> int:
     numbers = iter(given.only or range(given.count))
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        pictures, faces = populate(base, given.data)
+        pictures, faces = populate(base)
         left: Iterator[tuple[int, Made]] = iter(())
         while True:
             before = len(tally.violations)

@@ -1,7 +1,7 @@
 """The same graph in real ComfyUI servers that were started in other ways: what comes out, beside
 what the plain one gives.
 
-    python -m benchmarks.modes DATA [--stand-ins DIR] [--compiled] [--only MODE ...] [--comfyui DIR]
+    python -m benchmarks.modes [--stand-ins DIR] [--compiled] [--only MODE ...] [--comfyui DIR]
 
 The graph restores the faces of a picture with the small built-in model, whose networks are in fp32
 in every mode: so the saved picture must be the same to the bit, or the row says by how much it is
@@ -150,7 +150,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path)
     parser.add_argument("--stand-ins", type=Path)
     parser.add_argument(
         "--compiled",
@@ -167,7 +166,7 @@ def main() -> int:
     rows, wrong = [], 0
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        populate(base, given.data)
+        populate(base)
         if given.stand_ins:
             link_stand_ins(base, given.stand_ins)
         plain: dict[str, Tensor] = {}

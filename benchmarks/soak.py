@@ -1,6 +1,6 @@
 """Many runs in a row in one real ComfyUI server: the memory that its process holds after each.
 
-    python -m benchmarks.soak DATA [--runs 300] [--core] [--comfyui DIR] [--csv FILE]
+    python -m benchmarks.soak [--runs 300] [--core] [--comfyui DIR] [--csv FILE]
 
 Each run finds, restores and pastes the faces of a picture with the small built-in model, over
 another picture, place and strength than the one before, so that nothing is answered from the host's
@@ -104,7 +104,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path)
     parser.add_argument("--runs", type=int, default=300)
     parser.add_argument("--core", action="store_true")
     parser.add_argument("--comfyui", type=Path, default=comfyui_path())
@@ -112,7 +111,7 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        populate(base, given.data)
+        populate(base)
         with server(given.comfyui, base, START) as address:
             prompts = Prompts(address, base)
             process = psutil.Process(int((base / "pid").read_text()))

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,6 +21,34 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+# Reasons for which a test may skip, as the table in CONTRIBUTING.md lists them.
+REASONS = re.findall(
+    r"^\| `([^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M
+)
+unlisted: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not any(fnmatch(reason, known) for known in REASONS):
+            unlisted.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        unlisted.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if unlisted and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for line in unlisted:
+        terminalreporter.write_line(f"SKIPPED for a reason that is not listed: {line}", red=True)
 
 
 def _folder(variable: str, default: Path, what: str) -> Path:
@@ -28,20 +58,33 @@ def _folder(variable: str, default: Path, what: str) -> Path:
     return folder
 
 
+GOLDEN = ROOT / "tests" / "golden"
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
+    """More photographs, films and the real small detector, which are not part of the project."""
     return _folder("OSDFACE_TEST_DATA", ROOT.parent / "shared" / "data", "test pictures")
 
 
 @pytest.fixture(scope="session")
-def golden() -> Path:
-    return _folder("OSDFACE_TEST_GOLDEN", ROOT.parent / "shared" / "golden", "golden outputs")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pictures of tests/photographs.py, as PNG files."""
+    from tests import photographs
+
+    return photographs.write(tmp_path_factory.mktemp("photographs"))
 
 
 @pytest.fixture(scope="session")
-def golden_osediff() -> Path:
-    default = ROOT.parent / "shared" / "golden" / "osediff"
-    return _folder("OSDFACE_TEST_GOLDEN_OSEDIFF", default, "golden outputs of OSEDiff")
+def golden() -> Path:
+    """The makers of the stand-in weights, and what the released code gives on them."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def more_golden() -> Path:
+    """More of the released codes' outputs than the project holds."""
+    return _folder("OSDFACE_TEST_GOLDEN", ROOT.parent / "shared" / "golden", "golden outputs")
 
 
 def picture(path: Path) -> torch.Tensor:
@@ -98,10 +141,11 @@ def comfyui() -> Path:
 
 
 @pytest.fixture(scope="session")
-def populate(stand_ins: Path, data: Path) -> Callable[[Path], None]:
-    """Makes a folder a ComfyUI base directory with the pack, the stand-in weights and the real
-    detector, all by link.
+def populate(stand_ins: Path) -> Callable[[Path], None]:
+    """Makes a folder a ComfyUI base directory with the pack and the stand-in weights, by link, and
+    the built-in detector under the name of facexlib's small one.
     """
+    from tests import photographs
 
     def fill(base: Path) -> None:
         models = base / "models"
@@ -115,8 +159,7 @@ def populate(stand_ins: Path, data: Path) -> Callable[[Path], None]:
         )
         for file in (stand_ins / "osdface").iterdir():
             (models / "osdface" / file.name).symlink_to(file)
-        detector = data / "weights" / "detection_mobilenet0.25_Final.pth"
-        (models / "facedetection" / detector.name).symlink_to(detector)
+        photographs.write_detector(models / "facedetection")
         (base / "custom_nodes" / "osdface").symlink_to(ROOT)
 
     return fill
@@ -172,18 +215,14 @@ def host(
 
 
 @pytest.fixture(scope="session")
-def small_server(
-    comfyui: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Any]:
-    """A real ComfyUI server with the pack, its built-in model, the real small detector, and the
-    fuzz's nodes and pictures, as Prompts.
-    """
+def small_server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real ComfyUI server with the pack, its built-in model, and the fuzz's nodes, as Prompts."""
     from benchmarks.fuzz import populate
     from tests.frontend import server
     from tests.prompts import Prompts
 
     base = tmp_path_factory.mktemp("small_server")
-    populate(base, data)
+    populate(base)
     with server(comfyui, base) as address:
         yield Prompts(address, base)
 
@@ -201,17 +240,38 @@ def checkpoint(host: Any) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="session")
-def truth(golden: Path) -> dict[str, torch.Tensor]:
-    """The released code's outputs."""
+def truth(golden: Path) -> Callable[[str], torch.Tensor]:
+    """The released code's outputs, such as astronaut_lq.image; those that the project does not hold
+    are looked for beside it.
+    """
     from safetensors.torch import load_file
 
-    return load_file(golden / "golden.safetensors")
+    kept: dict[Path, dict[str, torch.Tensor]] = {}
+
+    def of(key: str) -> torch.Tensor:
+        file = golden / f"{key.partition('.')[0]}.safetensors"
+        if not file.is_file():
+            default = ROOT.parent / "shared" / "golden"
+            file = _folder("OSDFACE_TEST_GOLDEN", default, "golden outputs") / "golden.safetensors"
+        if file not in kept:
+            kept[file] = load_file(file)
+        return kept[file][key]
+
+    return of
 
 
 @pytest.fixture(scope="session")
 def crop(golden: Path) -> Callable[[str], torch.Tensor]:
     """The crops that they were made from, by name."""
-    return lambda name: picture(golden / "inputs" / f"{name}.png")
+
+    def of(name: str) -> torch.Tensor:
+        file = golden / "inputs" / f"{name}.png"
+        if not file.is_file():
+            default = ROOT.parent / "shared" / "golden"
+            file = _folder("OSDFACE_TEST_GOLDEN", default, "golden outputs") / "inputs" / file.name
+        return picture(file)
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -226,7 +226,7 @@ def short_video(path: Path) -> None:
 def base(
     populate: Callable[[Path], None],
     comfyui: Path,
-    data: Path,
+    photographs: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     pytest.importorskip(
@@ -266,12 +266,14 @@ def base(
     shutil.copytree(ROOT / "subgraphs", base / "user" / "default" / "subgraphs")
 
     shutil.copy(comfyui / "input" / "example.png", base / "input" / "example.png")
-    shutil.copy(data / "images" / "astronaut.png", base / "input" / PICTURE)
-    shutil.copy(data / "images" / "cc0_mosaic_6faces_1080p.png", base / "input" / GROUP)
-    portraits = sorted((data / "images" / "portraits").glob("female_*.jpg"))[:8]
+    shutil.copy(photographs / "astronaut.png", base / "input" / PICTURE)
+    shutil.copy(photographs / "group.png", base / "input" / GROUP)
+    group = Image.open(photographs / "group.png")
     eight = Image.new("RGB", (1024, 512))
-    for i, path in enumerate(portraits):
-        eight.paste(Image.open(path).resize((256, 256)), (i % 4 * 256, i // 4 * 256))
+    for i in range(8):
+        left, top = i % 3 * 640, i // 3 % 2 * 540
+        person = group.crop((left + 50, top, left + 590, top + 540)).resize((256, 256))
+        eight.paste(person, (i % 4 * 256, i // 4 * 256))
     eight.save(base / "input" / EIGHT)
     short_video(base / "input" / "video.mp4")
     return base

@@ -5,7 +5,6 @@ given, never mixed with another.
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +19,7 @@ from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.osdface import builtin
 from osdface_core.osdface.builtin.autoencoder import Autoencoder
 from osdface_core.osdface.restore import restore
+from tests import photographs
 
 # Of every file of the built-in model together.
 MOST_BYTES = 24 * 1024**2
@@ -57,13 +57,15 @@ def tensor(picture: Image.Image) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def portrait(data: Path) -> Image.Image:
-    """One that training never saw: its number is a multiple of six."""
-    return (
-        Image.open(data / "images" / "portraits" / "male_012.jpg")
-        .convert("RGB")
-        .resize((512, 512), Image.Resampling.LANCZOS)
-    )
+def portrait() -> Image.Image:
+    """One that training never saw."""
+    return photographs.astronaut()
+
+
+@pytest.fixture(scope="module")
+def close_up() -> Image.Image:
+    """As sharp as a crop of a face commonly is."""
+    return photographs.portrait().resize((512, 512))
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +97,8 @@ def test_a_bad_portrait_comes_out_sharper_and_no_further_from_the_original(
     assert detail(result) < 1.2 * detail(original)
 
 
-def test_the_autoencoder_gives_a_picture_back(portrait: Image.Image) -> None:
-    pixels = tensor(portrait).movedim(-1, 1)
+def test_the_autoencoder_gives_a_picture_back(close_up: Image.Image) -> None:
+    pixels = tensor(close_up).movedim(-1, 1)
     network = builtin.autoencoder()
     latents = network.encode(pixels * 2 - 1)
     assert latents.shape == (1, 4, 64, 64)
@@ -179,8 +181,8 @@ def test_the_nodes_restore_with_nothing_downloaded(
 
 
 @pytest.mark.host
-def test_cores_own_vae_nodes_take_the_vae(host: Any, given: Any, portrait: Image.Image) -> None:
-    pixels = tensor(portrait)
+def test_cores_own_vae_nodes_take_the_vae(host: Any, given: Any, close_up: Image.Image) -> None:
+    pixels = tensor(close_up)
     latent = host.nodes["VAEEncode"]().encode(given.vae, pixels)[0]
     picture = host.nodes["VAEDecode"]().decode(given.vae, latent)[0]
     tiled = host.nodes["VAEDecodeTiled"]().decode(given.vae, latent, 256, 64)[0]

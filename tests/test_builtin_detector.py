@@ -17,6 +17,7 @@ from osdface_core.faces.detector_check import check_detector
 from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.faces.retinaface import RetinaFace, build_retinaface
 from osdface_core.weights.reading import read_tensors
+from tests import photographs
 
 CONFIDENCE = 0.7
 
@@ -62,6 +63,11 @@ def test_held_out_portraits_are_found_where_the_real_detector_finds_them(
     assert sorted(errors)[len(errors) // 2] < 0.08
 
 
+def test_a_made_group_is_found(network: RetinaFace) -> None:
+    picture = torch.from_numpy(photographs.pixels(photographs.group())).float()[None] / 255
+    assert len(detect(picture, network)[0]) == 6
+
+
 def test_small_groups_are_found(
     network: RetinaFace, real: RetinaFace, data: Path, load_picture: Callable[[Path], torch.Tensor]
 ) -> None:
@@ -94,10 +100,9 @@ def test_one_drawn_face_is_not_taken_for_several(network: RetinaFace) -> None:
     check_detector(network)
 
 
-def test_a_face_on_its_side_is_found_with_any_angle(
-    network: RetinaFace, portraits: torch.Tensor
-) -> None:
-    turned = portraits[:1].rot90(1, (1, 2))
+def test_a_face_on_its_side_is_found_with_any_angle(network: RetinaFace) -> None:
+    picture = torch.from_numpy(photographs.pixels(photographs.astronaut())).float()[None] / 255
+    turned = picture.rot90(1, (1, 2))
     found = detect(turned, network, DetectOptions(confidence=CONFIDENCE, any_angle=True))[0]
     assert found
     eyes, mouth = (

@@ -21,12 +21,15 @@ from osdface_core.faces.align import TEMPLATE
 from osdface_core.faces.candidates import detect_once
 from osdface_core.faces.choose import Choice
 from osdface_core.faces.detect import Detection, DetectOptions, detect
+from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.faces.find import find_faces
 from osdface_core.faces.preview import draw_faces
 from osdface_core.faces.retinaface import RetinaFace, anchors, build_retinaface
 from osdface_core.pictures.geometry import Affine, apply, inverse
 from osdface_core.pictures.picture import finite
 from osdface_core.pictures.resampling import warp
+from osdface_core.weights.reading import read_tensors
+from tests import photographs
 
 MOBILE = "weights/detection_mobilenet0.25_Final.pth"
 Load = Callable[[Path], Tensor]
@@ -37,8 +40,20 @@ def weights(data: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def network(data: Path) -> RetinaFace:
+def network() -> RetinaFace:
+    """The built-in detector."""
+    return build_retinaface(read_tensors(BUILTIN_DETECTOR))
+
+
+@pytest.fixture(scope="module")
+def real(data: Path) -> RetinaFace:
+    """facexlib's small detector, which is not part of the project."""
     return build_retinaface(weights(data))
+
+
+@pytest.fixture(scope="module")
+def astronaut() -> Tensor:
+    return torch.from_numpy(photographs.pixels(photographs.astronaut())).float()[None] / 255
 
 
 def portraits(data: Path, step: int) -> list[Path]:
@@ -75,7 +90,7 @@ def landmark_error(found: Detection, wanted: list[tuple[float, float]]) -> float
 
 
 def test_boxes_and_landmarks_are_facexlibs(
-    data: Path, network: RetinaFace, load_picture: Load
+    data: Path, real: RetinaFace, load_picture: Load
 ) -> None:
     theirs = pytest.importorskip(
         "facexlib.detection.retinaface", reason="facexlib is not installed"
@@ -90,7 +105,7 @@ def test_boxes_and_landmarks_are_facexlibs(
         bgr = np.ascontiguousarray((image[0] * 255).round().byte().numpy()[..., ::-1])
         with torch.no_grad():
             rows = theirs.detect_faces(bgr, 0.9)
-        ours = detect(image, network)[0]
+        ours = detect(image, real)[0]
         assert len(ours) == len(rows)
         for row in rows:
             if max(row[2] - row[0], row[3] - row[1]) > 512:
@@ -107,9 +122,9 @@ def test_boxes_and_landmarks_are_facexlibs(
 
 
 def test_looked_at_once_every_face_is_where_facexlib_has_it(
-    data: Path, network: RetinaFace, load_picture: Load
+    data: Path, real: RetinaFace, load_picture: Load
 ) -> None:
-    """The same network and decoding: what else `detect` finds in these pictures comes from its
+    """The same real and decoding: what else `detect` finds in these pictures comes from its
     further looks alone.
 
     facexlib_faces.json holds what facexlib 0.3.0's RetinaFace finds in them with the same weights
@@ -121,7 +136,7 @@ def test_looked_at_once_every_face_is_where_facexlib_has_it(
     for name, rows in known.items():
         with torch.inference_mode():
             found = detect_once(
-                network, finite(load_picture(data / "images" / name).movedim(-1, 1)), 0.9
+                real, finite(load_picture(data / "images" / name).movedim(-1, 1)), 0.9
             )
         assert len(found) == len(rows), name
         for row in rows:
@@ -173,8 +188,8 @@ def test_networks_compute_what_facexlibs_do(name: str, size: tuple[int, int]) ->
     torch.testing.assert_close(landmarks, points, rtol=1e-4, atol=1e-3)
 
 
-def test_a_file_that_does_not_fit_is_refused_by_name(data: Path) -> None:
-    tensors = weights(data)
+def test_a_file_that_does_not_fit_is_refused_by_name() -> None:
+    tensors = RetinaFace("mobilenet0.25").state_dict()
     del tensors["fpn.merge1.0.weight"]
     with pytest.raises(
         OSDFaceError, match=r"fpn\.merge1\.0\.weight.*detection_Resnet50_Final\.pth"
@@ -185,26 +200,26 @@ def test_a_file_that_does_not_fit_is_refused_by_name(data: Path) -> None:
 
 
 def test_one_face_in_each_portrait_and_every_face_of_the_others(
-    data: Path, network: RetinaFace, load_picture: Load
+    data: Path, real: RetinaFace, load_picture: Load
 ) -> None:
     for path in portraits(data, 15):
-        assert len(detect(load_picture(path), network)[0]) == 1, path.name
+        assert len(detect(load_picture(path), real)[0]) == 1, path.name
     # A torso that the detector takes for a face when it sees it large.
-    assert len(detect(load_picture(data / "images/portraits/male_031.jpg"), network)[0]) == 1
-    assert len(detect(load_picture(data / "images/astronaut.png"), network)[0]) == 1
-    assert len(detect(load_picture(data / "images/camera.png"), network)[0]) == 1
-    assert len(detect(load_picture(data / "images/cc0_mosaic_6faces_1080p.png"), network)[0]) == 6
+    assert len(detect(load_picture(data / "images/portraits/male_031.jpg"), real)[0]) == 1
+    assert len(detect(load_picture(data / "images/astronaut.png"), real)[0]) == 1
+    assert len(detect(load_picture(data / "images/camera.png"), real)[0]) == 1
+    assert len(detect(load_picture(data / "images/cc0_mosaic_6faces_1080p.png"), real)[0]) == 6
 
 
 @pytest.mark.parametrize("degrees", [30, 60, 90, 135, 180, 270])
 def test_faces_at_any_angle_are_found_and_cut_out_upright(
-    data: Path, network: RetinaFace, load_picture: Load, degrees: int
+    data: Path, real: RetinaFace, load_picture: Load, degrees: int
 ) -> None:
     for path in portraits(data, 60):
         upright = halved(load_picture(path))
-        (known,) = detect(upright, network)[0]
+        (known,) = detect(upright, real)[0]
         image, matrix = turned(upright, degrees)
-        found = find_faces(image, network, DetectOptions(any_angle=True))
+        found = find_faces(image, real, DetectOptions(any_angle=True))
         assert len(found.everyone) == 1, path.name
         face = found.everyone[0]
         assert face.angle == {30: 0, 60: 90, 135: face.angle}.get(degrees, degrees)
@@ -222,20 +237,18 @@ def test_faces_at_any_angle_are_found_and_cut_out_upright(
 
 
 def test_a_face_that_fills_a_large_picture_is_one_face(
-    data: Path, network: RetinaFace, load_picture: Load
+    data: Path, real: RetinaFace, load_picture: Load
 ) -> None:
     image = load_picture(portraits(data, 20)[1])[:, 50:650, 200:800].movedim(-1, 1)
     large = F.interpolate(image, (2400, 2400), mode="bilinear").movedim(1, -1)
-    (small_found,) = detect(F.interpolate(image, (300, 300), mode="area").movedim(1, -1), network)[
-        0
-    ]
-    (found,) = detect(large, network)[0]
+    (small_found,) = detect(F.interpolate(image, (300, 300), mode="area").movedim(1, -1), real)[0]
+    (found,) = detect(large, real)[0]
     assert iou(tuple(c / 8 for c in found.box), small_found.box) > 0.75
     assert landmark_error(found, [(x * 8, y * 8) for x, y in small_found.landmarks]) < 0.06
 
 
 def test_small_faces_of_a_large_picture_are_found_with_exact_landmarks(
-    data: Path, network: RetinaFace, load_picture: Load
+    data: Path, real: RetinaFace, load_picture: Load
 ) -> None:
     mosaic = load_picture(data / "images/cc0_mosaic_6faces_1080p.png").movedim(-1, 1)
     group = F.interpolate(mosaic, (180, 320), mode="area")
@@ -243,9 +256,9 @@ def test_small_faces_of_a_large_picture_are_found_with_exact_landmarks(
     corners = [(60, 90), (1830, 1000), (3500, 1970)]
     for x, y in corners:
         image[:, :, y : y + 180, x : x + 320] = group
-    found = detect(image.movedim(1, -1), network)[0]
+    found = detect(image.movedim(1, -1), real)[0]
     assert len(found) == 6 * len(corners)
-    reference = detect(F.interpolate(mosaic, (720, 1280), mode="area").movedim(1, -1), network)[0]
+    reference = detect(F.interpolate(mosaic, (720, 1280), mode="area").movedim(1, -1), real)[0]
     for x, y in corners:
         for known in reference:
             wanted = [(x + a / 4, y + b / 4) for a, b in known.landmarks]
@@ -253,10 +266,9 @@ def test_small_faces_of_a_large_picture_are_found_with_exact_landmarks(
 
 
 def test_alpha_and_single_channels_and_batches_change_nothing(
-    data: Path, network: RetinaFace, load_picture: Load
+    network: RetinaFace, astronaut: Tensor
 ) -> None:
-    image = load_picture(data / "images/astronaut.png")
-    grey = load_picture(data / "images/camera.png")
+    image, grey = astronaut, astronaut.flip(2).mean(3, keepdim=True).expand(-1, -1, -1, 3)
     alone, of_grey = detect(image, network)[0], detect(grey, network)[0]
     assert detect(torch.cat([image, torch.rand(1, 512, 512, 1)], -1), network)[0] == alone
     (of_one_channel,) = detect(grey[..., :1], network)[0]
@@ -338,9 +350,9 @@ def untrained() -> RetinaFace:
 
 
 def test_a_face_half_out_of_the_picture_is_cut_out_whole(
-    data: Path, network: RetinaFace, load_picture: Load
+    network: RetinaFace, astronaut: Tensor
 ) -> None:
-    image = load_picture(data / "images/astronaut.png")[:, 90:, 190:]
+    image = astronaut[:, 90:, 190:]
     found = find_faces(image, network, DetectOptions(confidence=0.5))
     assert len(found.faces) == 1 and min(found.faces.faces[0].box) < 0
     assert found.faces.crops.isfinite().all()
@@ -367,9 +379,7 @@ def test_a_callers_error_stops_the_search_and_progress_counts_every_picture(
         find_faces(images, network, progress=stop)
 
 
-def test_a_batch_that_does_not_fit_is_halved(
-    data: Path, network: RetinaFace, load_picture: Load
-) -> None:
+def test_a_batch_that_does_not_fit_is_halved(network: RetinaFace, astronaut: Tensor) -> None:
     class Little(nn.Module):
         home = torch.device("cpu")
         needs_refinement = False
@@ -382,8 +392,7 @@ def test_a_batch_that_does_not_fit_is_halved(
             return network(x)
 
     little = Little()
-    image = load_picture(data / "images/astronaut.png")
-    found = detect(torch.cat([image] * 5), little)  # type: ignore[arg-type]
+    found = detect(torch.cat([astronaut] * 5), little)  # type: ignore[arg-type]
     assert [len(faces) for faces in found] == [1] * 5
     assert little.largest == 2
 

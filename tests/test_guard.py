@@ -183,7 +183,7 @@ def test_prompts_that_are_confined(
 
 
 def test_model_and_vae_that_were_swapped(
-    host: Any, data: Path, load_picture: Callable[[Path], torch.Tensor]
+    host: Any, photographs: Path, load_picture: Callable[[Path], torch.Tensor]
 ) -> None:
     model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
     widgets = (
@@ -193,7 +193,7 @@ def test_model_and_vae_that_were_swapped(
     )
     with pytest.raises(host.error, match=r"^`model` is VAE"), torch.inference_mode():
         host.nodes["OSDFaceRestore"].execute(
-            image=load_picture(data / "images" / "astronaut.png"), model=vae, vae=model, **widgets
+            image=load_picture(photographs / "astronaut.png"), model=vae, vae=model, **widgets
         )
 
 

@@ -59,9 +59,9 @@ def no_gradients() -> Any:
 
 
 @pytest.fixture
-def group(data: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
+def group(photographs: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
     """Two faces side by side, at (1,270,640,3)."""
-    picture = load_picture(data / "images" / "cc0_mosaic_6faces_1080p.png")
+    picture = load_picture(photographs / "group.png")
     return (
         F.interpolate(picture[:, :540, :1280].movedim(-1, 1), scale_factor=0.5, mode="area")
         .movedim(1, -1)
@@ -594,13 +594,12 @@ def test_a_server_that_was_started_in_another_way(
     mode: str,
     small_server: Any,
     comfyui: Path,
-    data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three of benchmarks/modes.py's; the built-in networks stay in fp32 in each."""
     small_server.run(modes.small_graph("plain"))
-    populate(tmp_path, data)
+    populate(tmp_path)
     if "=" in mode:
         monkeypatch.setenv(*mode.split("="))
     with server(comfyui, tmp_path, arguments=[] if "=" in mode else [mode]) as address:
@@ -627,7 +626,7 @@ def test_two_prompts_in_the_queue_with_different_models(
     def prompt(strength: float | None, name: str) -> dict[str, Any]:
         model = ["model", 0] if strength is None else ["lora", 0]
         nodes = {
-            "load": {"class_type": "LoadImage", "inputs": {"image": "astronaut.png"}},
+            "load": {"class_type": "LoadImage", "inputs": {"image": "close.png"}},
             "model": {"class_type": "OSDFaceBuiltinModel", "inputs": {}},
             "work": {
                 "class_type": "OSDFaceRestore",

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import install
 from osdface_core.catalogue import CATALOGUE
 from osdface_core.errors import OSDFaceError
+from osdface_core.faces.retinaface import RetinaFace
 from osdface_core.osdface.vre import build_embedder, read_embedder
 from osdface_core.weights.fetching import sha256_of
 from osdface_core.weights.store import Store
@@ -45,6 +46,17 @@ def released(seeded: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
     torch.save(seeded.embedding_change(), folder / PROJECTOR)
     save_file(seeded.lora(), folder / LORA)
     return folder
+
+
+@pytest.fixture
+def untrained_detector(tmp_path: Path) -> Path:
+    """A file with the layout of facexlib's small detector, which sees no face anywhere."""
+    torch.manual_seed(0)
+    network = RetinaFace("mobilenet0.25")
+    for head in network.ClassHead:
+        head.get_parameter("conv1x1.bias").data.copy_(torch.tensor([9.0, -9.0, 9.0, -9.0]))
+    torch.save(network.state_dict(), path := tmp_path / "untrained.pth")
+    return path
 
 
 @pytest.fixture
@@ -147,11 +159,11 @@ def test_what_the_user_put_there_is_used_and_stays(
 
 
 def test_files_downloaded_by_hand_are_known_by_content(
-    server: Server, models: Path, released: Path, data: Path, tmp_path: Path
+    server: Server, models: Path, released: Path, untrained_detector: Path, tmp_path: Path
 ) -> None:
     downloads = tmp_path / "Downloads"
     downloads.mkdir()
-    for number, path in enumerate([*released.iterdir(), data / "weights" / SMALL]):
+    for number, path in enumerate([*released.iterdir(), untrained_detector]):
         shutil.copyfile(path, downloads / f"download ({number})")
     (downloads / "page.html").write_text("<html>")
     chosen = [argument for name in (VRE, LORA, KOHYA, SMALL) for argument in ("--only", name)]

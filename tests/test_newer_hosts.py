@@ -56,8 +56,8 @@ def no_gradients() -> Any:
 
 
 @pytest.fixture
-def portrait(data: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
-    return load_picture(data / "images" / "astronaut.png")
+def portrait(photographs: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
+    return load_picture(photographs / "astronaut.png")
 
 
 @pytest.fixture

@@ -114,14 +114,14 @@ def small(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture
-def portrait(data: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
-    return load_picture(data / "images" / "astronaut.png")
+def portrait(photographs: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
+    return load_picture(photographs / "astronaut.png")
 
 
 @pytest.fixture
-def group(data: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
+def group(photographs: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
     """Two faces side by side, at (1,270,640,3)."""
-    picture = load_picture(data / "images" / "cc0_mosaic_6faces_1080p.png")
+    picture = load_picture(photographs / "group.png")
     return (
         F.interpolate(picture[:, :540, :1280].movedim(-1, 1), scale_factor=0.5, mode="area")
         .movedim(1, -1)

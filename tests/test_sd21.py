@@ -180,7 +180,7 @@ def test_tiles_begin_where_the_released_code_has_them() -> None:
 
 @pytest.mark.full
 def test_osediffs_numbers_come_out_of_the_same_parts(
-    golden_osediff: Path, seeded: ModuleType, stand_ins: Path
+    more_golden: Path, seeded: ModuleType, stand_ins: Path
 ) -> None:
     """OSEDiff: LoRAs of 258 and of 32 layers, timestep 999, a text prompt, tiles."""
     pytest.importorskip("diffusers", reason="no diffusers: pip install -r requirements-dev.txt")
@@ -188,8 +188,8 @@ def test_osediffs_numbers_come_out_of_the_same_parts(
     from osdface_core.diffusers.loading import load
     from osdface_core.diffusers.lora import merge_lora
 
-    truth = load_file(golden_osediff / "golden.safetensors")
-    released = checkpoint_of(golden_osediff)
+    truth = load_file(more_golden / "osediff" / "golden.safetensors")
+    released = checkpoint_of(more_golden / "osediff")
     unet, vae = load(stand_ins / "v2-1_512-seeded.safetensors")
     unet_tensors = released["state_dict_unet"]
     for part in ("weight", "bias"):

@@ -133,7 +133,7 @@ class Server:
 def server(
     comfyui: Path,
     populate: Callable[[Path], None],
-    data: Path,
+    photographs: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     # A ComfyUI in this process, from tests before these, keeps gigabytes that the server wants.
@@ -144,7 +144,7 @@ def server(
     populate(base)
     (base / "custom_nodes" / "keep").mkdir()
     (base / "custom_nodes" / "keep" / "__init__.py").write_text(KEEP_NODE)
-    shutil.copy(data / "images" / "astronaut.png", base / "input" / "astronaut.png")
+    shutil.copy(photographs / "astronaut.png", base / "input" / "astronaut.png")
     with serving(comfyui, base) as address:
         yield Server(address.removeprefix("http://"), base)
 
@@ -231,7 +231,7 @@ def released_path(crops: Tensor, prompts: Tensor, seeded: ModuleType) -> Tensor:
 
 
 def test_without_a_face_the_picture_passes_and_no_network_runs(
-    server: Server, data: Path, load_picture: Callable[[Path], Tensor]
+    server: Server, photographs: Path, load_picture: Callable[[Path], Tensor]
 ) -> None:
     from PIL import Image
 
@@ -266,11 +266,11 @@ def photograph(**changed: Any) -> dict[str, Any]:
 
 
 def test_a_photograph_is_restored(
-    server: Server, data: Path, seeded: ModuleType, load_picture: Callable[[Path], Tensor]
+    server: Server, photographs: Path, seeded: ModuleType, load_picture: Callable[[Path], Tensor]
 ) -> None:
     pytest.importorskip("diffusers", reason="diffusers is the outside truth for the restored crop")
     assert server.queue(photograph()).error is None
-    given = load_picture(data / "images" / "astronaut.png")
+    given = load_picture(photographs / "astronaut.png")
     image, mask, crops, restored = (server.kept(n) for n in ("image", "mask", "crops", "restored"))
     assert server.kept("count") == 1
     assert crops.shape == restored.shape == (1, 512, 512, 3)
@@ -366,10 +366,10 @@ def test_the_one_node_gives_what_the_four_give_in_one_bar(server: Server) -> Non
     assert softer.seconds < first.seconds / 3
 
 
-def test_a_stop_is_heeded_within_a_face_and_the_next_run_works(server: Server, data: Path) -> None:
-    shutil.copy(
-        data / "images" / "cc0_mosaic_6faces_1080p.png", server.base / "input" / "group.png"
-    )
+def test_a_stop_is_heeded_within_a_face_and_the_next_run_works(
+    server: Server, photographs: Path
+) -> None:
+    shutil.copy(photographs / "group.png", server.base / "input" / "group.png")
     prompt = photograph(**{"LoadImage.image": "group.png"})
     embedder, times = node_of(prompt, "OSDFaceVRE"), []
 
@@ -389,14 +389,12 @@ def test_a_stop_is_heeded_within_a_face_and_the_next_run_works(server: Server, d
 
 
 def test_only_the_people_who_were_chosen_change(
-    server: Server, data: Path, load_picture: Callable[[Path], Tensor]
+    server: Server, photographs: Path, load_picture: Callable[[Path], Tensor]
 ) -> None:
     """Two of the mosaic's six, by Face Select; their crops come back inverted, which anyone would
     see.
     """
-    shutil.copy(
-        data / "images" / "cc0_mosaic_6faces_1080p.png", server.base / "input" / "group.png"
-    )
+    shutil.copy(photographs / "group.png", server.base / "input" / "group.png")
     choice = {
         "select": "by index",
         "order": "left to right",
@@ -443,7 +441,7 @@ def test_only_the_people_who_were_chosen_change(
     }
     assert server.queue(prompt).error is None
     given, pasted = (
-        load_picture(data / "images" / "cc0_mosaic_6faces_1080p.png")[0],
+        load_picture(photographs / "group.png")[0],
         server.kept("group")[0],
     )
     assert server.kept("rest").shape == (4, 512, 512, 3)
