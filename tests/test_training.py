@@ -37,11 +37,12 @@ from osdface_core.training import stage1 as training_stage1  # noqa: E402
 from osdface_core.training.__main__ import main  # noqa: E402
 from osdface_core.training.config import read_config  # noqa: E402
 from osdface_core.training.loop import Run, accelerator_for, checkpoints  # noqa: E402
-from osdface_core.training.stage1 import Stage1  # noqa: E402
-from osdface_core.training.stage2 import Stage2  # noqa: E402
+from osdface_core.training.stage1 import Stage1Config  # noqa: E402
+from osdface_core.training.stage2 import Stage2Config  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "osdface_core" / "training" / "configs"
+KINDS = {"stage1": Stage1Config, "stage2": Stage2Config}
 SIDE = 64
 QUIET = {"cpu": True, "workers": 0, "samples": 0, "log_every": 1, "ema": 0.9}
 
@@ -460,12 +461,12 @@ def test_what_is_written_is_read_by_the_embedder_and_by_peft(
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_configurations_are_read(path: Path) -> None:
-    kind = Stage1 if path.stem.startswith("stage1") else Stage2
+    kind = KINDS[path.stem.partition("_")[0]]
     assert read_config(kind, path, ["run.steps=7"]).run.steps == 7
 
 
 def test_no_as_yaml_reads_it_is_no_precision() -> None:
-    assert read_config(Stage2, CONFIGS / "stage2.yaml", ["run.precision=no"]).run.precision == "no"
+    assert read_config(Stage2Config, CONFIGS / "stage2.yaml", ["run.precision=no"]).run.precision == "no"
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -493,7 +494,7 @@ def test_bf16_on_a_processor_without_it_is_warned_of(
 )
 def test_a_mistake_in_the_configuration_is_one_sentence(change: str, says: str) -> None:
     with pytest.raises(OSDFaceError, match=says):
-        read_config(Stage2, CONFIGS / "stage2.yaml", [change])
+        read_config(Stage2Config, CONFIGS / "stage2.yaml", [change])
 
 
 def test_losses_without_their_networks_are_off_and_the_log_says_so(

@@ -408,7 +408,7 @@ def test_processes_share_out_the_samples_of_one(folder: Path) -> None:
 def test_the_adapted_layers_are_the_278_of_the_released_file() -> None:
     diffusers = pytest.importorskip("diffusers")
     from osdface_core.osdface.lora import adapted_layers, is_adapted
-    from osdface_core.training.stage2 import adapted_in
+    from osdface_core.training.networks import adapted_in
 
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(
