@@ -1,4 +1,4 @@
-"""`python -m osdface_core.training stage1|stage2|prepare`, as
+"""`python -m osdface_core.training stage1|stage2|autoencoder|detector|prepare`, as
 docs/training.md tells.
 """
 
@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, does in (
         ("stage1", "the code books of the visual embedder"),
         ("stage2", "the restoration"),
+        ("autoencoder", "the built-in model's autoencoder"),
+        ("detector", "the built-in face detector"),
     ):
         command = commands.add_parser(name, help=f"train {does}")
         command.add_argument(
@@ -66,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(name: str, path: Path, changes: list[str]) -> None:
     try:
+        from .autoencoder import AutoencoderConfig, AutoencoderTask
+        from .detector import DetectorConfig, DetectorTask
         from .loop import accelerator_for, train
         from .stage1 import Stage1Config, Stage1Task
         from .stage2 import Stage2Config, Stage2Task
@@ -76,6 +80,8 @@ def _train(name: str, path: Path, changes: list[str]) -> None:
     tasks: dict[str, tuple[Any, Any]] = {
         "stage1": (Stage1Config, Stage1Task),
         "stage2": (Stage2Config, Stage2Task),
+        "autoencoder": (AutoencoderConfig, AutoencoderTask),
+        "detector": (DetectorConfig, DetectorTask),
     }
     kind, make = tasks[name]
     config = read_config(kind, path, changes)
