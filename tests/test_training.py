@@ -171,11 +171,13 @@ def run(config: Path, stage: str, *changes: str) -> Path:
 
 
 def logged(caplog: pytest.LogCaptureFixture, name: str) -> list[float]:
-    """A loss, step by step, from the log."""
+    """A loss of training, step by step, from the log."""
     lines = [
         r.getMessage()
         for r in caplog.records
-        if r.getMessage().startswith("step ") and f" {name} " in r.getMessage()
+        if r.getMessage().startswith("step ")
+        and f" {name} " in r.getMessage()
+        and "held out" not in r.getMessage()
     ]
     return [float(line.split(f" {name} ")[1].split(",")[0]) for line in lines]
 
@@ -509,7 +511,7 @@ def small(task: str, portraits: Path, folder: Path, **changes: Any) -> Path:
     return write(folder / f"{task}.yaml", config | changes)
 
 
-@pytest.mark.parametrize(("task", "less"), [("autoencoder", 0.9), ("detector", 0.5)])
+@pytest.mark.parametrize(("task", "less"), [("autoencoder", 0.7), ("detector", 0.7)])
 def test_a_few_steps_lower_the_loss_and_the_export_is_read(
     task: str,
     less: float,
@@ -519,14 +521,18 @@ def test_a_few_steps_lower_the_loss_and_the_export_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO)
-    batch = {"autoencoder": 8, "detector": 1}[task]
+    # Windows alone: the loss of other scenes depends on how many faces they show.
+    own = {
+        "autoencoder": ["run.batch=8"],
+        "detector": ["scenes.windows=4", "scenes.windows_chance=1"],
+    }[task]
     folder = run(
         small(task, portraits, tmp_path),
         task,
         "run.steps=40",
-        f"run.batch={batch}",
-        "run.log_every=10",
+        "run.log_every=8",
         "run.samples=2",
+        *own,
     )
     losses = logged(caplog, "total")
     assert losses[-1] < less * losses[0]
