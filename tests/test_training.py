@@ -1,4 +1,6 @@
-"""The training of both stages, at a size that a processor does in seconds, on drawn faces."""
+"""Every training task at a size that a processor does in seconds, on drawn faces and on pictures
+of scikit-image.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +32,30 @@ for needed in ("accelerate", "diffusers", "peft", "tensorboard"):
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
 from osdface_core.cpu import has_bf16  # noqa: E402
+from osdface_core.faces.files import BUILTIN_DETECTOR  # noqa: E402
+from osdface_core.faces.retinaface import build_retinaface  # noqa: E402
+from osdface_core.osdface import builtin  # noqa: E402
 from osdface_core.osdface.builtin.autoencoder import Autoencoder  # noqa: E402
 from osdface_core.osdface.lora import parse_lora  # noqa: E402
 from osdface_core.osdface.vre import build_embedder, read_embedder  # noqa: E402
 from osdface_core.training import stage1 as training_stage1  # noqa: E402
 from osdface_core.training.__main__ import main  # noqa: E402
+from osdface_core.training.autoencoder import AutoencoderConfig  # noqa: E402
 from osdface_core.training.config import read_config  # noqa: E402
+from osdface_core.training.detector import DetectorConfig  # noqa: E402
 from osdface_core.training.loop import Run, accelerator_for, checkpoints  # noqa: E402
-from osdface_core.training.stage1 import Stage1  # noqa: E402
-from osdface_core.training.stage2 import Stage2  # noqa: E402
+from osdface_core.training.networks import UNetConfig, load_unet  # noqa: E402
+from osdface_core.training.stage1 import Stage1Config  # noqa: E402
+from osdface_core.training.stage2 import Stage2Config  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "osdface_core" / "training" / "configs"
+KINDS = {
+    "stage1": Stage1Config,
+    "stage2": Stage2Config,
+    "autoencoder": AutoencoderConfig,
+    "detector": DetectorConfig,
+}
 SIDE = 64
 QUIET = {"cpu": True, "workers": 0, "samples": 0, "log_every": 1, "ema": 0.9}
 
@@ -157,11 +171,13 @@ def run(config: Path, stage: str, *changes: str) -> Path:
 
 
 def logged(caplog: pytest.LogCaptureFixture, name: str) -> list[float]:
-    """A loss, step by step, from the log."""
+    """A loss of training, step by step, from the log."""
     lines = [
         r.getMessage()
         for r in caplog.records
-        if r.getMessage().startswith("step ") and f" {name} " in r.getMessage()
+        if r.getMessage().startswith("step ")
+        and f" {name} " in r.getMessage()
+        and "held out" not in r.getMessage()
     ]
     return [float(line.split(f" {name} ")[1].split(",")[0]) for line in lines]
 
@@ -458,14 +474,154 @@ def test_what_is_written_is_read_by_the_embedder_and_by_peft(
     assert "unet.down_blocks.0.resnets.0.conv1.lora_A.weight" in lora
 
 
+@pytest.fixture(scope="module")
+def portraits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One face of scikit-image's, in four sizes."""
+    skimage_data = pytest.importorskip("skimage.data")
+    folder = tmp_path_factory.mktemp("portraits")
+    picture = Image.fromarray(skimage_data.astronaut())
+    for i in range(4):
+        border = 20 * i
+        part = picture.crop((110 - border, 0, 340 + border, 230 + 2 * border))
+        part.resize((256, 256)).save(folder / f"portrait_{i:03d}.png")
+    return folder
+
+
+SMALL = {
+    "autoencoder": {
+        "data": {"size": 128, "crop": 64, "held_out": [3]},
+        "degradation": {"chance": 0.3, "stages": [{"kernels": {"none": 1}, "shrink": [2, 8]}]},
+        "optimiser": {"learning_rate": 2e-3},
+    },
+    "detector": {
+        "data": {"size": 256, "held_out": [3]},
+        "teacher": str(BUILTIN_DETECTOR),
+        "scenes": {"sizes": [[96, 3], [128, 2]], "windows": 1},
+        "optimiser": {"learning_rate": 3e-3, "warmup": 4, "schedule": "cosine", "end": 0.01},
+    },
+}
+
+
+def small(task: str, portraits: Path, folder: Path, **changes: Any) -> Path:
+    """The configuration of a small training of the built-in model's."""
+    config = SMALL[task] | {
+        "run": {"folder": str(folder / "run"), "steps": 4, "channels_last": True, **QUIET}
+    }
+    config["data"] = SMALL[task]["data"] | {"folder": str(portraits)}
+    return write(folder / f"{task}.yaml", config | changes)
+
+
+@pytest.mark.parametrize(("task", "less"), [("autoencoder", 0.7), ("detector", 0.7)])
+def test_a_few_steps_lower_the_loss_and_the_export_is_read(
+    task: str,
+    less: float,
+    portraits: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO)
+    # Windows alone: the loss of other scenes depends on how many faces they show.
+    own = {
+        "autoencoder": ["run.batch=8"],
+        "detector": ["scenes.windows=4", "scenes.windows_chance=1"],
+    }[task]
+    folder = run(
+        small(task, portraits, tmp_path),
+        task,
+        "run.steps=40",
+        "run.log_every=8",
+        "run.samples=2",
+        *own,
+    )
+    losses = logged(caplog, "total")
+    assert losses[-1] < less * losses[0]
+    shown = Image.open(folder / "samples" / "0000040.png").size
+    assert shown == {"autoencoder": (128, 2 * 128), "detector": (2 * 256, 256)}[task]
+    tensors = load_file(folder / f"{task}.safetensors")
+    assert {t.dtype for t in tensors.values()} <= {torch.float16, torch.int64}
+    if task == "detector":
+        _, confidences, _ = build_retinaface(tensors)(torch.zeros(1, 3, 64, 64))
+        assert bool(confidences.isfinite().all())
+    else:
+        monkeypatch.setattr(builtin, "AUTOENCODER", folder / "autoencoder.safetensors")
+        picture = torch.from_numpy(np.array(Image.open(portraits / "portrait_003.png")))
+        pixels = picture.movedim(-1, 0)[None] / 127.5 - 1
+        with torch.no_grad():
+            assert float((builtin.autoencoder()(pixels) - pixels).abs().mean()) < 0.15
+
+
+@pytest.mark.parametrize("task", ["autoencoder", "detector"])
+def test_a_training_that_was_stopped_goes_on_to_the_same_bits(
+    task: str, portraits: Path, tmp_path: Path
+) -> None:
+    config = small(task, portraits, tmp_path)
+    extra = ("run.checkpoint_every=2", "run.accumulate=2")
+    whole = run(config, task, f"run.folder={tmp_path / 'whole'}", *extra)
+    stopped = run(config, task, f"run.folder={tmp_path / 'stopped'}", *extra)
+    checkpoints(stopped)[-1].unlink()
+    (stopped / f"{task}.safetensors").unlink()
+    run(config, task, f"run.folder={stopped}", *extra)
+    before, after = weights(whole), weights(stopped)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    file = f"{task}.safetensors"
+    assert (whole / file).read_bytes() == (stopped / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("task", "start"), [("autoencoder", builtin.AUTOENCODER), ("detector", BUILTIN_DETECTOR)]
+)
+def test_a_training_starts_from_the_weights_given(
+    task: str,
+    start: Path,
+    portraits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = small(task, portraits, tmp_path)
+    changes = ("run.steps=1", "optimiser.learning_rate=0", "optimiser.warmup=0", "run.ema=0")
+    folder = run(config, task, f"start={start}", *changes)
+    given, after = load_file(start), load_file(folder / f"{task}.safetensors")
+    assert given.keys() == after.keys()
+    learned = [name for name in given if name.endswith(("weight", "bias"))]
+    assert [name for name in learned if not torch.equal(given[name], after[name])] == []
+    other = {"autoencoder": BUILTIN_DETECTOR, "detector": builtin.AUTOENCODER}[task]
+    PartialState._reset_state()
+    assert main([task, "--config", str(config), f"start={other}"]) == 1
+    assert {"autoencoder": "no file of", "detector": "does not fit"}[
+        task
+    ] in capsys.readouterr().err
+
+
+def test_a_larger_batch_of_the_detector_is_refused(
+    portraits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small("detector", portraits, tmp_path)
+    assert main(["detector", "--config", str(config), "run.batch=4"]) == 1
+    assert "set run.batch=1" in capsys.readouterr().err
+
+
+def test_the_built_in_unet_is_named_and_not_spelled_out(tmp_path: Path) -> None:
+    unet = load_unet(UNetConfig(kind="builtin", weights=builtin.UNET))
+    assert {key: unet.config[key] for key in builtin.UNET_CONFIG} == builtin.UNET_CONFIG
+    given = load_file(builtin.UNET)
+    assert all(torch.equal(t, given[name].float()) for name, t in unet.state_dict().items())
+    with pytest.raises(OSDFaceError, match=r"`unet` cannot be loaded .* another `unet\.weights`"):
+        load_unet(UNetConfig(kind="builtin", weights=builtin.AUTOENCODER))
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_configurations_are_read(path: Path) -> None:
-    kind = Stage1 if path.stem.startswith("stage1") else Stage2
+    kind = KINDS[path.stem.partition("_")[0]]
     assert read_config(kind, path, ["run.steps=7"]).run.steps == 7
 
 
 def test_no_as_yaml_reads_it_is_no_precision() -> None:
-    assert read_config(Stage2, CONFIGS / "stage2.yaml", ["run.precision=no"]).run.precision == "no"
+    assert (
+        read_config(Stage2Config, CONFIGS / "stage2.yaml", ["run.precision=no"]).run.precision
+        == "no"
+    )
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -493,7 +649,7 @@ def test_bf16_on_a_processor_without_it_is_warned_of(
 )
 def test_a_mistake_in_the_configuration_is_one_sentence(change: str, says: str) -> None:
     with pytest.raises(OSDFaceError, match=says):
-        read_config(Stage2, CONFIGS / "stage2.yaml", [change])
+        read_config(Stage2Config, CONFIGS / "stage2.yaml", [change])
 
 
 def test_losses_without_their_networks_are_off_and_the_log_says_so(

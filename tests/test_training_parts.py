@@ -29,6 +29,10 @@ from osdface_core.training.data import (
 )
 from osdface_core.training.degradation import Degradation, Stage, generator_for
 
+pytest.importorskip("accelerate", reason="training needs it: pip install -r requirements-dev.txt")
+
+from osdface_core.training.loop import Average, Optimiser
+
 
 def pictures(seed: int, size: int = 48) -> torch.Tensor:
     noise = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
@@ -307,6 +311,13 @@ def test_the_same_number_gives_the_same_picture_and_another_another() -> None:
     assert not torch.equal(again[0], chain(x, generator_for(4, 0)))
 
 
+def test_some_pictures_stay_undegraded_where_the_chance_is_less_than_1() -> None:
+    x = (pictures(5, 64)[0] * 255).round() / 255
+    stage = Stage(kernel_size=(5, 15), sigma=(2, 4), jpeg_chance=0.0)
+    some = [Degradation((stage,), chance=0.3)(x, generator_for(0, n)) for n in range(200)]
+    assert 0.2 < sum(not torch.equal(y, x) for y in some) / len(some) < 0.4
+
+
 def test_a_mistaken_kind_is_named() -> None:
     with pytest.raises(
         OSDFaceError, match=r"`kernels` of a degradation is \{'round': 1\}; chances of none, iso"
@@ -343,6 +354,16 @@ def test_held_out_pictures_are_never_sampled(folder: Path) -> None:
         [round(float(samples[t * 8 + n]["hq"].mean()) * 255) for n in range(8)] for t in (0, 1)
     ]
     assert orders[0] != orders[1]
+
+
+def test_without_the_whole_face_the_crop_alone_is_degraded(folder: Path) -> None:
+    chosen = Pictures(folder, size=32, crop=16)
+    alone = Samples(split(chosen)[0], chosen, Degradation(()), seed=0, with_face=False)[3]
+    assert alone.keys() == {"hq", "lq", "number"}
+    assert torch.equal(
+        alone["hq"], Samples(split(chosen)[0], chosen, Degradation(()), seed=0)[3]["hq"]
+    )
+    assert alone["lq"].shape == (3, 16, 16)
 
 
 def test_a_picture_is_taken_upright(tmp_path: Path) -> None:
@@ -408,7 +429,7 @@ def test_processes_share_out_the_samples_of_one(folder: Path) -> None:
 def test_the_adapted_layers_are_the_278_of_the_released_file() -> None:
     diffusers = pytest.importorskip("diffusers")
     from osdface_core.osdface.lora import adapted_layers, is_adapted
-    from osdface_core.training.stage2 import adapted_in
+    from osdface_core.training.networks import adapted_in
 
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(
@@ -416,3 +437,25 @@ def test_the_adapted_layers_are_the_278_of_the_released_file() -> None:
         )
     assert set(adapted_in(unet)) == set(adapted_layers())
     assert not is_adapted("time_embedding.linear_1")
+
+
+def test_the_average_covers_batch_norms_statistics_and_forgets_its_beginning() -> None:
+    norm = torch.nn.BatchNorm2d(3)
+    average = Average(norm, decay=0.9, rise=9)
+    norm.running_mean.fill_(1.0)
+    norm.num_batches_tracked.fill_(7)
+    wanted = 0.0
+    for step in range(1, 200):
+        average.update(step)
+        wanted += (1 - wanted) * (1 - min(0.9, (step + 1) / (step + 10)))
+    with average.in_place():
+        assert norm.running_mean.tolist() == pytest.approx([wanted] * 3, rel=1e-5)
+        assert int(norm.num_batches_tracked) == 7
+    assert norm.running_mean.tolist() == [1.0] * 3
+
+
+def test_a_learning_rate_rises_and_falls_to_its_end() -> None:
+    optimiser = Optimiser(2.0, warmup=9, schedule="cosine", end=0.01)
+    rates = [optimiser.rate(step, 1000) for step in range(1001)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == pytest.approx(2.0, rel=1e-3)
+    assert rates[500] == pytest.approx(2 * 0.505) and rates[1000] == pytest.approx(0.02)

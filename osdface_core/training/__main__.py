@@ -1,4 +1,6 @@
-"""python -m osdface_core.training {stage1,stage2,prepare} ...: see docs/training.md."""
+"""`python -m osdface_core.training stage1|stage2|autoencoder|detector|prepare`, as
+docs/training.md tells.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ log = logging.getLogger(__name__)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m osdface_core.training",
-        description="Trains OSDFace; docs/training.md tells how.",
+        description="Trains OSDFace and the built-in model; docs/training.md tells how.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, does in (
         ("stage1", "the code books of the visual embedder"),
-        ("stage2", "the restoration itself"),
+        ("stage2", "the restoration"),
+        ("autoencoder", "the built-in model's autoencoder"),
+        ("detector", "the built-in face detector"),
     ):
         command = commands.add_parser(name, help=f"train {does}")
         command.add_argument(
@@ -62,20 +66,24 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _train(stage: str, path: Path, changes: list[str]) -> None:
+def _train(name: str, path: Path, changes: list[str]) -> None:
     try:
+        from .autoencoder import AutoencoderConfig, AutoencoderTask
+        from .detector import DetectorConfig, DetectorTask
         from .loop import accelerator_for, train
-        from .stage1 import Stage1, Stage1Task
-        from .stage2 import Stage2, Stage2Task
+        from .stage1 import Stage1Config, Stage1Task
+        from .stage2 import Stage2Config, Stage2Task
     except ImportError as error:
         raise OSDFaceError(
             f"Training needs {error.name}: run `pip install -r requirements-dev.txt`."
         ) from error
-    kinds: dict[str, tuple[Any, Any]] = {
-        "stage1": (Stage1, Stage1Task),
-        "stage2": (Stage2, Stage2Task),
+    tasks: dict[str, tuple[Any, Any]] = {
+        "stage1": (Stage1Config, Stage1Task),
+        "stage2": (Stage2Config, Stage2Task),
+        "autoencoder": (AutoencoderConfig, AutoencoderTask),
+        "detector": (DetectorConfig, DetectorTask),
     }
-    kind, make = kinds[stage]
+    kind, make = tasks[name]
     config = read_config(kind, path, changes)
     accelerator = accelerator_for(config.run)
     if not accelerator.is_main_process:

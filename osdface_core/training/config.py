@@ -1,5 +1,5 @@
-"""YAML to dataclasses: every key known, every value of its kind, or one sentence that says which is
-not.
+"""Configurations: YAML read into dataclasses. An unknown key or a value of the wrong type is an
+error that names it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ Config = TypeVar("Config")
 
 
 def read_config(kind: type[Config], path: Path, changes: Sequence[str] = ()) -> Config:
-    """The configuration `path` as the dataclass `kind`, with changes such as "run.steps=1000" made
-    to it.
+    """The configuration in the file `path`, as the dataclass `kind`.
 
-    Raises OSDFaceError for a file that cannot be read, an unknown key, or a value of the wrong
-    kind.
+    changes: such as "run.steps=1000", made to it.
+
+    Raises OSDFaceError for a file that cannot be read, an unknown or missing key, or a value of the
+    wrong type.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -64,8 +65,11 @@ def _plain(value: Any) -> Any:
 
 
 def _made(kind: Any, value: Any, where: str) -> Any:
-    """`value` as `kind`: a dataclass, tuple[X, ...], tuple[X, Y], dict, X | None, Literal, Path,
-    bool, int, float or str.
+    """The value, read from YAML, as the type `kind`.
+
+    kind: a dataclass, tuple[X, ...], tuple[X, Y], dict, X | None, Literal, Path, bool, int, float
+        or str.
+    where: its key, for errors.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -103,7 +107,8 @@ def _made(kind: Any, value: Any, where: str) -> Any:
                 for i, (a, v) in enumerate(zip(arguments, value, strict=True))
             )
     if origin is typing.Literal:
-        word = "no" if value is False else value  # as YAML reads it
+        # YAML reads the word no as False.
+        word = "no" if value is False else value
         if word in arguments:
             return word
     if origin is dict and isinstance(value, dict):
@@ -114,7 +119,8 @@ def _made(kind: Any, value: Any, where: str) -> Any:
         return Path(value).expanduser()
     if kind is float and not isinstance(value, bool):
         try:
-            return float(value)  # YAML takes 1e-4 for a word
+            # YAML reads 1e-4 as a string.
+            return float(value)
         except (TypeError, ValueError):
             pass
     wanted = (

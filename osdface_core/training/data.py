@@ -1,5 +1,5 @@
-"""A folder of pictures as training samples: each a good face and the same face degraded, made anew
-for every sample's number.
+"""A folder of pictures as training samples: each a good picture and the same one degraded, made
+anew for every sample's number.
 """
 
 from __future__ import annotations
@@ -9,35 +9,50 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Sampler
 
 from ..errors import OSDFaceError
+from ..sd21.backbone import STRIDE
 from .degradation import Degradation, drawn, generator_for
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# Decoded pictures that are kept in memory.
 CACHED = 512
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """folder: searched through, in the order of the names. size: pixels a side that a picture is
-    worked at; its middle square is taken. crop: pixels a side of the random part that is restored,
-    0 for the whole; a multiple of 8. held_out: pictures whose file name ends in one of these
-    numbers are for measuring alone. limit: the first so many only, 0 for all. flip: mirror at
-    random. zoom: the side of the square that is taken, as a share of the middle one's, drawn
-    evenly, and its place too; it is never enlarged.
+class Folder:
+    """Which pictures are trained on.
+
+    folder: searched with its subfolders, in the order of the names.
+    size: pixels a side to which a picture's middle square is resized.
+    held_out: pictures whose file name ends in one of these numbers are measured, never trained on.
+    limit: the first so many training pictures only; 0 for all.
     """
 
     folder: Path
     size: int = 512
-    crop: int = 0
     held_out: tuple[int, ...] = ()
     limit: int = 0
+
+
+@dataclass(frozen=True)
+class Pictures(Folder):
+    """Which pictures are trained on, and which part of each.
+
+    crop: pixels a side of the random part that is restored, a multiple of 8; 0 for the whole.
+    flip: whether half of the samples are mirrored.
+    zoom: range of the side of the square that is taken, as a share of the middle square's side. Its
+        side and place are drawn evenly. It is never enlarged.
+    """
+
+    crop: int = 0
     flip: bool = True
     zoom: tuple[float, float] = (1.0, 1.0)
 
@@ -52,8 +67,8 @@ def number_of(path: Path) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def split(pictures: Pictures) -> tuple[list[Path], list[Path]]:
-    """(files to train on, files held out). Raises OSDFaceError where none is to train on."""
+def split(pictures: Folder) -> tuple[list[Path], list[Path]]:
+    """(files to train on, files held out). Raises OSDFaceError where none is left to train on."""
     files = picture_files(pictures.folder)
     kept = [path for path in files if number_of(path) not in pictures.held_out]
     out = [path for path in files if number_of(path) in pictures.held_out]
@@ -73,12 +88,13 @@ def read_square(path: Path, size: int) -> Tensor:
 def read_part(
     path: Path, size: int, zoom: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
-    """A square somewhere in a picture's middle one, (3,size,size) bytes. Cut out before it is
-    shrunk, so that it stays sharp.
+    """A random square within a picture's middle square, (3,size,size) bytes.
+
+    It is cut out of the full-size picture and then shrunk, so that it stays sharp.
     """
     if zoom == (1.0, 1.0):
         return read_square(path, size)
-    # More than twice the size is not kept, for the sake of memory.
+    # Not kept at more than twice the size, to save memory.
     square = _square(path, size, 2 * size)
     side = max(float(size), square.width * min(1.0, drawn(zoom, generator)))
     left, top = (drawn((0, square.width - side), generator) for _ in range(2))
@@ -111,9 +127,20 @@ def _square(path: Path, least: int, most: int) -> Image.Image:
     )
 
 
-class Samples(Dataset[dict[str, Tensor]]):
-    """Sample number n: a picture by an order that is shuffled anew each time round, and what is
-    random about it by n alone.
+class Numbered(Protocol):
+    """Samples by number, from 0 without end. What is random about one depends on its number alone,
+    so that a stopped run goes on with the same samples, however many processes share them.
+    """
+
+    def __len__(self) -> int:
+        """How many pictures the samples are made of."""
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]: ...
+
+
+class Samples:
+    """Pairs of a good and a degraded picture. The order of the pictures is shuffled anew in each
+    epoch.
     """
 
     def __init__(
@@ -124,64 +151,85 @@ class Samples(Dataset[dict[str, Tensor]]):
         seed: int,
         *,
         still: bool = False,
+        with_face: bool = True,
     ) -> None:
-        """still: every picture in its turn, whole and not mirrored, for measuring."""
-        if pictures.crop % 8 or pictures.size % 8 or pictures.crop > pictures.size:
+        """Raises OSDFaceError for a size that is no multiple of the latents' block.
+
+        files: the pictures.
+        pictures: which part of each is taken.
+        degradation: how the degraded picture is made.
+        seed: of all that is random.
+        still: in the order of the files, whole and not mirrored, for measuring.
+        with_face: gives the whole degraded picture beside the crop; without it the crop alone is
+            degraded, which is faster.
+        """
+        if pictures.crop % STRIDE or pictures.size % STRIDE or pictures.crop > pictures.size:
             raise OSDFaceError(
-                f"`data.crop` is {pictures.crop} and `data.size` {pictures.size}; multiples of 8 "
-                f"are wanted, the crop no larger: set them."
+                f"`data.crop` is {pictures.crop} and `data.size` {pictures.size}; multiples of "
+                f"{STRIDE} are wanted, the crop no larger: set them."
             )
-        self.files, self.pictures, self.degradation, self.seed, self.still = (
-            list(files),
-            pictures,
-            degradation,
-            seed,
-            still,
-        )
+        self.files, self.pictures, self.degradation = list(files), pictures, degradation
+        self.seed, self.still, self.with_face = seed, still, with_face
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
-        """`hq` and `lq` (3,crop,crop), `face` (3,size,size): the whole degraded face; all in [0,1].
-        `number`: n.
+        """`hq` and `lq` (3,crop,crop), `face` the whole degraded picture (3,size,size), all in
+        [0,1], and `number`, n.
         """
-        generator = generator_for(self.seed, n)
-        turn, place = divmod(n, len(self.files))
-        index = place if self.still else _order(self.seed, turn, len(self.files))[place]
-        zoom = (1.0, 1.0) if self.still else self.pictures.zoom
-        hq = read_part(self.files[index], self.pictures.size, zoom, generator).float() / 255
-        if (
-            self.pictures.flip
-            and not self.still
-            and bool(torch.rand((), generator=generator) < 0.5)
-        ):
+        pictures, generator = self.pictures, generator_for(self.seed, n)
+        epoch, place = divmod(n, len(self.files))
+        index = place if self.still else _order(self.seed, epoch, len(self.files))[place]
+        zoom = (1.0, 1.0) if self.still else pictures.zoom
+        hq = read_part(self.files[index], pictures.size, zoom, generator).float() / 255
+        if pictures.flip and not self.still and bool(torch.rand((), generator=generator) < 0.5):
             hq = hq.flip(-1)
+        crop = 0 if self.still else pictures.crop
+        if not self.with_face:
+            hq = hq[_part(pictures.size, crop, generator)].contiguous() if crop else hq
+            return {"hq": hq, "lq": self.degradation(hq, generator), "number": torch.tensor(n)}
         lq = face = self.degradation(hq, generator)
-        if self.pictures.crop and not self.still:
-            top, left = (
-                torch.randint(
-                    0, (self.pictures.size - self.pictures.crop) // 8 + 1, (2,), generator=generator
-                )
-                .mul(8)
-                .tolist()
-            )
-            part = (
-                slice(None),
-                slice(top, top + self.pictures.crop),
-                slice(left, left + self.pictures.crop),
-            )
+        if crop:
+            part = _part(pictures.size, crop, generator)
             hq, lq = hq[part].contiguous(), lq[part].contiguous()
         return {"hq": hq, "lq": lq, "face": face, "number": torch.tensor(n)}
 
 
+def _part(size: int, crop: int, generator: torch.Generator) -> tuple[slice, ...]:
+    """A random part of `crop` px of a picture (3,size,size), aligned with the latents' blocks."""
+    places = torch.randint(0, (size - crop) // STRIDE + 1, (2,), generator=generator)
+    top, left = (places * STRIDE).tolist()
+    return slice(None), slice(top, top + crop), slice(left, left + crop)
+
+
 @lru_cache(4)
-def _order(seed: int, turn: int, count: int) -> list[int]:
-    return torch.randperm(count, generator=generator_for(seed, -1, turn)).tolist()
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    return torch.randperm(count, generator=generator_for(seed, -1, epoch)).tolist()
+
+
+def training_and_held_out(
+    pictures: Pictures, degradation: Degradation, seed: int, shown: int, *, with_face: bool = True
+) -> tuple[Samples, Samples]:
+    """(samples to train on, samples to measure): the latter are the pictures held out, or the first
+    `shown` training pictures where none is.
+    """
+    files, out = split(pictures)
+    return (
+        Samples(files, pictures, degradation, seed, with_face=with_face),
+        Samples(
+            out or files[:shown],
+            pictures,
+            degradation,
+            seed,
+            still=True,
+            with_face=with_face,
+        ),
+    )
 
 
 def batches(
-    samples: Samples,
+    samples: Numbered,
     *,
     batch: int,
     accumulate: int,
@@ -190,30 +238,31 @@ def batches(
     first_step: int,
     workers: int,
 ) -> Iterator[dict[str, Tensor]]:
-    """The batches of one process from `first_step` on, without end; `accumulate` of them make a
-    step.
+    """The batches of one process, without end; `accumulate` of them make a step.
 
-    Which samples a step sees does not depend on how many processes share it, as long as batch x
-    accumulate x processes stays.
+    Which samples a step sees does not depend on how many processes share them, as long as batch x
+    accumulate x processes stays the same.
+
+    samples: where they come from.
+    batch: samples in a batch.
+    accumulate: batches in a step.
+    process: number of this process, from 0.
+    processes: how many there are.
+    first_step: the step to begin with, from 0.
+    workers: processes that make samples, 0 for this one.
     """
 
-    def numbers() -> Iterator[list[int]]:
-        turn = first_step * accumulate
-        while True:
-            start = (turn * processes + process) * batch
-            yield list(range(start, start + batch))
-            turn += 1
-
-    class Endless(torch.utils.data.Sampler[list[int]]):
+    class Numbers(Sampler[list[int]]):
         def __iter__(self) -> Iterator[list[int]]:
-            return numbers()
+            turn = first_step * accumulate
+            while True:
+                start = (turn * processes + process) * batch
+                yield list(range(start, start + batch))
+                turn += 1
 
+    source: Any = samples
     return iter(
         DataLoader(
-            samples,
-            batch_sampler=Endless(),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=False,
+            source, batch_sampler=Numbers(), num_workers=workers, persistent_workers=workers > 0
         )
     )

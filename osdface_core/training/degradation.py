@@ -1,9 +1,9 @@
-"""Makes a low-quality face out of a good one: blur, shrinking, noise, JPEG, once or several times
-over, and back to its size.
+"""Degrades a good picture: blur, shrinking, noise and JPEG, once or several times, then back to its
+size.
 
-Second-order degradation after Real-ESRGAN (Wang et al. 2021, section 3), whose kernels these are;
-OSDFace runs one chain twice. All that is random comes from the generator given, so that a seed and
-a sample's number make the same picture everywhere.
+Second-order degradation with the kernels of Real-ESRGAN (Wang et al. 2021, section 3); OSDFace runs
+one chain twice. All that is random comes from the generator given, so that a seed and a sample's
+number make the same picture on every machine.
 """
 
 from __future__ import annotations
@@ -41,15 +41,24 @@ RESIZES = ("area", "bilinear", "bicubic", "nearest")
 
 @dataclass(frozen=True)
 class Stage:
-    """One chain of blur, shrinking, noise and JPEG. A pair is a range, drawn from evenly; a mapping
-    gives each kind its chance.
+    """One chain of blur, shrinking, noise and JPEG.
 
-    kernel_size: taps a side, odd numbers of the range. sigma: the Gaussian's, in pixels, along each
-    axis. generalized, plateau: the exponents of these kernels. shrink: the sides are divided by
-    this. noise: standard deviation, of 255. poisson: strength of shot noise, as Real-ESRGAN scales
-    it. grey: chance that noise is the same in all channels. jpeg: quality; jpeg_chance: of being
-    compressed at all. enlarge: the size is restored at the stage's end, not only at the last
-    stage's.
+    A pair is a range, drawn from evenly; a mapping gives the chance of each kind.
+
+    kernels: kinds of blur, of KERNELS.
+    kernel_size: taps a side; odd numbers of the range are drawn.
+    sigma: of the Gaussian along each axis, in pixels.
+    generalized: exponent of the generalised Gaussian.
+    plateau: exponent of the plateau-shaped kernel.
+    shrink: what the sides are divided by.
+    resize: kinds of interpolation, of RESIZES, for shrinking and enlarging.
+    noises: kinds of noise, of NOISES.
+    noise: standard deviation of Gaussian noise, in levels of 255.
+    poisson: strength of shot noise, as Real-ESRGAN scales it.
+    grey: chance that the noise is the same in all channels.
+    jpeg: quality.
+    jpeg_chance: chance of JPEG compression.
+    enlarge: whether the stage ends at the picture's full size; the last stage always does.
     """
 
     kernels: dict[str, float] = field(default_factory=lambda: {"iso": 0.5, "aniso": 0.5})
@@ -89,15 +98,22 @@ class Stage:
 
 @dataclass(frozen=True)
 class Degradation:
-    """stages: run one after the other. sinc: chance of a sinc filter at the end, for ringing
-    (Real-ESRGAN, section 3.4).
+    """How a good picture is degraded.
+
+    stages: run one after the other.
+    sinc: chance of a sinc filter at the end, for ringing (Real-ESRGAN, section 3.4).
+    chance: of being degraded at all.
     """
 
     stages: tuple[Stage, ...] = (Stage(), Stage())
     sinc: float = 0.0
+    chance: float = 1.0
 
     def __call__(self, picture: Tensor, generator: torch.Generator) -> Tensor:
         """(3,H,W) in [0,1] -> the same size, in 256 steps of [0,1]."""
+        # A chance of 1 draws nothing, so that it changes no number of the other draws.
+        if self.chance < 1 and drawn((0, 1), generator) >= self.chance:
+            return picture
         size = picture.shape[-2:]
         x = picture[None]
         for stage in self.stages:
@@ -115,16 +131,18 @@ class Degradation:
 
 
 def generator_for(seed: int, *numbers: int) -> torch.Generator:
-    """A generator of its own for these numbers: neighbours have nothing in common."""
+    """A generator seeded with a hash of these numbers, so that neighbours are independent."""
     digest = hashlib.blake2b(repr((seed, *numbers)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def drawn(of: Range, generator: torch.Generator) -> float:
+    """A number of the range, evenly distributed."""
     return of[0] + (of[1] - of[0]) * float(torch.rand((), generator=generator, dtype=torch.float64))
 
 
 def picked(chances: dict[str, float], generator: torch.Generator) -> str:
+    """One of the names, by its chance; the chances need not add up to 1."""
     names = list(chances)
     return names[
         int(
@@ -140,7 +158,7 @@ def _odd(of: tuple[int, int], generator: torch.Generator) -> int:
 
 
 def degraded(x: Tensor, stage: Stage, generator: torch.Generator) -> Tensor:
-    """One stage over (1,3,H,W) in [0,1]; the result is smaller by what was drawn."""
+    """One stage on x (1,3,H,W) in [0,1] -> (1,3,h,w) in [0,1], the sides divided by the shrink."""
     kind = picked(stage.kernels, generator)
     if kind != "none":
         x = blurred(x, kernel(kind, stage, generator))
@@ -158,8 +176,7 @@ def resized(x: Tensor, size: tuple[int, int] | torch.Size, mode: str) -> Tensor:
         return x
     if mode in ("area", "nearest"):
         return F.interpolate(x, tuple(size), mode=mode)
-    # Without antialiasing, as OpenCV resizes, and with it Real-ESRGAN and the test sets of the
-    # field.
+    # Without antialiasing, as OpenCV's resize, which Real-ESRGAN and the usual test sets use.
     return F.interpolate(x, tuple(size), mode=mode, align_corners=False).clamp(0, 1)
 
 
@@ -190,9 +207,17 @@ def gaussian_kernel(
     shape: str = "gaussian",
     exponent: float = 1.0,
 ) -> Tensor:
-    """(size,size) fp32 of sum 1. shape: gaussian exp(-q/2), generalized exp(-q^b/2), plateau
-    1/(1+q^b); q is the squared distance in standard deviations along two axes that are turned by
-    `angle`, b the exponent (Liu et al. 2020, Real-ESRGAN section 3.1).
+    """(size,size) fp32 of sum 1 (Liu et al. 2020; Real-ESRGAN, section 3.1).
+
+    With q the squared distance in standard deviations and b the exponent: gaussian is exp(-q/2),
+    generalized exp(-q^b/2), plateau 1/(1+q^b).
+
+    size: taps a side.
+    across: standard deviation along the first axis, in pixels.
+    along: along the second axis.
+    angle: by which the axes are turned, in radians.
+    shape: gaussian, generalized or plateau.
+    exponent: b.
     """
     steps = torch.arange(size, dtype=torch.float64) - size // 2
     y, x = torch.meshgrid(steps, steps, indexing="ij")
@@ -208,9 +233,7 @@ def gaussian_kernel(
 
 
 def sinc_kernel(size: int, cutoff: float) -> Tensor:
-    """(size,size) fp32 of sum 1: the low-pass filter that cuts at `cutoff` radians a pixel in every
-    direction.
-    """
+    """(size,size) fp32 of sum 1: the ideal low-pass filter, cutoff in radians a pixel."""
     steps = torch.arange(size, dtype=torch.float64) - size // 2
     radius = (steps[:, None] ** 2 + steps[None, :] ** 2).sqrt()
     weights = cutoff * torch.special.bessel_j1(cutoff * radius) / (2 * math.pi * radius)
@@ -219,8 +242,9 @@ def sinc_kernel(size: int, cutoff: float) -> Tensor:
 
 
 def blurred(x: Tensor, weights: Tensor) -> Tensor:
-    """(1,3,H,W) correlated with (k,k), the edge mirrored; by Fourier transform, which for 41 taps
-    is far faster on a CPU.
+    """x (1,3,H,W) correlated with weights (k,k), mirrored beyond the edge.
+
+    By Fourier transform, which for 41 taps is far faster on a CPU.
     """
     border = weights.shape[-1] // 2
     padded = F.pad(x, [border] * 4, mode="reflect" if border < min(x.shape[-2:]) else "replicate")
@@ -231,6 +255,7 @@ def blurred(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def noisy(x: Tensor, stage: Stage, generator: torch.Generator) -> Tensor:
+    """x (1,3,H,W) in [0,1] with noise; not clamped."""
     kind = picked(stage.noises, generator)
     if kind == "none":
         return x
@@ -248,7 +273,7 @@ def noisy(x: Tensor, stage: Stage, generator: torch.Generator) -> Tensor:
 
 
 def compressed(x: Tensor, quality: int) -> Tensor:
-    """(1,3,H,W) in [0,1] through JPEG with the usual halved colours."""
+    """x (1,3,H,W) in [0,1] through JPEG with the usual 4:2:0 chroma subsampling."""
     pixels = x[0].clamp(0, 1).mul(255).round().byte().movedim(0, -1).numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality)

@@ -1,333 +1,385 @@
-"""Trains the built-in face detector to answer as RetinaFace does, on pictures made from a folder of
-portraits.
+"""The built-in face detector, trained to answer as another RetinaFace does: distillation.
 
-    python -m osdface_core.training.detector PICTURES --teacher FILE --hold-out 6 \\
-        --minutes 25 --out detector.safetensors
-
-Each training picture is a made ground (noise, gradient, blurred stripes, or a part of a portrait
-below its face) with none to six portraits on it, scaled, turned, mirrored, shifted and side by
-side, then darkened, blurred, made noisy or grey. The teacher, a RetinaFace with weights of its own,
-looks at the very same picture; what it says at each anchor (a confidence, a box, five landmarks) is
-learned.
+A training picture is a background (noise, a gradient, stripes, or a part of a portrait below its
+face) with none to six portraits on it: scaled, rotated, mirrored, side by side, then darkened,
+blurred, made noisy or grey. The teacher sees the same picture; what it says at each anchor (a
+confidence, a box, five landmarks) is the target.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import logging
 import math
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import Tensor, autocast
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from ..errors import OSDFaceError
+from ..faces.detector_check import build_detector
 from ..faces.refine import BEST_SIZE, WINDOW
 from ..faces.retinaface import MEAN_BGR, RetinaFace, build_retinaface
 from ..weights.reading import read_tensors
-from .autoencoder import SIDE, squares, training_pictures
+from .data import Folder, read_square, split
+from .degradation import drawn, generator_for
+from .loop import Optimiser, Run, bare, for_file, grid
 
-log = logging.getLogger(__name__)
-
-# Sides of training pictures and how many make a batch of about equal cost.
-BATCHES = ((256, 12), (384, 5), (512, 3))
-MOST_TURNED = 45
-# Every other batch is of so many windows as detection's second look has them. A face's height is
-# this share of a portrait's.
-WINDOWS = 10
-FACE_HEIGHT = 0.37
-
-
-def uniform(low: float, high: float, generator: torch.Generator) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))
+# A face's height as a share of a portrait's, and how far below the face the portrait's centre is.
+FACE_HEIGHT, BELOW_FACE = 0.37, 0.18
+# Shoulders and cloth begin at this share of a portrait's height.
+SHOULDERS = 13 / 16
+LEAST_PORTRAIT = 56
+SHOWN_SIDE = 256
+GREEN, RED = (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)
 
 
-def ground(portraits: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """(3,side,side) in [0,1] with no face on it."""
-    kind = int(torch.randint(4, (), generator=generator))
+@dataclass(frozen=True)
+class Scenes:
+    """What a batch is: either pictures of one size, drawn from `sizes`, or windows.
+
+    sizes: (pixels a side, pictures in a batch), each of about the same cost.
+    windows: windows in a batch: one upright face each, as the detector's second pass sees it.
+    windows_chance: chance that a batch is of windows.
+    turned: largest rotation of a portrait in a picture, in degrees.
+    """
+
+    sizes: tuple[tuple[int, int], ...] = ((256, 12), (384, 5), (512, 3))
+    windows: int = 10
+    windows_chance: float = 0.5
+    turned: float = 45.0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weights: confidence at every anchor; boxes and landmarks where the teacher sees a face."""
+
+    confidence: float = 1.0
+    boxes: float = 2.0
+    landmarks: float = 8.0
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """What `configs/detector_builtin.yaml` holds.
+
+    data: portraits, one centred face each.
+    teacher: weights of a RetinaFace.
+    start: an exported file to go on from.
+    """
+
+    run: Run
+    data: Folder
+    optimiser: Optimiser
+    teacher: Path
+    start: Path | None = None
+    scenes: Scenes = Scenes()
+    losses: Losses = Losses()
+
+
+class Portraits:
+    """Portraits (3,size,size) in [0,1]."""
+
+    def __init__(self, files: list[Path], size: int) -> None:
+        self.files, self.size = files, size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return read_square(self.files[index], self.size).float() / 255
+
+    def one(self, generator: torch.Generator) -> Tensor:
+        return self[_one_of(len(self), generator)]
+
+
+def _one_of(count: int, generator: torch.Generator) -> int:
+    return int(torch.randint(count, (), generator=generator))
+
+
+def _chance(of: float, generator: torch.Generator) -> bool:
+    return drawn((0, 1), generator) < of
+
+
+def background(portraits: Portraits, side: int, generator: torch.Generator) -> Tensor:
+    """(3,side,side) in [0,1], without a face."""
+    kind = _one_of(4, generator)
     colours = torch.rand(2, 3, 1, 1, generator=generator)
     if kind == 0:
-        coarse = torch.rand(
-            1, 3, *torch.randint(2, 40, (2,), generator=generator).tolist(), generator=generator
-        )
+        cells = torch.randint(2, 40, (2,), generator=generator).tolist()
+        coarse = torch.rand(1, 3, *cells, generator=generator)
         return F.interpolate(coarse, (side, side), mode="bicubic")[0].clamp(0, 1)
     if kind == 1:
         ramp = torch.linspace(0, 1, side).expand(side, side)
-        return torch.lerp(
-            colours[0], colours[1], ramp if uniform(0, 1, generator) < 0.5 else ramp.T
-        )
+        return torch.lerp(colours[0], colours[1], ramp if _chance(0.5, generator) else ramp.T)
     if kind == 2:
         y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        angle, period = uniform(0, math.pi, generator), uniform(4, 60, generator)
+        angle, period = drawn((0, math.pi), generator), drawn((4, 60), generator)
         waves = torch.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period))
-        waves = waves * torch.sin(y * uniform(0.01, 0.5, generator))
+        waves = waves * torch.sin(y * drawn((0.01, 0.5), generator))
         return torch.lerp(colours[0], colours[1], waves * 0.5 + 0.5)
-    # The lowest quarter of a portrait is shoulders and cloth.
-    body = (
-        portraits[
-            int(torch.randint(len(portraits), (), generator=generator)), :, SIDE * 13 // 16 :
-        ].float()
-        / 255
-    )
-    width = int(uniform(body.shape[1], SIDE, generator))
-    left = int(uniform(0, SIDE - width, generator))
+    portrait = portraits.one(generator)
+    size = portrait.shape[-1]
+    body = portrait[:, int(size * SHOULDERS) :]
+    width = int(drawn((body.shape[1], size), generator))
+    left = int(drawn((0, size - width), generator))
     return F.interpolate(
         body[None, :, :, left : left + width], (side, side), mode="bilinear", antialias=True
     )[0]
 
 
-def placed(
+def draw(
     canvas: Tensor,
     portrait: Tensor,
-    middle: tuple[float, float],
-    scale: float,
+    centre: tuple[float, float],
+    side: float,
     degrees: float,
     mirrored: bool,
 ) -> None:
-    """Draws a portrait (3,512,512) on the canvas, turned and `scale` times its size, about the
-    point `middle`.
+    """Draws a portrait on the canvas, in place, with an edge that is one pixel soft.
+
+    canvas: (3,H,H) in [0,1].
+    portrait: (3,S,S) in [0,1].
+    centre: where the portrait's centre comes to, (x,y) in pixels.
+    side: of the portrait on the canvas, in pixels.
+    degrees: rotation.
+    mirrored: whether left and right are exchanged.
     """
-    side = canvas.shape[-1]
+    width = canvas.shape[-1]
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    reach = scale * SIDE / 2 * (abs(cos) + abs(sin))
-    x1, x2 = (max(0, int(middle[0] - reach)), min(side, math.ceil(middle[0] + reach)))
-    y1, y2 = (max(0, int(middle[1] - reach)), min(side, math.ceil(middle[1] + reach)))
+    reach = side / 2 * (abs(cos) + abs(sin))
+    (x1, x2), (y1, y2) = (
+        (max(0, int(c - reach)), min(width, math.ceil(c + reach))) for c in centre
+    )
     if x2 <= x1 or y2 <= y1:
         return
-    size = max(8, round(scale * SIDE))
-    small = (
-        portrait
-        if size >= SIDE
-        else F.interpolate(portrait[None], (size, size), mode="bilinear", antialias=True)[0]
-    )
+    if (size := max(8, round(side))) < portrait.shape[-1]:
+        portrait = F.interpolate(portrait[None], (size, size), mode="bilinear", antialias=True)[0]
     y, x = torch.meshgrid(
-        torch.arange(y1, y2) + 0.5 - middle[1],
-        torch.arange(x1, x2) + 0.5 - middle[0],
+        torch.arange(y1, y2) + 0.5 - centre[1],
+        torch.arange(x1, x2) + 0.5 - centre[0],
         indexing="ij",
     )
-    half = scale * SIDE / 2
-    grid = torch.stack(
+    half = side / 2
+    places = torch.stack(
         [(x * cos + y * sin) / half * (-1 if mirrored else 1), (y * cos - x * sin) / half], -1
     )
-    drawn = F.grid_sample(small[None], grid[None], align_corners=False, padding_mode="border")[0]
-    soft = ((1 - grid.abs().amax(-1)) * half).clamp(0, 1)
-    canvas[:, y1:y2, x1:x2] = torch.lerp(canvas[:, y1:y2, x1:x2], drawn, soft)
+    drawn_portrait = F.grid_sample(
+        portrait[None], places[None], align_corners=False, padding_mode="border"
+    )[0]
+    soft = ((1 - places.abs().amax(-1)) * half).clamp(0, 1)
+    canvas[:, y1:y2, x1:x2] = torch.lerp(canvas[:, y1:y2, x1:x2], drawn_portrait, soft)
 
 
-def picture(portraits: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """One training picture (3,side,side) in [0,1]."""
-    canvas = ground(portraits, side, generator)
-    count = (0, 1, 1, 1, 2, 2, 4, 6)[int(torch.randint(8, (), generator=generator))]
+def scene(portraits: Portraits, side: int, turned: float, generator: torch.Generator) -> Tensor:
+    """A training picture (3,side,side) in [0,1] with none to six portraits.
+
+    portraits: to choose from.
+    side: in pixels.
+    turned: largest rotation of a portrait, in degrees; three in four stay upright.
+    generator: of all that is random.
+    """
+    canvas = background(portraits, side, generator)
+    count = (0, 1, 1, 1, 2, 2, 4, 6)[_one_of(8, generator)]
     columns = math.ceil(math.sqrt(count)) if count > 1 else 1
+    cell = side / columns
     for i in range(count):
-        portrait = (
-            portraits[int(torch.randint(len(portraits), (), generator=generator))].float() / 255
+        portrait = portraits.one(generator)
+        least = 0.12 if count == 1 else 0.3
+        size = cell * math.exp(drawn((math.log(least), math.log(1.6)), generator))
+        degrees = 0.0 if _chance(0.75, generator) else drawn((-turned, turned), generator)
+        centre = (
+            (i % columns + drawn((0.25, 0.75), generator)) * cell,
+            (i // columns + drawn((0.3, 0.8), generator)) * cell,
         )
-        cell = side / columns
-        scale = (
-            math.exp(uniform(math.log(0.12 if count == 1 else 0.3), math.log(1.6), generator))
-            * cell
-            / SIDE
-        )
-        scale = max(scale, 56 / SIDE)
-        turn = (
-            0.0
-            if uniform(0, 1, generator) < 0.75
-            else uniform(-MOST_TURNED, MOST_TURNED, generator)
-        )
-        middle = (
-            (i % columns + uniform(0.25, 0.75, generator)) * cell,
-            (i // columns + uniform(0.3, 0.8, generator)) * cell,
-        )
-        placed(canvas, portrait, middle, scale, turn, uniform(0, 1, generator) < 0.5)
+        mirrored = _chance(0.5, generator)
+        draw(canvas, portrait, centre, max(size, LEAST_PORTRAIT), degrees, mirrored)
     tint = 1 + 0.1 * torch.randn(3, 1, 1, generator=generator)
-    canvas = (canvas * uniform(0.6, 1.2, generator) + uniform(-0.1, 0.1, generator)) * tint
-    if uniform(0, 1, generator) < 0.2:
+    canvas = (canvas * drawn((0.6, 1.2), generator) + drawn((-0.1, 0.1), generator)) * tint
+    if _chance(0.2, generator):
         canvas = canvas.mean(0, keepdim=True).expand(3, -1, -1)
-    if uniform(0, 1, generator) < 0.3:
-        small = max(16, int(side / uniform(1, 4, generator)))
+    if _chance(0.3, generator):
+        small = max(16, int(side / drawn((1, 4), generator)))
         canvas = F.interpolate(canvas[None], (small, small), mode="bilinear", antialias=True)
         canvas = F.interpolate(canvas, (side, side), mode="bilinear")[0]
-    if uniform(0, 1, generator) < 0.4:
-        canvas = canvas + torch.randn(canvas.shape, generator=generator) * uniform(
-            0, 0.1, generator
-        )
+    if _chance(0.4, generator):
+        noise = torch.randn(canvas.shape, generator=generator)
+        canvas = canvas + noise * drawn((0, 0.1), generator)
     return canvas.clamp(0, 1)
 
 
-def window(portraits: Tensor, generator: torch.Generator) -> Tensor:
-    """(3,288,288) in [0,1]: one face, nearly upright and about as large and central as detection's
-    second look shows it.
+def window(portraits: Portraits, generator: torch.Generator) -> Tensor:
+    """(3,288,288) in [0,1]: one face, about as upright, as large and as central as in a window of
+    the detector's second pass.
     """
-    canvas = ground(portraits, WINDOW, generator)
-    portrait = portraits[int(torch.randint(len(portraits), (), generator=generator))].float() / 255
-    scale = math.exp(uniform(-0.2, 0.2, generator)) * BEST_SIZE / FACE_HEIGHT / SIDE
-    # Faces are above the middle of a portrait.
-    middle = (
-        WINDOW / 2 + uniform(-16, 16, generator),
-        WINDOW / 2 + uniform(-16, 16, generator) + 0.18 * scale * SIDE,
-    )
-    placed(
-        canvas, portrait, middle, scale, uniform(-10, 10, generator), uniform(0, 1, generator) < 0.5
-    )
-    return (canvas * uniform(0.7, 1.15, generator) + uniform(-0.05, 0.05, generator)).clamp(0, 1)
+    canvas = background(portraits, WINDOW, generator)
+    portrait = portraits.one(generator)
+    side = math.exp(drawn((-0.2, 0.2), generator)) * BEST_SIZE / FACE_HEIGHT
+    x, y = (WINDOW / 2 + drawn((-16, 16), generator) for _ in range(2))
+    degrees, mirrored = drawn((-10, 10), generator), _chance(0.5, generator)
+    draw(canvas, portrait, (x, y + BELOW_FACE * side), side, degrees, mirrored)
+    return (canvas * drawn((0.7, 1.15), generator) + drawn((-0.05, 0.05), generator)).clamp(0, 1)
 
 
-def answers(network: RetinaFace, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """At each anchor: how much more likely a face than none, as a logit (B,A), and box (B,A,4) and
-    landmarks (B,A,10) as the heads give them.
-    """
-    maps = network.fpn(*network.body(x))
-    features = [
-        module(m)
-        for module, m in zip((network.ssh1, network.ssh2, network.ssh3), maps, strict=True)
-    ]
-    classes, boxes, landmarks = (
-        torch.cat([head(feature) for head, feature in zip(heads, features, strict=True)], 1)
-        for heads in (network.ClassHead, network.BboxHead, network.LandmarkHead)
-    )
-    return classes[..., 1] - classes[..., 0], boxes, landmarks
+class SceneBatches:
+    """Sample number n is a whole batch, since pictures of one size only can be stacked."""
 
+    def __init__(self, portraits: Portraits, scenes: Scenes, seed: int) -> None:
+        self.portraits, self.scenes, self.seed = portraits, scenes, seed
 
-def loss_of(
-    given: tuple[Tensor, Tensor, Tensor], wanted: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the confidences (focal, towards the teacher's), and of boxes and landmarks where the
-    teacher sees a face.
-    """
-    (logits, boxes, landmarks), (their_logits, their_boxes, their_landmarks) = (
-        tuple(t.float() for t in part) for part in (given, wanted)
-    )
-    sure = their_logits.sigmoid()
-    faces = sure.sum().clamp(min=1)
-    missed = (logits.sigmoid() - sure).abs()
-    confidence = (
-        F.binary_cross_entropy_with_logits(logits, sure, reduction="none") * missed
-    ).sum() / faces
-    weight = sure * (sure > 0.3)
+    def __len__(self) -> int:
+        return len(self.portraits)
 
-    def apart(ours: Tensor, theirs: Tensor) -> Tensor:
-        return (
-            F.smooth_l1_loss(ours, theirs, reduction="none", beta=0.1).mean(-1) * weight
-        ).sum() / faces
-
-    return confidence, apart(boxes, their_boxes), apart(landmarks, their_landmarks)
-
-
-def train(
-    portraits: Tensor,
-    network: RetinaFace,
-    teacher: RetinaFace,
-    minutes: float,
-    *,
-    rate: float = 3e-3,
-    seed: int = 0,
-) -> RetinaFace:
-    """The moving average of `network`'s weights after so many minutes of training. portraits:
-    (N,3,512,512) bytes.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    network.train().requires_grad_(True).to(memory_format=torch.channels_last)
-    average = copy.deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), rate, betas=(0.9, 0.98), weight_decay=1e-3)
-    mean_bgr = torch.tensor(MEAN_BGR).view(3, 1, 1)
-    begun, shown, done, means = time.monotonic(), 0.0, 0, [0.0] * 3
-    while (elapsed := (time.monotonic() - begun) / 60) < minutes:
-        for group in optimizer.param_groups:
-            group["lr"] = (
-                rate
-                * min(1, (done + 1) / 50)
-                * (0.01 + 0.99 * (1 + math.cos(math.pi * elapsed / minutes)) / 2)
-            )
-        if done % 2:
-            pixels = torch.stack([window(portraits, generator) for _ in range(WINDOWS)])
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        """`pictures` (N,3,side,side) in [0,1]."""
+        scenes, generator = self.scenes, generator_for(self.seed, n)
+        if _chance(scenes.windows_chance, generator):
+            made = [window(self.portraits, generator) for _ in range(scenes.windows)]
         else:
-            side, count = BATCHES[int(torch.randint(len(BATCHES), (), generator=generator))]
-            pixels = torch.stack([picture(portraits, side, generator) for _ in range(count)])
-        x = (pixels.flip(1) * 255 - mean_bgr).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            wanted = answers(teacher, x)
-        with autocast("cpu", torch.bfloat16):
-            found = answers(network, x)
-        losses = loss_of(found, wanted)
-        optimizer.zero_grad()
-        (losses[0] + 2 * losses[1] + 8 * losses[2]).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimizer.step()
-        done += 1
-        keep = min(0.998, done / (done + 20))
-        with torch.no_grad():
-            for ours, theirs in zip(
-                average.state_dict().values(), network.state_dict().values(), strict=True
-            ):
-                if ours.is_floating_point():
-                    ours.lerp_(theirs, 1 - keep)
-        means = [
-            m + (part.item() - m) * max(0.02, 1 / done)
-            for m, part in zip(means, losses, strict=True)
-        ]
-        if elapsed - shown > 0.5:
-            shown = elapsed
-            log.info(
-                "%5.1f min, step %d, confidence %.3f, boxes %.4f, landmarks %.4f",
-                elapsed,
-                done,
-                *means,
-            )
-    log.info("%d steps in %.1f min", done, minutes)
-    return average.eval()
+            side, count = scenes.sizes[_one_of(len(scenes.sizes), generator)]
+            made = [scene(self.portraits, side, scenes.turned, generator) for _ in range(count)]
+        return {"pictures": torch.stack(made)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("pictures", type=Path)
-    parser.add_argument("--teacher", type=Path, required=True, help="weights of a RetinaFace")
-    parser.add_argument(
-        "--hold-out",
-        type=int,
-        default=0,
-        help="leave out pictures whose number is a multiple of this",
-    )
-    parser.add_argument("--minutes", type=float, default=25)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument(
-        "--threads", type=int, default=1, help="on a busy machine one is faster than two"
-    )
-    parser.add_argument("--start", type=Path, help="go on from these weights")
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(given.threads)
-    portraits = squares(training_pictures(given.pictures, given.hold_out), None)
-    log.info("%d portraits", len(portraits))
+def network_input(pictures: Tensor) -> Tensor:
+    """(B,3,H,W) RGB in [0,1] -> as RetinaFace takes them: BGR, 0..255, less a mean."""
+    return pictures.flip(1) * 255 - pictures.new_tensor(MEAN_BGR).view(3, 1, 1)
+
+
+class Heads(nn.Module):
+    """A RetinaFace up to its heads: what they say, not yet boxes and points in pixels."""
+
+    def __init__(self, detector: RetinaFace) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x as of `network_input` -> at each anchor the logit of a face (B,A), a box (B,A,4) and
+        landmarks (B,A,10).
+        """
+        of = self.detector
+        maps = of.fpn(*of.body(x))
+        features = [f(m) for f, m in zip((of.ssh1, of.ssh2, of.ssh3), maps, strict=True)]
+        classes, boxes, landmarks = (
+            torch.cat([head(feature) for head, feature in zip(heads, features, strict=True)], 1)
+            for heads in (of.ClassHead, of.BboxHead, of.LandmarkHead)
+        )
+        return classes[..., 1] - classes[..., 0], boxes, landmarks
+
+
+def distillation(
+    student: tuple[Tensor, Tensor, Tensor], teacher: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """Losses of what `Heads` give, each summed over the anchors and divided by the number of faces.
+
+    confidence: cross entropy with the teacher's probability, times the two probabilities'
+    difference (a focal loss). boxes, landmarks: smooth L1, weighted with the teacher's probability
+    where that is over 0.3.
+    """
+    logits, boxes, landmarks = (t.float() for t in student)
+    target, target_boxes, target_landmarks = (t.float() for t in teacher)
+    face = target.sigmoid()
+    faces = face.sum().clamp(min=1)
+    missed = (logits.sigmoid() - face).abs()
+    weight = face * (face > 0.3)
+
+    def distance(ours: Tensor, theirs: Tensor) -> Tensor:
+        apart = F.smooth_l1_loss(ours, theirs, reduction="none", beta=0.1).mean(-1)
+        return (apart * weight).sum() / faces
+
+    entropy = F.binary_cross_entropy_with_logits(logits, face, reduction="none")
+    return {
+        "confidence": (entropy * missed).sum() / faces,
+        "boxes": distance(boxes, target_boxes),
+        "landmarks": distance(landmarks, target_landmarks),
+    }
+
+
+def new_detector() -> RetinaFace:
+    """An untrained one that sees a face nowhere, as nearly no anchor holds one."""
     network = RetinaFace("narrow")
-    if given.start:
-        network.load_state_dict(load_file(given.start))
-    else:
-        for head in network.ClassHead:
-            # At first no anchor is a face, as nearly none is.
-            torch.nn.init.constant_(head.get_parameter("conv1x1.bias")[0::2], 2.0)
-            torch.nn.init.constant_(head.get_parameter("conv1x1.bias")[1::2], -2.0)
-    average = train(
-        portraits,
-        network,
-        build_retinaface(read_tensors(given.teacher)),
-        given.minutes,
-        rate=given.rate,
-    )
-    save_file(
-        {
-            k: (t.half() if t.is_floating_point() else t).contiguous()
-            for k, t in average.state_dict().items()
-        },
-        given.out,
-    )
+    for head in network.ClassHead:
+        bias = head.get_parameter("conv1x1.bias")
+        nn.init.constant_(bias[0::2], 2.0)
+        nn.init.constant_(bias[1::2], -2.0)
+    return network
 
 
-if __name__ == "__main__":
-    main()
+class DetectorTask:
+    def __init__(self, config: DetectorConfig, accelerator: Accelerator) -> None:
+        if config.run.batch != 1:
+            raise OSDFaceError(
+                f"`run.batch` is {config.run.batch}, but one sample of the detector's is a batch "
+                f"already: set run.batch=1, and `scenes` or run.accumulate to more."
+            )
+        self.config, self.accelerator, self.step = config, accelerator, 0
+        files, held_out = split(config.data)
+        self.samples = SceneBatches(
+            Portraits(files, config.data.size), config.scenes, config.run.seed
+        )
+        self.held_out = Portraits(held_out or files, config.data.size)
+        teacher = build_detector(read_tensors(config.teacher))
+        self.teacher = Heads(teacher).to(accelerator.device)
+        student = build_retinaface(read_tensors(config.start)) if config.start else new_detector()
+        self.networks: dict[str, nn.Module] = {"detector": Heads(student.requires_grad_(True))}
+        self.optimisers = {"detector": config.optimiser}
+
+    def losses(self, name: str, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._losses(self.networks[name], batch["pictures"].flatten(0, 1))
+
+    def _losses(self, network: nn.Module, pictures: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        x = network_input(pictures)
+        if self.config.run.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            target = self.teacher(x)
+        parts = distillation(network(x), target)
+        weights = self.config.losses
+        total = (
+            weights.confidence * parts["confidence"]
+            + weights.boxes * parts["boxes"]
+            + weights.landmarks * parts["landmarks"]
+        )
+        return total, parts | {"total": total}
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def show(self, count: int) -> tuple[Tensor, dict[str, float]]:
+        """Scenes of held-out portraits; the teacher's landmarks are green, the student's red."""
+        network = bare(self.networks["detector"])
+        pictures = torch.stack(
+            [
+                scene(
+                    self.held_out,
+                    SHOWN_SIDE,
+                    self.config.scenes.turned,
+                    generator_for(self.config.run.seed, -2, n),
+                )
+                for n in range(count)
+            ]
+        ).to(self.accelerator.device)
+        _, parts = self._losses(network, pictures)
+        shown = pictures.clone()
+        for heads, colour in ((self.teacher, GREEN), (network, RED)):
+            _mark(shown, heads.get_submodule("detector")(network_input(pictures)), colour)
+        return grid([shown]), {key: float(value) for key, value in parts.items()}
+
+    def export(self, folder: Path) -> None:
+        """detector.safetensors, in fp16, as `faces.retinaface.build_retinaface` reads it."""
+        state = bare(self.networks["detector"]).get_submodule("detector").state_dict()
+        save_file(for_file(state, half=True), folder / "detector.safetensors")
+
+
+def _mark(
+    pictures: Tensor, found: tuple[Tensor, Tensor, Tensor], colour: tuple[float, float, float]
+) -> None:
+    """Marks the landmarks of every anchor of a confidence over 0.5 in pictures (B,3,H,W)."""
+    _, confidences, landmarks = found
+    last = pictures.shape[-1] - 1
+    for picture, confidence, points in zip(pictures, confidences, landmarks, strict=True):
+        for x, y in points[confidence > 0.5].reshape(-1, 2).round().long().clamp(0, last).tolist():
+            part = picture[:, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
+            part.copy_(picture.new_tensor(colour).view(3, 1, 1).expand_as(part))

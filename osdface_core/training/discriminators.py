@@ -1,4 +1,4 @@
-"""Networks that tell restored faces from good ones."""
+"""Discriminators: networks that tell restored faces from good ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class PatchDiscriminator(nn.Module):
     """(B,3,H,W) in [0,1] -> (B,1,h,w): pix2pix's (Isola et al. 2017), which judges patches of 70 px
     where `layers` is 3.
 
-    Group norm takes the place of batch norm, so that a picture's verdict does not depend on its
-    batch, nor on how many processes share it.
+    With group norm instead of batch norm, so that the output for a picture depends neither on the
+    rest of its batch nor on how many processes share it.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
@@ -41,17 +41,20 @@ class PatchDiscriminator(nn.Module):
 
 
 class UNetDiscriminator(nn.Module):
-    """OSDFace's kind: the way down and the middle of a diffusion UNet, shown noised latents and the
-    face's codes.
+    """OSDFace's: the down blocks and the middle of a diffusion UNet, on noised latents, conditioned
+    on the face's codes.
 
-    Of an SDXL UNet (`addition_embed_type` text_time), two linear maps widen the codes to its two
+    For an SDXL UNet (`addition_embed_type` text_time) two linear layers widen the codes to its two
     text encoders' 768 + 1280 and a third, 77*features -> 1280, makes its pooled embedding (an
-    author's answer in issue 12 of jkwang28/OSDFace); of any other, one linear map makes its
+    author's answer in issue 12 of jkwang28/OSDFace); for any other, one linear layer makes its
     context. The head after the middle is our choice: mean over positions, then two layers.
     """
 
     def __init__(self, unet: Any, features: int) -> None:
-        """unet: a diffusers UNet2DConditionModel; its way up is thrown away."""
+        """unet: a UNet2DConditionModel of diffusers; its up blocks are removed.
+
+        features: width of the codes.
+        """
         super().__init__()
         self.sdxl = unet.config.addition_embed_type == "text_time"
         width = unet.config.block_out_channels[-1]
@@ -71,7 +74,7 @@ class UNetDiscriminator(nn.Module):
         self.alphas: Tensor
 
     def forward(self, latents: Tensor, codes: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """latents, noise (B,4,h,w), codes (B,77,features), timesteps (B,) -> (B,1)."""
+        """Latents and noise (B,4,h,w), codes (B,77,features), timesteps (B,) -> (B,1)."""
         alpha = self.alphas[timesteps].to(latents)[:, None, None, None]
         x = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         context = torch.cat([layer(codes) for layer in self.context], dim=-1)
@@ -95,7 +98,7 @@ class UNetDiscriminator(nn.Module):
 
 
 def noise_for(generators: list[torch.Generator], like: Tensor) -> tuple[Tensor, Tensor]:
-    """A timestep and a noise for each latent, from its own generator: (B,), (B,4,h,w)."""
+    """Timesteps (B,) and noise (B,4,h,w), each latent's from its own generator."""
     steps = torch.cat([torch.randint(0, TIMESTEPS, (1,), generator=g) for g in generators])
     noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators])
     return steps.to(like.device), noise.to(like)

@@ -1,8 +1,8 @@
-"""The training loop that every stage shares: devices, precision and processes by accelerate; logs,
-averages, checkpoints, samples.
+"""The training loop of every task: devices, precision and processes by accelerate; logs, averaged
+weights, checkpoints, samples.
 
-A run that was stopped and goes on gives the same bits as one that was not: all that changes is in
-the checkpoint, and what is random about a sample comes from the sample's number.
+A run that is stopped and resumed gives the same bits as one that is not: all that changes is in the
+checkpoint, and what is random about a sample depends on the sample's number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..cpu import has_bf16
 from ..errors import OSDFaceError
-from .data import Samples, batches
+from .data import Numbered, batches
 from .losses import check_finite
 
 log = logging.getLogger(__name__)
@@ -37,11 +37,27 @@ CHECKPOINT = "step_{:07d}.pt"
 
 @dataclass(frozen=True)
 class Run:
-    """folder: where all goes. steps: optimisation steps in all. batch: samples of a process at a
-    time; accumulate: so many batches make a step; a step sees batch x accumulate x processes
-    samples. precision: no | bf16 | fp16. cpu: even where there is a GPU. ema: of the averaged
-    weights, which are the ones exported. threads: of the processor, 0 as torch has it. keep:
-    checkpoints kept.
+    """How long, where and in what precision is trained.
+
+    A step sees batch x accumulate x processes samples.
+
+    folder: where checkpoints, logs, samples and the result go.
+    steps: optimisation steps in all.
+    batch: samples that one process computes at a time.
+    accumulate: batches whose gradients are added up to a step.
+    seed: of new weights and of the samples.
+    precision: of the autocast, no for fp32.
+    cpu: trains on the processor even where there is a GPU.
+    channels_last: memory format of networks and pictures; convolutions are faster in it.
+    threads: of the processor; 0 leaves torch's own number.
+    workers: processes that make samples, 0 for the training process itself.
+    ema: decay of the exponential moving average of the weights, which is what is exported.
+    ema_rise: the average's decay at step n, from 0, is at most (n + 1) / (n + 1 + ema_rise).
+    log_every: steps between two lines of the log.
+    sample_every: steps between two pictures of held-out samples.
+    samples: how many of them are shown, 0 for none.
+    checkpoint_every: steps between two checkpoints.
+    keep: checkpoints that are kept.
     """
 
     folder: Path
@@ -51,9 +67,11 @@ class Run:
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "no"
     cpu: bool = False
+    channels_last: bool = False
     threads: int = 0
     workers: int = 2
     ema: float = 0.999
+    ema_rise: int = 9
     log_every: int = 50
     sample_every: int = 1000
     samples: int = 6
@@ -63,8 +81,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW. warmup: steps in which the rate rises to learning_rate. schedule: what follows. clip:
-    the gradient's largest norm, or 0.
+    """AdamW and its learning rate.
+
+    learning_rate: the highest.
+    betas: of the two moments.
+    weight_decay: decoupled, as a share of the learning rate.
+    eps: added to the root of the second moment.
+    warmup: steps in which the rate rises linearly to learning_rate.
+    schedule: constant, or a cosine that falls over the whole run.
+    end: where the cosine ends, as a share of learning_rate.
+    clip: largest norm of a network's gradient, 0 for any.
     """
 
     learning_rate: float
@@ -73,44 +99,52 @@ class Optimiser:
     eps: float = 1e-8
     warmup: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
+    end: float = 0.0
     clip: float = 1.0
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step 0, 1, ... of `steps`."""
         rise = min(1.0, (step + 1) / (self.warmup + 1))
         fall = (1 + math.cos(math.pi * step / steps)) / 2 if self.schedule == "cosine" else 1.0
-        return self.learning_rate * rise * fall
+        return self.learning_rate * rise * (self.end + (1 - self.end) * fall)
 
 
 class Task(Protocol):
-    """What a stage trains. `networks` by name take turns in this order on every batch; the loop
-    puts them on their device and wraps them, so that `losses` must call them through `networks`, or
-    `bare(networks[...])` where their gradient is not wanted.
+    """What is trained, on what, and with which losses.
+
+    networks: by name. They take turns in this order on every batch. The loop moves them to their
+        device and wraps them, so that `losses` must call them through `networks`, or through
+        `bare(networks[...])` where their gradient is not wanted.
+    optimisers: of each network, by the same names.
+    samples: what is trained on.
+    accelerator: from `accelerator_for`.
+    step: steps done, which the loop counts.
     """
 
     networks: dict[str, nn.Module]
     optimisers: dict[str, Optimiser]
-    samples: Samples
+    samples: Numbered
     accelerator: Accelerator
-    step: int  # steps done; the loop keeps it
+    step: int
 
     def losses(self, name: str, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """What network `name` pays for a batch, and its parts, for the log."""
+        """The loss of network `name` on a batch, and its parts for the log."""
 
     def after_step(self, step: int) -> None:
-        """Called when step number `step`, from 1 on, is done."""
+        """Called after step number `step`, counted from 1."""
 
     def show(self, count: int) -> tuple[Tensor, dict[str, float]]:
-        """Held-out samples: a picture (3,H,W) in [0,1] and what was measured; with the averaged
-        weights in place.
+        """A picture (3,H,W) in [0,1] of `count` held-out samples, and what was measured on all.
+
+        Called with the averaged weights in place and the networks in evaluation mode.
         """
 
     def export(self, folder: Path) -> None:
-        """Writes what other programs read; with the averaged weights in place."""
+        """Writes the files that inference reads. Called with the averaged weights in place."""
 
 
 def accelerator_for(run: Run) -> Accelerator:
-    """Sets the seed, too, that new networks are made with."""
+    """The accelerator of a run. Sets the seed, too, so it comes before new networks are made."""
     if run.threads:
         torch.set_num_threads(run.threads)
     accelerator = Accelerator(
@@ -130,57 +164,66 @@ def accelerator_for(run: Run) -> Accelerator:
 
 
 def bare(network: nn.Module) -> nn.Module:
-    """The network inside the wrapper that several processes need; its forward still runs in the
-    run's precision.
+    """The network without the wrapper of a run of several processes.
+
+    Its forward still runs in the run's precision.
     """
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
 def trained(network: nn.Module) -> dict[str, Tensor]:
-    """What training changes: the parameters that are not frozen, and buffers."""
+    """The tensors that training changes: parameters that are not frozen, and buffers."""
     found = {name: p.data for name, p in network.named_parameters() if p.requires_grad}
     return found | dict(network.named_buffers())
 
 
 class Average:
-    """Exponential moving average of the trained parameters; early on a shorter one, min(decay,
-    (1+n)/(10+n)).
+    """Exponential moving average of the trained parameters and of the buffers of real numbers, such
+    as the statistics of batch norm.
+
+    The decay of step n is min(decay, (n + 1) / (n + 1 + rise)): at first the average forgets its
+    untrained beginning fast.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.live = [p for p in network.parameters() if p.requires_grad]
-        self.kept = [p.detach().clone().float() for p in self.live]
-        self.decay = decay
+    def __init__(self, network: nn.Module, decay: float, rise: int) -> None:
+        self.live = [t for t in trained(network).values() if t.is_floating_point()]
+        self.kept = [t.detach().clone().float() for t in self.live]
+        self.decay, self.rise = decay, rise
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.kept, [p.float() for p in self.live], 1 - decay)
+        decay = min(self.decay, (1 + step) / (1 + step + self.rise))
+        torch._foreach_lerp_(self.kept, [t.float() for t in self.live], 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        before = [p.detach().clone() for p in self.live]
-        for p, average in zip(self.live, self.kept, strict=True):
-            p.data.copy_(average)
+        """The network has the averaged weights within, its own again afterwards."""
+        before = [t.clone() for t in self.live]
+        for live, average in zip(self.live, self.kept, strict=True):
+            live.copy_(average)
         try:
             yield
         finally:
-            for p, own in zip(self.live, before, strict=True):
-                p.data.copy_(own)
+            for live, own in zip(self.live, before, strict=True):
+                live.copy_(own)
 
 
 def train(task: Task, run: Run, configuration: str) -> None:
-    """Trains from the last checkpoint in `run.folder`, or from the start. configuration: what
-    config.yaml there will hold.
+    """Trains from the last checkpoint in `run.folder`, or from the beginning where there is none.
+
+    configuration: is written to config.yaml in that folder.
 
     Raises OSDFaceError for a checkpoint of another configuration, before anything is written, and
-    where a loss is no number any more.
+    for a loss that is not finite.
     """
     accelerator = task.accelerator
     own = {name: bare(network) for name, network in task.networks.items()}
     flags = {name: [p.requires_grad for p in network.parameters()] for name, network in own.items()}
+    layout = torch.channels_last if run.channels_last else torch.preserve_format
     optimisers = {}
     for name, network in own.items():
+        if run.channels_last:
+            network.to(memory_format=layout)
         settings = task.optimisers[name]
         made = torch.optim.AdamW(
             [p for p in network.parameters() if p.requires_grad],
@@ -191,7 +234,7 @@ def train(task: Task, run: Run, configuration: str) -> None:
         )
         task.networks[name], optimisers[name] = accelerator.prepare(network, made)
         network.train()
-    averages = {name: Average(network, run.ema) for name, network in own.items()}
+    averages = {name: Average(network, run.ema, run.ema_rise) for name, network in own.items()}
     task.step = step = _resume(run, accelerator, own, optimisers, averages)
     if accelerator.is_main_process:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +273,13 @@ def train(task: Task, run: Run, configuration: str) -> None:
             for group in optimiser.param_groups:
                 group["lr"] = task.optimisers[name].rate(step, run.steps)
         for _ in range(run.accumulate):
-            batch = {key: value.to(accelerator.device) for key, value in next(feed).items()}
+            batch = {
+                key: value.to(
+                    accelerator.device,
+                    memory_format=layout if value.ndim == 4 else torch.preserve_format,
+                )
+                for key, value in next(feed).items()
+            }
             with accelerator.accumulate(*task.networks.values()):
                 for name in task.networks:
                     for other, network in own.items():
@@ -275,7 +324,7 @@ def train(task: Task, run: Run, configuration: str) -> None:
                 speed,
             )
         if run.samples and (step % run.sample_every == 0 or last):
-            _show(task, run, averages, step)
+            _show(task, run, own, averages, step)
         if step % run.checkpoint_every == 0 or last:
             _save(run, accelerator, step, own, optimisers, averages)
     if accelerator.is_main_process:
@@ -288,19 +337,23 @@ def train(task: Task, run: Run, configuration: str) -> None:
 
 @contextmanager
 def _averaged(averages: dict[str, Average]) -> Iterator[None]:
-    first, *rest = averages.values()
-    with first.in_place():
-        if rest:
-            with _averaged(dict(enumerate(rest))):  # type: ignore[arg-type]
-                yield
-        else:
-            yield
+    with ExitStack() as stack:
+        for average in averages.values():
+            stack.enter_context(average.in_place())
+        yield
 
 
-def _show(task: Task, run: Run, averages: dict[str, Average], step: int) -> None:
+def _show(
+    task: Task, run: Run, own: dict[str, nn.Module], averages: dict[str, Average], step: int
+) -> None:
+    """Writes and logs held-out samples."""
     if task.accelerator.is_main_process:
+        for network in own.values():
+            network.eval()
         with torch.no_grad(), _averaged(averages):
             picture, measured = task.show(run.samples)
+        for network in own.values():
+            network.train()
         pixels = picture.clamp(0, 1).mul(255).round().byte().cpu()
         folder = run.folder / "samples"
         folder.mkdir(exist_ok=True)
@@ -376,7 +429,7 @@ def _resume(
     optimisers: dict[str, Any],
     averages: dict[str, Average],
 ) -> int:
-    """The step to go on from."""
+    """Puts the last checkpoint in place, if there is one. Returns the number of steps done."""
     if not (found := checkpoints(run.folder)):
         return 0
     try:
@@ -406,3 +459,11 @@ def _resume(
 def grid(rows: list[Tensor]) -> Tensor:
     """Rows of pictures (B,3,H,W) as one picture (3,rows x H,B x W)."""
     return torch.cat([torch.cat(list(row.float().cpu()), dim=-1) for row in rows], dim=-2)
+
+
+def for_file(state: dict[str, Tensor], *, half: bool = False) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them. half: real numbers as fp16."""
+    return {
+        name: (t.half() if half and t.is_floating_point() else t).detach().cpu().contiguous()
+        for name, t in state.items()
+    }

@@ -1,7 +1,7 @@
-"""What a restored face is judged by. Pictures are (B,3,H,W) in [0,1]; every function gives a mean
-over the batch.
+"""Losses and measures of restored faces. Pictures are (B,3,H,W) in [0,1] unless another range is
+stated; every function gives a mean over the batch.
 
-Networks come from files of other projects, named at each; nothing is fetched.
+Pretrained networks are read from files of other projects, named at each; nothing is fetched.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Term:
-    """One loss: its weight, and the files of its network where it has one."""
+    """A loss. weight: 0 for a loss that is not computed. files: of its pretrained network."""
 
     weight: float = 0.0
     files: tuple[Path, ...] = ()
 
 
 def wanted(name: str, term: Term, files: str = "") -> bool:
-    """Whether a term is on. files: what its network's files are, if it needs any; without them it
-    is off, and the log says so.
+    """Whether a loss is computed; the log says where it is not.
+
+    name: its key in the configuration.
+    files: which files its network is read from, if it has one. Without them it is not computed.
     """
     if term.weight and files and not term.files:
         log.warning(
@@ -46,12 +48,14 @@ def wanted(name: str, term: Term, files: str = "") -> bool:
 
 
 def charbonnier(given: Tensor, right: Tensor, epsilon: float = 1e-3) -> Tensor:
-    """Mean of sqrt(difference^2 + epsilon^2) - epsilon: an absolute difference, smooth at 0."""
+    """Mean of sqrt(difference^2 + epsilon^2) - epsilon: an absolute error that is smooth at 0."""
     return ((given - right).square() + epsilon**2).sqrt().mean() - epsilon
 
 
 def differences(given: Tensor, right: Tensor) -> Tensor:
-    """Mean absolute difference of the steps between neighbouring pixels, across and down."""
+    """Mean absolute error of the differences of neighbouring pixels, horizontal and vertical, of
+    pictures in any range.
+    """
     return sum(
         ((given.diff(dim=d) - right.diff(dim=d)).abs().mean() for d in (-1, -2)),
         given.new_zeros(()),
@@ -59,20 +63,18 @@ def differences(given: Tensor, right: Tensor) -> Tensor:
 
 
 def energies(given: Tensor, right: Tensor, window: int = 16, lags: Sequence[int] = (1,)) -> Tensor:
-    """Mean absolute difference of the steps' root mean square in squares of `window` px: how much
-    detail there is, wherever it lies.
+    """Mean absolute error of the amount of detail: of the root mean square difference of
+    neighbouring pixels in each square of `window` px, wherever in it the detail lies.
 
-    lags: pixels between the two of a step. With 2 beside 1 a checkerboard of single pixels no
-    longer passes for texture.
+    lags: distances in pixels at which pixels count as neighbours. A checkerboard of single pixels
+        passes for texture at 1, not at 2.
     """
 
     def of(x: Tensor, lag: int) -> Tensor:
-        across, down = (
-            (x[..., lag:] - x[..., :-lag]).square(),
-            (x[..., lag:, :] - x[..., :-lag, :]).square(),
-        )
-        steps = across[..., :-lag, :] + down[..., :-lag]
-        return (F.avg_pool2d(steps.mean(1, keepdim=True), window) + 1e-6).sqrt()
+        horizontal = (x[..., lag:] - x[..., :-lag]).square()
+        vertical = (x[..., lag:, :] - x[..., :-lag, :]).square()
+        both = horizontal[..., :-lag, :] + vertical[..., :-lag]
+        return (F.avg_pool2d(both.mean(1, keepdim=True), window) + 1e-6).sqrt()
 
     return sum(
         ((of(given, lag) - of(right, lag)).abs().mean() for lag in lags), given.new_zeros(())
@@ -80,9 +82,10 @@ def energies(given: Tensor, right: Tensor, window: int = 16, lags: Sequence[int]
 
 
 def coarse(given: Tensor, right: Tensor, sizes: Sequence[int] = (4, 8)) -> Tensor:
-    """Mean squared difference of the squares' means, of each of these sizes in pixels, added up.
-    The mean of all that the picture may have been makes it least, as it does the pixels' squared
-    error; but here detail that nobody can foretell does not count.
+    """Mean squared error of the means over squares of each of these sizes in pixels, added up.
+
+    It is least for the mean of all pictures that may have been degraded to the given one, as the
+    mean squared error of pixels is, but leaves out detail that cannot be predicted.
     """
     return sum(
         (F.avg_pool2d(given - right, size).square().mean() for size in sizes), given.new_zeros(())
@@ -90,19 +93,19 @@ def coarse(given: Tensor, right: Tensor, sizes: Sequence[int] = (4, 8)) -> Tenso
 
 
 def lattice(given: Tensor, right: Tensor, block: int = 8, window: int = 64) -> Tensor:
-    """Mean squared difference, averaged over the pixels that have the same place in their block, in
-    squares of `window` px: what a pattern that repeats with the latents' blocks leaves, such as
-    lines of one pixel, and a constant difference, but no texture of another kind.
+    """Mean squared error after averaging, in squares of `window` px, the pixels that have the same
+    place in their block.
+
+    Patterns that repeat with the latents' blocks, such as lines of one pixel, remain in the
+    average, and so does a constant error; other texture does not.
     """
     by_place = F.pixel_unshuffle(given - right, block)
     return F.avg_pool2d(by_place, min(window // block, *by_place.shape[-2:])).square().mean()
 
 
 def edges(pictures: Tensor) -> Tensor:
-    """(B,3,H,W) -> (B,1,H,W): Sobel's gradient magnitude of the channels' mean, sqrt(gx^2 + gy^2 +
-    1e-6), zeros beyond the border.
-
-    So OSDFace's demonstration of edge-aware DISTS computes it.
+    """(B,3,H,W) -> (B,1,H,W): Sobel's gradient magnitude sqrt(gx^2 + gy^2 + 1e-6) of the channels'
+    mean, with zeros beyond the border, as in OSDFace's demonstration of edge-aware DISTS.
     """
     across = torch.tensor(
         [[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=pictures.device
@@ -113,9 +116,7 @@ def edges(pictures: Tensor) -> Tensor:
 
 
 class VGG16(nn.Module):
-    """torchvision's VGG16 up to relu5_3; gives relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of
-    pictures normalised for it.
-    """
+    """torchvision's VGG16: normalised pictures -> relu1_2, relu2_2, relu3_3, relu4_3, relu5_3."""
 
     LEVELS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
     WIDTHS = (64, 128, 256, 512, 512)
@@ -305,15 +306,18 @@ class ArcFace(nn.Module):
 
 
 def identity(network: ArcFace, given: Tensor, right: Tensor) -> Tensor:
-    """1 - the cosine between the faces' embeddings."""
+    """1 - the cosine of the faces' embeddings."""
     with torch.no_grad():
         target = network.of_crops(right)
     return 1 - (network.of_crops(given) * target).sum(1).mean()
 
 
 def gan_losses(kind: str, fake: Tensor | None = None, real: Tensor | None = None) -> Tensor:
-    """What a discriminator that gives `fake` and `real` pays; with `fake` alone what the generator
-    pays. kind: softplus | hinge.
+    """The discriminator's loss, or with `fake` alone the generator's.
+
+    kind: softplus or hinge.
+    fake: what the discriminator gives for restored pictures.
+    real: what it gives for good ones.
     """
     if fake is None:
         raise ValueError("a GAN loss needs what the discriminator says of the fake")
@@ -373,9 +377,7 @@ def load_arcface(files: Sequence[Path]) -> ArcFace:
 
 
 def measures(given: Tensor, right: Tensor) -> dict[str, float]:
-    """PSNR in dB and the gradient energy as a share of the original's, means over the pictures
-    (B,3,H,W) in [0,1].
-    """
+    """PSNR in dB and gradient energy as a share of the original's, means over the pictures."""
     given = given.clamp(0, 1)
     error = (given - right).square().mean((1, 2, 3))
 
@@ -386,6 +388,11 @@ def measures(given: Tensor, right: Tensor) -> dict[str, float]:
         "psnr": float((-10 * error.clamp(min=1e-10).log10()).mean()),
         "sharpness": float((energy(given) / energy(right)).mean()),
     }
+
+
+def mean_of_each(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure over dictionaries with the same keys."""
+    return {key: sum(one[key] for one in figures) / len(figures) for key in figures[0]}
 
 
 def check_finite(losses: dict[str, float], step: int) -> None:

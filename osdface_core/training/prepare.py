@@ -1,6 +1,4 @@
-"""Cuts the faces out of a folder of pictures, aligned as OSDFace's training data are, one file a
-face.
-"""
+"""Cuts aligned faces, as OSDFace's training data are, out of a folder of pictures."""
 
 from __future__ import annotations
 
@@ -22,10 +20,17 @@ log = logging.getLogger(__name__)
 
 
 def prepare(pictures: Path, faces: Path, detector: Path, size: int) -> None:
-    """Writes NAME.png for a picture's first face, face1_NAME.png, ... for others, so that all keep
-    its number; folders are kept, too.
+    """Writes NAME.png for a picture's first face, face1_NAME.png, ... for the others, each in the
+    picture's subfolder. The number by which a picture is held out stays its name's last.
 
-    A picture that is done is passed over. Raises OSDFaceError.
+    A picture whose first face is written already is skipped.
+
+    pictures: folder, searched with its subfolders.
+    faces: folder to write to.
+    detector: weights of a RetinaFace.
+    size: pixels a side of a face.
+
+    Raises OSDFaceError where no picture is found.
     """
     network = build_detector(read_tensors(detector))
     files = picture_files(pictures)
@@ -40,7 +45,7 @@ def prepare(pictures: Path, faces: Path, detector: Path, size: int) -> None:
             with Image.open(path) as image:
                 pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).copy()
         except OSError as error:
-            log.warning("%s is passed over: %s", path, error)
+            log.warning("%s is skipped: %s", path, error)
             continue
         crops = find_faces(
             torch.from_numpy(pixels).float()[None] / 255, network, DetectOptions(crop_size=size)

@@ -1,5 +1,5 @@
-"""Stage 1: code books of good and of degraded faces, learned by self-reconstruction, and then
-brought together (OSDFace, section 3.2).
+"""Stage 1: code books of good and of degraded faces, learned by reconstruction; then the features
+of both are associated (OSDFace, section 3.2).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..errors import OSDFaceError
 from ..osdface.vre import Shape
 from ..weights.reading import read_tensors
-from .data import Pictures, Samples, split
+from .data import Pictures, training_and_held_out
 from .degradation import Degradation, generator_for
 from .discriminators import PatchDiscriminator
-from .loop import Optimiser, Run, bare, grid
-from .losses import Term, gan_losses, load_lpips, measures, wanted
+from .loop import Optimiser, Run, bare, for_file, grid
+from .losses import Term, gan_losses, load_lpips, mean_of_each, measures, wanted
 from .vq import Coded, VQAutoencoder, association
 
 log = logging.getLogger(__name__)
@@ -33,9 +33,15 @@ PARTS = {"hq": (HQ,), "lq": (LQ,), "associate": (HQ, LQ)}
 
 @dataclass(frozen=True)
 class Losses:
-    """l1; commitment and codebook, the quantiser's; lpips, with its files; gan, scaled so that its
-    gradient at the last layer is gan.weight times the others'; gan_start: the step at which it sets
-    in; association: in the part of that name.
+    """Weights, 0 for a loss that is not computed.
+
+    l1: mean absolute error of the pixels.
+    commitment: of the features to their codes.
+    codebook: of the codes to their features.
+    lpips: perceptual.
+    gan: adversarial, after scaling its gradient at the last layer to the other losses' size.
+    gan_start: the first step with it, from 0.
+    association: of the features of good and degraded faces, in the part of that name.
     """
 
     l1: float = 1.0
@@ -48,11 +54,20 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Stage1:
-    """part: hq | lq | associate, in that order. start: files of the parts before. range: what the
-    encoder is fed, [-1,1] or the [-3,1] that OSDFace's inference feeds it. temperature: of the
-    association. restart_every: steps after which codes that were not used since are set to features
-    of the batch, 0 for never.
+class Stage1Config:
+    """What `configs/stage1*.yaml` hold.
+
+    part: hq, lq, associate are trained in this order.
+    start: exported files of the parts before.
+    vre: widths of the encoder and size of the code book.
+    range: of the encoder's input, [-1,1], or [-3,1] as in OSDFace's inference.
+    temperature: of the association.
+    restart_every: steps after which codes that were not used since are set to features of the
+        batch; 0 for never.
+    discriminator_channels: of its first layer.
+    discriminator_layers: how many.
+    degradation: of the faces.
+    losses: and their weights.
     """
 
     run: Run
@@ -71,7 +86,7 @@ class Stage1:
 
 
 class Autoencoders(nn.Module):
-    """One or both, under the names of the released checkpoint."""
+    """One or two autoencoders, under the names of the released checkpoint."""
 
     def __init__(self, names: tuple[str, ...], shape: Shape) -> None:
         super().__init__()
@@ -92,11 +107,12 @@ class Discriminators(nn.Module):
 
 
 class Stage1Task:
-    def __init__(self, config: Stage1, accelerator: Accelerator) -> None:
+    def __init__(self, config: Stage1Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.names = PARTS[config.part]
-        files, self.measured = split(config.data)
-        self.samples = Samples(files, config.data, config.degradation, config.run.seed)
+        self.samples, self.held_out = training_and_held_out(
+            config.data, config.degradation, config.run.seed, config.run.samples
+        )
         autoencoders = Autoencoders(self.names, config.vre)
         for name in self.names if config.start else ():
             _start(getattr(autoencoders, name), name, config.start)
@@ -122,7 +138,7 @@ class Stage1Task:
         }
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The faces at the encoder's size, in [0,1], by the autoencoder that learns them."""
+        """The faces in [0,1] at the encoder's size, by the name of the autoencoder for them."""
         side = self.config.vre.side
         found = {HQ: batch["hq"], LQ: batch["face"]}
         return {
@@ -154,17 +170,14 @@ class Stage1Task:
         for part, coded in self.latest.items():
             right, given = pictures[part], (coded.picture + 1) / 2
             label = "hq" if part == HQ else "lq"
-            parts[f"{label}_l1"] = (
-                2 * (given - right).abs().mean()
-            )  # of pictures in [-1,1], as VQGAN counts it
+            # Twice, for pictures in [-1,1] as VQGAN has them.
+            parts[f"{label}_l1"] = 2 * (given - right).abs().mean()
             faithful = weights.l1 * parts[f"{label}_l1"]
             if self.lpips:
                 parts[f"{label}_lpips"] = self.lpips(given, right)
                 faithful = faithful + weights.lpips.weight * parts[f"{label}_lpips"]
-            parts[f"{label}_commitment"], parts[f"{label}_codebook"] = (
-                coded.commitment,
-                coded.codebook,
-            )
+            parts[f"{label}_commitment"] = coded.commitment
+            parts[f"{label}_codebook"] = coded.codebook
             total = (
                 total
                 + faithful
@@ -172,8 +185,8 @@ class Stage1Task:
                 + weights.codebook * coded.codebook
             )
             if on and "discriminator" in self.networks:
-                judge = bare(self.networks["discriminator"])
-                parts[f"{label}_gan"] = gan_losses("hinge", judge({part: given})[part])
+                discriminator = bare(self.networks["discriminator"])
+                parts[f"{label}_gan"] = gan_losses("hinge", discriminator({part: given})[part])
                 last = getattr(bare(self.networks["autoencoder"]), part).decoder.conv_out.weight
                 total = (
                     total
@@ -193,8 +206,8 @@ class Stage1Task:
         return total, parts | {"total": total}
 
     def _balance(self, faithful: Tensor, gan: Tensor, last: Tensor) -> Tensor:
-        """VQGAN's adaptive weight: as large a gradient at the last layer from the one as from the
-        other.
+        """VQGAN's adaptive weight (Esser et al. 2021, equation 7): it makes the two losses'
+        gradients at the last layer equally large.
         """
         norms = []
         for loss in (faithful, gan):
@@ -222,7 +235,7 @@ class Stage1Task:
                     quantize.embedding.weight
                 )
                 log.info(
-                    "step %d: %d of the %d codes of %s were not used and start again",
+                    "step %d: %d of the %d codes of %s were not used and are set anew",
                     step,
                     len(unused),
                     len(quantize.uses),
@@ -232,52 +245,51 @@ class Stage1Task:
                 quantize.uses.zero_()
 
     def show(self, count: int) -> tuple[Tensor, dict[str, float]]:
-        held = Samples(
-            self.measured or self.samples.files,
-            self.config.data,
-            self.config.degradation,
-            self.config.run.seed,
-            still=True,
-        )
+        """Rows, for each autoencoder: its input, its output. `codes` are those used by all faces
+        measured, `codes_a_face` by a face.
+        """
         rows: dict[str, list[Tensor]] = {}
         codes: dict[str, list[Tensor]] = {}
-        figures: dict[str, list[float]] = {}
-        for n in range(len(held) if self.measured else count):
-            pictures = self.pictures(
-                {key: value[None].to(self.accelerator.device) for key, value in held[n].items()}
-            )
+        figures = []
+        for n in range(len(self.held_out)):
+            sample = {
+                key: v[None].to(self.accelerator.device) for key, v in self.held_out[n].items()
+            }
+            pictures, measured = self.pictures(sample), {}
             for name, coded in bare(self.networks["autoencoder"])(self._range(pictures)).items():
                 given = (coded.picture.float() + 1) / 2
                 for key, value in measures(given, pictures[name]).items():
-                    figures.setdefault(f"{name}_{key}", []).append(value)
+                    measured[f"{name}_{key}"] = value
                 codes.setdefault(name, []).append(coded.codes.flatten().unique())
                 if n < count:
                     rows.setdefault(name, []).append(pictures[name])
                     rows.setdefault(f"{name}+", []).append(given)
-        measured = {key: sum(of) / len(of) for key, of in figures.items()}
+            figures.append(measured)
+        means = mean_of_each(figures)
         for name, of in codes.items():
-            measured[f"{name}_codes"] = float(len(torch.cat(of).unique()))
-            measured[f"{name}_codes_a_face"] = sum(map(len, of)) / len(of)
-        return grid([torch.cat(row) for row in rows.values()]), measured
+            means[f"{name}_codes"] = float(len(torch.cat(of).unique()))
+            means[f"{name}_codes_a_face"] = sum(map(len, of)) / len(of)
+        return grid([torch.cat(row) for row in rows.values()]), means
 
     def _range(self, pictures: dict[str, Tensor]) -> dict[str, Tensor]:
         scale, shift = (4, 3) if self.config.range == "[-3,1]" else (2, 1)
         return {name: x * scale - shift for name, x in pictures.items()}
 
     def export(self, folder: Path) -> None:
-        """stage1_PART.safetensors: `vqvae.*` (good faces), `vqvae_LQ.*` (degraded ones); stage 2
-        and osdface_core.vre read the latter.
+        """stage1_PART.safetensors: `vqvae.*` of good faces, `vqvae_LQ.*` of degraded ones. Stage 2
+        and osdface.vre read the latter.
         """
         network = bare(self.networks["autoencoder"])
         state = {
-            f"{name}.{key}": tensor.detach().cpu().contiguous()
+            f"{name}.{key}": tensor
             for name in self.names
             for key, tensor in getattr(network, name).weights().items()
         }
-        save_file(state, folder / f"stage1_{self.config.part}.safetensors")
+        save_file(for_file(state), folder / f"stage1_{self.config.part}.safetensors")
 
 
 def _start(network: VQAutoencoder, name: str, files: tuple[Path, ...]) -> None:
+    """Sets the autoencoder `name` to the weights that the files hold of it, if any."""
     state = {
         key.removeprefix(f"{name}."): t
         for file in files
@@ -285,7 +297,7 @@ def _start(network: VQAutoencoder, name: str, files: tuple[Path, ...]) -> None:
         if key.startswith(f"{name}.")
     }
     if not state:
-        log.info("None of the files in `start` holds %s: it starts anew.", name)
+        log.info("No file in `start` holds %s: it begins untrained.", name)
         return
     places = network.weights()
     wrong = [
@@ -304,8 +316,8 @@ def _start(network: VQAutoencoder, name: str, files: tuple[Path, ...]) -> None:
 def _everywhere(features: Tensor, accelerator: Accelerator) -> Tensor:
     """The features of all processes' pictures.
 
-    The gradient flows into one's own, times the number of processes, since their gradients are
-    averaged and each is of the whole loss.
+    The gradient flows into this process's own, multiplied by the number of processes: each process
+    computes the whole loss, and their gradients are averaged.
     """
     count = accelerator.num_processes
     if count == 1:

@@ -1,7 +1,7 @@
 """The vector-quantised autoencoders of stage 1: the visual embedder's encoder and code book, and a
 decoder that mirrors the encoder.
 
-Names of parameters are those of OSDFace's checkpoint: `encoder.*`, `quant_conv.*`,
+The parameters' names are those of OSDFace's checkpoint: `encoder.*`, `quant_conv.*`,
 `quantize.embedding.weight`, `post_quant_conv.*`, `decoder.*`.
 """
 
@@ -31,8 +31,8 @@ class Upsample(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """One resolution of the decoder: three blocks, each followed by attention at the first level,
-    then an upsampling if there is more.
+    """One resolution of the decoder: three blocks, at the first level each with attention after it,
+    and an upsampling except at the last level.
     """
 
     def __init__(self, channels: int, out: int, first: bool, last: bool) -> None:
@@ -77,9 +77,13 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class Coded:
-    """picture (B,3,side,side) in about [-1,1]; features (B,C,16,16) before quantisation;
-    commitment, codebook: the two parts of the quantiser's loss; codes (B,16,16): which entries were
-    taken.
+    """What an autoencoder makes of pictures.
+
+    picture: decoded, (B,3,side,side) in about [-1,1].
+    features: before quantisation, (B,C,16,16).
+    commitment: loss that draws the features to their codes.
+    codebook: loss that draws the codes to their features.
+    codes: indices of the code book's entries, (B,16,16).
     """
 
     picture: Tensor
@@ -90,8 +94,8 @@ class Coded:
 
 
 class Quantizer(nn.Module):
-    """Each position's features become the nearest entry of the code book; the gradient passes as if
-    they had not.
+    """Replaces each position's features by the nearest code; the gradient passes straight through
+    (van den Oord et al. 2017).
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -102,9 +106,8 @@ class Quantizer(nn.Module):
         self.uses: Tensor
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(what is decoded, commitment loss, code book loss, codes). Distances in fp32: squares of
-        lower precision choose other codes.
-        """
+        """(B,C,h,w) -> (what is decoded, commitment loss, code book loss, codes)."""
+        # In fp32: distances of lower precision choose other codes.
         with autocast(features.device.type, enabled=False):
             features = features.float()
             z = features.movedim(1, -1)
@@ -130,12 +133,11 @@ class VQAutoencoder(nn.Module):
         self.decoder = Decoder(shape)
         for module in self.modules():
             if isinstance(module, Attention):
-                module.norm2.requires_grad_(
-                    False
-                )  # never used; kept because the released checkpoint has it
+                # Never used; the released checkpoint has it.
+                module.norm2.requires_grad_(False)
 
     def forward(self, pictures: Tensor) -> Coded:
-        """pictures (B,3,side,side), in the range that the encoder is trained for."""
+        """pictures: (B,3,side,side) in the range that the encoder is trained for."""
         features = self.quant_conv(self.encoder(pictures))
         chosen, commitment, codebook, codes = self.quantize(features)
         return Coded(
@@ -147,19 +149,22 @@ class VQAutoencoder(nn.Module):
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """What a file holds of it."""
+        """The tensors that an exported file holds."""
         return {
             name: tensor for name, tensor in self.state_dict().items() if name != "quantize.uses"
         }
 
 
 def association(hq: Tensor, lq: Tensor, scale: Tensor | float) -> Tensor:
-    """How badly the features of a good face and of its degraded copy find each other among all
-    others of the batch.
+    """Contrastive loss between the features of good faces and of their degraded copies (DAEFR, Tsai
+    et al. 2024, after CLIP): each position is to be nearest to its counterpart of all in the batch.
 
-    hq, lq (B,C,H,W), pre-quantisation. Both are brought to length 1; S = scale * hq . lq over all
-    B*H*W positions; the mean of the cross entropies of its rows and of its columns with the
-    diagonal (DAEFR, Tsai et al. 2024, after CLIP).
+    With the features normalised to length 1 and S = scale * hq . lq over all B*H*W positions, it is
+    the mean of the cross entropies of S's rows and columns with the diagonal.
+
+    hq: features of good faces before quantisation, (B,C,H,W).
+    lq: of the degraded copies.
+    scale: 1 / temperature.
     """
     a, b = (F.normalize(v.movedim(1, -1).flatten(0, -2), dim=1) for v in (hq, lq))
     similarity = scale * a @ b.T

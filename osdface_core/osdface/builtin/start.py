@@ -1,13 +1,13 @@
-"""Where the built-in UNet's training starts: weights with which the step gives back, about, the
-latents that it is given.
+"""Initial weights of the built-in UNet, with which its step about returns the latents it is given.
 
     python -m osdface_core.osdface.builtin.start --out unet_start.safetensors
 
-A small network that begins there has the degraded picture from its first step on, and spends its
-training on making it better. The group norm before the last layer takes away the mean and the size
-of what passes. So each latent channel z passes it twice, in groups of two channels: beside a strong
-texture t, as (z, t), and as (0, z + t), which lose the same. Their first channels' difference is z,
-at a scale that t sets, whose own was set by the norm before it.
+So training starts from the degraded picture instead of from noise.
+
+The group norm before the last layer removes the mean and the variance of each group of two
+channels. A latent channel z is therefore carried by two groups, beside a strong texture t: (z, t)
+and (0, z + t). Both are normalised alike, so that the difference of their first channels is z times
+a scale that t alone sets. The variance of t itself was set by the norm before.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ...sd21.schedule import alphas_cumprod
 from ..restore import TIMESTEP
 from . import UNET_CONFIG
 
-# Standard deviation of t, and what conv2's weights must be multiplied by for it.
+# Standard deviation of t, and the factor on conv2's weights that gives it.
 TEXTURE, ENLARGED = 8.0, 33.0
-# After the group norm SiLU is close to the identity about this level.
+# Gain and bias of the group norm: SiLU is close to the identity about this level.
 GAIN, LEVEL = 4.0, 6.0
 
 
@@ -39,7 +39,7 @@ def start(seed: int = 0) -> dict[str, torch.Tensor]:
     unet: Any = UNet2DConditionModel(**UNET_CONFIG)
     width = UNET_CONFIG["block_out_channels"][0]
     if width != 64:
-        raise ValueError("groups of two channels are wanted: a width of 64")
+        raise ValueError("The first width must be 64, which makes groups of two channels.")
     first, last = unet.conv_in, unet.up_blocks[-1].resnets[-1]
     norm, out = unet.conv_norm_out, unet.conv_out
     kept = list(range(4 * LATENT_CHANNELS))
@@ -51,7 +51,7 @@ def start(seed: int = 0) -> dict[str, torch.Tensor]:
     out.weight *= 0.1
     out.weight[:, kept] = 0
     alpha = alphas_cumprod()[TIMESTEP]
-    # x0 = (z - sqrt(1 - alpha) eps) / sqrt(alpha) is z for this share of z as eps.
+    # x0 = (z - sqrt(1 - alpha) eps) / sqrt(alpha) is z where eps is this share of z.
     share = float((1 - alpha.sqrt()) / (1 - alpha).sqrt())
     weight = share * TEXTURE / 2**0.5 / GAIN
     for i in range(LATENT_CHANNELS):
