@@ -1,4 +1,4 @@
-"""Reads the tensors of a weight file: safetensors, or a pickled checkpoint, never executed."""
+"""Reads the tensors of a weight file: safetensors, or a pickled checkpoint, which is never run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ _DTYPES = {
 
 
 def read_tensors(path: Path, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pth or .ckpt file by name, on the CPU; the format is told by
-    the content.
+    """The tensors of a .safetensors, .pth or .ckpt file by name, on the CPU.
 
-    A checkpoint's top-level "state_dict" is unwrapped. prefixes: keep only the names that start
-    with one of them, as they are spelt; the bytes of the others are not read. Tensors that share a
-    storage in the file share it here. Raises OSDFaceError, in one sentence, for a file that is
-    missing, damaged, of another kind, or made to run code.
+    The content decides the format. A checkpoint's top-level "state_dict" is unwrapped. prefixes:
+    keep only the names that start with one of them; the bytes of the others are not read. Tensors
+    that share a storage in the file share it here. Raises OSDFaceError for a file that is missing,
+    damaged, of another format, or made to run code.
     """
     if not path.is_file():
         raise OSDFaceError(
