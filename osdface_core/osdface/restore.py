@@ -1,4 +1,4 @@
-"""Restores face crops in one step, led by their visual prompts (OSDFace, section 3.1)."""
+"""Restores face crops in one step, conditioned on their visual prompts (OSDFace, section 3.1)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..errors import OSDFaceError
 from ..sd21.backbone import SIDE, STRIDE, TEXT_WIDTH, TOKENS, Backbone
 from ..sd21.one_step import Restored, check_timestep, one_step, padded
 
-# What the weights were trained at.
+# The timestep that the weights were trained at.
 TIMESTEP = 399
-# SiLU's least value: no visual prompt is below it, and some value of any text prompt is.
+# SiLU's minimum: no value of a visual prompt is below it, and some value of any text prompt is.
 SILU_MINIMUM = -0.28
 
 
@@ -63,8 +63,9 @@ def check_prompts(prompts: Tensor, count: int) -> None:
 
 
 def working_size(height: int, width: int) -> tuple[int, int]:
-    """The size at which a crop is worked: a square under 512 is enlarged to 512, anything else
-    keeps its own (height, width).
+    """The (height, width) at which a crop of this size is restored.
+
+    A square under 512 is enlarged to 512, any other crop keeps its size.
     """
     return (SIDE, SIDE) if height == width < SIDE else (height, width)
 

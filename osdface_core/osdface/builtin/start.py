@@ -1,13 +1,12 @@
-"""Where the built-in UNet's training starts: weights with which the step gives back, about, the
-latents that it is given.
+"""Initial weights of the built-in UNet, with which the step gives back about the same latents.
 
     python -m osdface_core.osdface.builtin.start --out unet_start.safetensors
 
-A small network that begins there has the degraded picture from its first step on, and spends its
-training on making it better. The group norm before the last layer takes away the mean and the size
-of what passes. So each latent channel z passes it twice, in groups of two channels: beside a strong
-texture t, as (z, t), and as (0, z + t), which lose the same. Their first channels' difference is z,
-at a scale that t sets, whose own was set by the norm before it.
+A small network that starts so has the degraded picture from its first training step on, and spends
+its training on making it better. The group norm before the last layer takes away the mean and the
+size of what passes. So each latent channel z passes it twice, in groups of two channels: beside a
+strong texture t, as (z, t), and as (0, z + t), which lose the same. The difference of the groups'
+first channels is z, at a scale set by t, whose own scale was set by the norm before it.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from ...sd21.schedule import alphas_cumprod
 from ..restore import TIMESTEP
 from . import UNET_CONFIG
 
-# Standard deviation of t, and what conv2's weights must be multiplied by for it.
+# Standard deviation of t, and the factor of conv2's weights that gives it.
 TEXTURE, ENLARGED = 8.0, 33.0
-# After the group norm SiLU is close to the identity about this level.
+# Weight and bias of the last group norm: about this level SiLU is close to the identity.
 GAIN, LEVEL = 4.0, 6.0
 
 
 @torch.no_grad()
 def start(seed: int = 0) -> dict[str, torch.Tensor]:
-    """The UNet's tensors, fp32."""
+    """The UNet's tensors by name, fp32."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)
@@ -51,7 +50,7 @@ def start(seed: int = 0) -> dict[str, torch.Tensor]:
     out.weight *= 0.1
     out.weight[:, kept] = 0
     alpha = alphas_cumprod()[TIMESTEP]
-    # x0 = (z - sqrt(1 - alpha) eps) / sqrt(alpha) is z for this share of z as eps.
+    # x0 = (z - sqrt(1 - alpha) eps) / sqrt(alpha) is z where eps is this share of z.
     share = float((1 - alpha.sqrt()) / (1 - alpha).sqrt())
     weight = share * TEXTURE / 2**0.5 / GAIN
     for i in range(LATENT_CHANNELS):
