@@ -134,10 +134,12 @@ def greet_host() -> None:
 
 
 def megabytes(size: int) -> str:
+    """Bytes as text, in MB."""
     return f"{size / 1e6:,.0f} MB"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a run by hand."""
     parser = argparse.ArgumentParser(
         description="Fetches, checks and converts OSDFace's weights. Running it again does nothing."
     )
@@ -186,6 +188,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
+    """Runs, and returns the exit code."""
     if run_by_host(arguments):
         try:
             greet_host()
@@ -204,6 +207,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_by_hand(options: argparse.Namespace) -> int:
+    """Does what the options say and returns the exit code. Raises OSDFaceError for wrong options."""
     if options.given is not None and not options.given.is_dir():
         raise OSDFaceError(
             f"--from wants a folder that holds the downloaded files, and {options.given} is none."

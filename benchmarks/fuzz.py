@@ -782,7 +782,7 @@ class Maker:
                 self.node("PreviewAny", source=[name, 0])
 
     def lazy(self, name: str) -> bool:
-        """Whether the networks run only where pasting asks for them: in half of the graphs that paste."""
+        """Whether the networks run only where pasting asks for them: half of the pasting graphs."""
         return int(name) % 2 == 0 and any(
             node["class_type"] == "FacePasteBack" for node in self.graph.values()
         )

@@ -137,7 +137,7 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 def _fold_taps(weight: Tensor, place: int, axis: int) -> Tensor:
-    """Folds three taps along `axis` into two, as the first (0) or second (1) equal pixel needs."""
+    """Folds three taps along `axis` into two, for the first (0) or second (1) equal pixel."""
     first, middle, last = weight.unbind(axis)
     return torch.stack((first + middle, last) if place else (first, middle + last), axis)
 

@@ -101,7 +101,7 @@ class HostBackbone:
         key = digest, tuple(pixels.shape), network
         latents = cache.pop(key, None)
         if latents is None:
-            # Newer hosts may hand out half precision.
+            # Newer hosts may return half precision.
             latents = self.vae.encode(pixels).float()
         cache[key] = latents
         if len(cache) > MAX_LATENTS:

@@ -69,7 +69,7 @@ def check(item: Any, value: Any) -> None:
         if value is None and item.lazy:
             return
         raise OSDFaceError(f"`{item.id}` is {_describe(value)}; {KINDS[kind][1]}.")
-    # A wrong MODEL or VAE is refused by its own check; here only what is none at all.
+    # check_model and check_vae refuse a wrong MODEL or VAE; plain values are refused here.
     if kind in ("MODEL", "VAE") and type(value).__module__ == "builtins":
         raise OSDFaceError(
             f"`{item.id}` is {_describe(value)}; a {kind} is wanted: connect one of Stable "

@@ -84,10 +84,12 @@ def group_by_person(faces: Sequence[Face]) -> dict[tuple[int, int], list[int]]:
 
 
 def median_size(person: Person) -> float:
+    """The median of a person's sizes over the shot, in pixels."""
     return median(face.size for face in person)
 
 
 def mean_centre(person: Person) -> tuple[float, float]:
+    """The mean of the centres (x, y) of a person's boxes over the shot."""
     return fmean((f.box[0] + f.box[2]) / 2 for f in person), fmean(
         (f.box[1] + f.box[3]) / 2 for f in person
     )

@@ -202,6 +202,3 @@ def _interpolate(first: Detection, last: Detection, share: float) -> Detection:
         (x, y) for x, y in (mix(a, b) for a, b in zip(first.landmarks, last.landmarks, strict=True))
     )
     return Detection((x1, y1, x2, y2), landmarks, min(first.score, last.score), first.angle)
-
-
-# Steadiness

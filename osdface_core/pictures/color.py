@@ -39,7 +39,7 @@ def match_color(restored: Tensor, original: Tensor, weight: Tensor, method: str)
 
 
 def match_mean_std(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
-    """Gives each channel of CIE L*a*b* the original's weighted mean and deviation.
+    """Gives each channel of CIE L*a*b* the original's weighted mean and standard deviation.
 
     Reinhard et al. 2001. restored, original (H,W,3), weight (H,W) -> (H,W,3).
     """

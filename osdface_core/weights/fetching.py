@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Called with the bytes there and the bytes in all; what it raises stops the download and passes on.
+# Called with the bytes there and the bytes in all; what it raises stops the download.
 Progress = Callable[[int, int], None]
 
 INCOMPLETE = ".incomplete"
