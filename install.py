@@ -72,7 +72,7 @@ def model_folders(models: Path | None) -> dict[str, list[Path]]:
         if root is None:
             raise OSDFaceError(
                 f"No models folder is found from {ROOT}: name ComfyUI's with --models-dir, set "
-                f"COMFYUI_PATH, or move this folder into "
+                "COMFYUI_PATH, or move this folder into "
                 "ComfyUI's custom_nodes."
             )
         models = root / "models"
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_by_hand(options: argparse.Namespace) -> int:
-    """Does what the options say and returns the exit code. Raises OSDFaceError for wrong options."""
+    """Does what the options say and returns the exit code. Raises OSDFaceError."""
     if options.given is not None and not options.given.is_dir():
         raise OSDFaceError(
             f"--from wants a folder that holds the downloaded files, and {options.given} is none."
@@ -300,7 +300,7 @@ def conclude(left: list[WeightFile], failures: list[OSDFaceError], store: Store)
     reasons = "; ".join(why for failure in unreached for why in failure.why)
     print(
         f"\nNot everything could be fetched ({reasons}). Download by hand: {lines}. Then run this "
-        f"again; or keep the files in any folder "
+        "again; or keep the files in any folder "
         "and run this with --from FOLDER.",
         file=sys.stderr,
     )

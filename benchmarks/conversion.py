@@ -129,7 +129,7 @@ def main() -> None:
             ratios = [results[way][i] / results["this project"][i] for i in (0, 1)]
             print(
                 f"{way} against this project: {ratios[0]:.1f} times the time, {ratios[1]:.1f} "
-                f"times the memory"
+                "times the memory"
             )
 
 

@@ -185,7 +185,7 @@ def agreement(data: Path, network: RetinaFace) -> None:
         near = sum(overlap > 0.95 and distance < 1 for overlap, distance in pairs)
         print(
             f"faces {'over' if large else 'up to'} 512 px: {near} of {len(pairs)} agree (IoU over "
-            f"0.95, landmarks within 1 px), ",
+            "0.95, landmarks within 1 px), ",
             end="",
         )
         print(
@@ -292,7 +292,7 @@ def speed(data: Path, network: RetinaFace) -> None:
             )
         print(
             f"{name}: facexlib {a * 1e3:.0f} ms, ours {b * 1e3:.0f} ms ({a / b:.1f} times "
-            f"faster), ",
+            "faster), ",
             end="",
         )
         print(

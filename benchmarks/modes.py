@@ -197,7 +197,7 @@ def main() -> int:
                         wrong += not str(error).strip().endswith(".")
                     rows.append(
                         f"| {mode or '(none)'} | {what} | {says} | {time.monotonic() - start:.1f} "
-                        f"s |"
+                        "s |"
                     )
                     print(rows[-1], flush=True)
             for name in settings:

@@ -139,7 +139,7 @@ def main() -> int:
             print("after /free, MiB: " + ", ".join(f"{held:.1f}" for held in freed))
             print(
                 f"the first after {len(PICTURES)} runs, the second after {given.runs} more, the "
-                f"others after one more each"
+                "others after one more each"
             )
     if given.csv:
         given.csv.write_text(

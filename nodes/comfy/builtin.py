@@ -80,7 +80,7 @@ def make_model() -> Any:
     if wrong := set(tensors) ^ set(model.diffusion_model.state_dict()):
         raise OSDFaceError(
             f"The built-in model does not fit this ComfyUI ({min(wrong)} and {len(wrong) - 1} "
-            f"more): update this pack."
+            "more): update this pack."
         )
     model.diffusion_model.load_state_dict(tensors)
     setattr(model, BUILTIN_MARK, True)

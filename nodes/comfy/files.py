@@ -161,7 +161,7 @@ def cached(what: str, files: tuple[Path, ...], make: Callable[[], T]) -> T:
             if not getattr(governance, "model_allowed", lambda path: True)(str(path)):
                 raise OSDFaceError(
                     f"{path.name} is not among the files that this ComfyUI may load: ask who "
-                    f"looks after it to allow it."
+                    "looks after it to allow it."
                 )
         _cache[key] = state, make()
     return _cache[key][1]

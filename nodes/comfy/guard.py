@@ -87,12 +87,12 @@ def check(item: Any, value: Any) -> None:
             ):
                 raise OSDFaceError(
                     f"`{item.id}` is confined to {what}; a visual prompt is of the whole crop: "
-                    f"take that node away."
+                    "take that node away."
                 )
     if kind == "IMAGE" and not value.is_floating_point():
         raise OSDFaceError(
             f"`{item.id}` holds {value.dtype}; fractions in [0,1] are wanted: divide whole "
-            f"numbers by 255 before this node."
+            "numbers by 255 before this node."
         )
     if kind in ("INT", "FLOAT"):
         # numpy's numbers too, which many packs pass on.
@@ -101,7 +101,7 @@ def check(item: Any, value: Any) -> None:
             wanted = "a whole number" if kind == "INT" else "a number"
             raise OSDFaceError(
                 f"`{item.id}` is {_describe(value)}; {wanted} from {item.min} to {item.max} is "
-                f"wanted: look at what is connected to it."
+                "wanted: look at what is connected to it."
             )
     # A file that the menu lacks is still looked for, and the node says how to get it.
     if kind == "COMBO" and not item.id.endswith("_name") and value not in item.options:

@@ -150,7 +150,7 @@ def _check_report(options: argparse.Namespace, items: list[Any]) -> None:
     ):
         raise OSDFaceError(
             f"--report is {options.report}, which this run reads or makes itself: name another "
-            f"file."
+            "file."
         )
 
 
@@ -181,5 +181,5 @@ def _write_report(
     except OSError as error:
         raise OSDFaceError(
             f"--report is {path}, which cannot be written ({error.strerror or error}): name "
-            f"another file."
+            "another file."
         ) from error

@@ -78,7 +78,7 @@ def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ())
         if target.exists() and (not target.is_dir() or target.samefile(source)):
             raise OSDFaceError(
                 f"OUT is {target}, which is {'IN itself' if target.is_dir() else 'a file'}: name "
-                f"another folder."
+                "another folder."
             )
         sources = list(_files(source, target))
         pairs = [(path, target / path.relative_to(source)) for path in sources]
@@ -126,7 +126,7 @@ def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ())
                     path,
                     place,
                     f"{place} is an input of this run, which is never written over: name another "
-                    f"output",
+                    "output",
                     True,
                 )
             )
@@ -278,7 +278,7 @@ def _run_workers(items: list[Item], options: argparse.Namespace) -> Iterator[dic
     except ConnectionError as error:
         raise OSDFaceError(
             f"--ray-address is {options.ray_address}, where no Ray cluster answers: start one, or "
-            f"leave it out."
+            "leave it out."
         ) from error
     left = {str(item.source.absolute()): item for item in items}
     try:

@@ -132,7 +132,7 @@ def _read(path: Path, image: Image.Image, deep: bool) -> Picture:
     elif image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise OSDFaceError(
             f"{path} has values of {image.mode!r}; 8 or 16 bits a channel are wanted, and 16 in "
-            f"PNG or TIFF: convert it."
+            "PNG or TIFF: convert it."
         )
     else:
         array = np.asarray(_to_rgb(image))
@@ -204,7 +204,7 @@ def _read_tiff(path: Path) -> Picture | None:
         if array.dtype != np.uint16 or page.photometric not in (MIN_IS_WHITE, MIN_IS_BLACK, RGB):
             raise OSDFaceError(
                 f"{path} has 16 bits a channel but is not plain grey or RGB; that is wanted: "
-                f"convert it."
+                "convert it."
             )
         if page.planarconfig == SEPARATE and array.ndim == 3:
             array = np.moveaxis(array, 0, -1)
@@ -296,7 +296,7 @@ def check_target(picture: Picture, path: Path) -> None:
     if picture.has_alpha and path.suffix.lower() in (*JPEG, ".bmp"):
         raise OSDFaceError(
             f"{path.name} cannot hold the transparency of {picture.path.name}: name a .png, .webp "
-            f"or .tif as the output."
+            "or .tif as the output."
         )
 
 

@@ -60,7 +60,7 @@ def models_dir(given: Path | None) -> Path:
         if not given.is_dir():
             raise OSDFaceError(
                 f"--models-dir is {given}, which is no folder; one that holds checkpoints, "
-                f"osdface and facedetection is wanted."
+                "osdface and facedetection is wanted."
             )
         return given
     root = Path(__file__).absolute().parents[2]
@@ -90,13 +90,13 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
         if device.index is not None and (options.workers > 1 or options.ray_address):
             raise OSDFaceError(
                 f"--device is {device}, but workers are given a device each: name {device.type} "
-                f"alone."
+                "alone."
             )
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OSDFaceError(
             f"--device {options.device} cannot be used here ({str(error).splitlines()[0]}): leave "
-            f"it out."
+            "it out."
         ) from error
     options.device = str(device)
     # Absolute, since workers may be started in another folder.

@@ -110,7 +110,7 @@ def restore(
     if start != len(found):
         raise OSDFaceError(
             f"{source} gave {len(found)} frames at first and {start} the second time: it is "
-            f"damaged."
+            "damaged."
         )
     return {
         "frames": start,

@@ -42,7 +42,7 @@ def similarity(landmarks: Points, size: int) -> Affine:
     ):
         raise OSDFaceError(
             f"A face has the landmarks {landmarks}; five finite points are wanted: detect the "
-            f"face again."
+            "face again."
         )
     source = [complex(*point) for point in landmarks]
     target = [complex(*point) * size / TEMPLATE_SIZE for point in TEMPLATE]
@@ -56,7 +56,7 @@ def similarity(landmarks: Points, size: int) -> Affine:
     if abs(a) * spread < 1e-3:
         raise OSDFaceError(
             f"A face has landmarks in an order that no face has ({landmarks}): detect the face "
-            f"again."
+            "again."
         )
     return (a.real, -a.imag, b.real), (a.imag, a.real, b.imag)
 

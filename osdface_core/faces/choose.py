@@ -213,7 +213,7 @@ def report(faces: Sequence[Face], verdicts: Sequence[str], frames: int) -> str:
     pictures = "1 picture" if frames == 1 else f"{frames} pictures"
     lines = [
         f"{len(faces)} {'face' if len(faces) == 1 else 'faces'} found in {pictures}, {chosen} "
-        f"chosen."
+        "chosen."
     ]
     for (_, number), positions in sorted(
         persons.items(), key=lambda item: (faces[item[1][0]].frame, item[0])

@@ -67,7 +67,7 @@ def check_detector(network: RetinaFace, source: str = "The face detector's file"
     if len(doubled) > MOST_DOUBLED:
         raise OSDFaceError(
             f"{source} is refused: shown a single drawn face it finds up to {max(doubled)}, as a "
-            f"detector trained with other anchors does; "
+            "detector trained with other anchors does; "
             "use detection_Resnet50_Final.pth or detection_mobilenet0.25_Final.pth of facexlib, "
             "which `python install.py` fetches."
         )

@@ -172,7 +172,7 @@ def check(
     if frames != faces.frames:
         raise OSDFaceError(
             f"`image` holds {frames} pictures and `faces` come from {faces.frames}; the same "
-            f"batch is wanted: "
+            "batch is wanted: "
             "connect the picture that went into Face Detect & Align."
         )
     # A resize may have rounded either side by up to a pixel.
@@ -188,17 +188,17 @@ def check(
     if restored.ndim != 4 or restored.shape[3] != 3:
         raise OSDFaceError(
             f"`restored` is {tuple(restored.shape)}; a batch of RGB crops (N,S,S,3) is wanted: "
-            f"connect the output of OSDFace One Step."
+            "connect the output of OSDFace One Step."
         )
     if len(restored) and min(restored.shape[1:3]) < 1:
         raise OSDFaceError(
             f"`restored` is {tuple(restored.shape)}, which holds no pixel: connect the output of "
-            f"OSDFace One Step."
+            "OSDFace One Step."
         )
     if len(restored) != len(faces):
         raise OSDFaceError(
             f"`restored` holds {len(restored)} crops and `faces` {len(faces)} faces; one crop for "
-            f"each face, in the same order, is wanted: "
+            "each face, in the same order, is wanted: "
             "connect the crops that were made with these faces."
         )
     if options.mask_type not in MASK_TYPES:

@@ -41,7 +41,7 @@ def convert_vre(checkpoint: Path, projector: Path, target: Path) -> Path:
                 if tensor.storage.kind not in _NUMPY_TYPES:
                     raise OSDFaceError(
                         f"{path.name} holds {name} as {tensor.storage.kind}: OSDFace's is fp32, "
-                        f"fetch the released file."
+                        "fetch the released file."
                     )
                 flat = np.frombuffer(opened.read(tensor.storage), _NUMPY_TYPES[tensor.storage.kind])
                 view = np.lib.stride_tricks.as_strided(

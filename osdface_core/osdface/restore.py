@@ -21,7 +21,7 @@ def check_crops(crops: Tensor, name: str = "crops") -> None:
     if crops.ndim != 4:
         raise OSDFaceError(
             f"`{name}` has {crops.ndim} dimensions {tuple(crops.shape)}; a batch of pictures "
-            f"(N,H,W,3) is wanted: connect an IMAGE."
+            "(N,H,W,3) is wanted: connect an IMAGE."
         )
     if crops.shape[3] != 3:
         raise OSDFaceError(
@@ -31,13 +31,13 @@ def check_crops(crops: Tensor, name: str = "crops") -> None:
     if len(crops) and min(crops.shape[1:3]) < STRIDE:
         raise OSDFaceError(
             f"`{name}` are {crops.shape[2]} x {crops.shape[1]} px; at least {STRIDE} x {STRIDE} "
-            f"are wanted: connect larger pictures."
+            "are wanted: connect larger pictures."
         )
     for i, crop in enumerate(crops):
         if not bool(crop.isfinite().all()):
             raise OSDFaceError(
                 f"`{name}` number {i} holds values that are not numbers (NaN or infinite); finite "
-                f"values in [0,1] are wanted: "
+                "values in [0,1] are wanted: "
                 "look for the node before this one that makes them."
             )
 
@@ -52,7 +52,7 @@ def check_prompts(prompts: Tensor, count: int) -> None:
         )
     if len(prompts) and not float(prompts.min()) >= SILU_MINIMUM:  # NaN too
         raise OSDFaceError(
-            f"`conditioning` was not made by OSDFace's visual embedder (a text prompt, perhaps); "
+            "`conditioning` was not made by OSDFace's visual embedder (a text prompt, perhaps); "
             f"{remedy}"
         )
     if len(prompts) != count:

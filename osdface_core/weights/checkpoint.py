@@ -169,7 +169,7 @@ class _Reader(pickle.Unpickler):
         ):
             raise OSDFaceError(
                 f"{self._name} is refused: it is made to run {module}.{name} when loaded, which "
-                f"weights have no use for; nothing of it "
+                "weights have no use for; nothing of it "
                 "was run, delete it and fetch the file from its official page."
             )
         return type("_Inert", (_Inert,), {"path": f"{module}.{name}"})
@@ -376,7 +376,7 @@ class Checkpoint:
             wanted = f" whose names start with {' or '.join(prefixes)}" if prefixes else ""
             raise OSDFaceError(
                 f"{self._name} holds no tensors{wanted}: it is another file than the one wanted, "
-                f"fetch that one."
+                "fetch that one."
             )
 
     def _open_zip(self) -> tuple[Any, Callable[[Storage, memoryview], None]]:
@@ -424,7 +424,7 @@ class Checkpoint:
         if len(pickles) != 1:
             raise OSDFaceError(
                 f"{self._name} is a zip archive but no torch checkpoint: give the .ckpt or .pth "
-                f"file itself."
+                "file itself."
             )
         root = pickles[0].removesuffix("data.pkl")
         if entries[pickles[0]].file_size > _PICKLE_LIMIT:
@@ -469,7 +469,7 @@ class Checkpoint:
         if start != _LEGACY_START:
             raise OSDFaceError(
                 f"{self._name} is {_looks_like(start, self._size)}: fetch the file again from its "
-                f"official page."
+                "official page."
             )
         self._file.seek(0)
         head = io.BytesIO(self._file.read(_PICKLE_LIMIT))

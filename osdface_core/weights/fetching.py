@@ -146,12 +146,12 @@ def disk_error(path: Path, error: OSError) -> OSDFaceError:
     if error.errno in _DISK_FULL:
         return OSDFaceError(
             f"The disk of {path.parent} is full: {path.name} was not written; make room and run "
-            f"this again."
+            "this again."
         )
     if error.errno in _NOT_WRITABLE:
         return OSDFaceError(
             f"{path.parent} cannot be written to: {path.name} was not written; allow it, or name "
-            f"another models folder."
+            "another models folder."
         )
     return OSDFaceError(f"{path} cannot be written ({error.strerror or error}).")
 

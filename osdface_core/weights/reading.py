@@ -36,7 +36,7 @@ def read_tensors(path: Path, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor
     if not path.is_file():
         raise OSDFaceError(
             f"There is no file {path}: run `python install.py` in the folder of this extension, "
-            f"or put the file there."
+            "or put the file there."
         )
     try:
         if is_safetensors(path):
@@ -51,7 +51,7 @@ def read_tensors(path: Path, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor
     except OSError as error:
         raise OSDFaceError(
             f"{path} cannot be read ({error.strerror or error}): check the disk and the file's "
-            f"permissions."
+            "permissions."
         ) from error
 
 
@@ -81,6 +81,6 @@ def _read_safetensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor
         wanted = f" whose names start with {' or '.join(prefixes)}" if prefixes else ""
         raise OSDFaceError(
             f"{path.name} holds no tensors{wanted}: it is another file than the one wanted, fetch "
-            f"that one."
+            "that one."
         )
     return tensors
