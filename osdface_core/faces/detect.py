@@ -236,7 +236,8 @@ def detect(
             faces = detect_all_angles(network, pixels, confidence, smallest, report)
         else:
             faces = detect_all_sizes(network, pixels, confidence, smallest, report)
-            # A detector with poor landmarks needs all faces refined, others only small faces.
+            # A detector with poor landmarks needs all faces refined, others only faces that were
+            # small in a shrunk picture.
             least = math.inf if network.needs_refinement else BEST_SIZE / 2 if scale < 1 else 0
             coarse = longer_side(faces) * scale < least
             refined, _ = refine(network, pixels, faces[coarse], confidence, report)
