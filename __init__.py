@@ -1,6 +1,4 @@
-"""OSDFace for ComfyUI: faces found, aligned, restored in one diffusion step, and put back without a
-trace.
-"""
+"""OSDFace for ComfyUI: finds faces, restores them in one diffusion step, and pastes them back."""
 
 from __future__ import annotations
 
@@ -13,8 +11,9 @@ WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint() -> ComfyExtension:
-    """Called by ComfyUI. Its modules are imported only here, so that the package can also be
-    imported without it.
+    """The extension, for ComfyUI.
+
+    Its modules are imported only here, so that the package can also be imported without ComfyUI.
     """
     from .nodes import OSDFaceExtension
     from .nodes.comfy.files import register_folders

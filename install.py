@@ -1,9 +1,8 @@
-"""Brings OSDFace's weights: `python install.py`, run by hand with the Python of ComfyUI (or of the
-WebUI).
+"""Fetches OSDFace's weights: `python install.py`, run with the Python of ComfyUI or of the WebUI.
 
-The same file is what a host's own installer runs, ComfyUI-Manager once and a WebUI at every launch.
-Such a run downloads nothing, prints one line, takes a moment and never fails. It is told from a run
-by hand so: it has no arguments, and
+A host's own installer runs the same file, ComfyUI-Manager once and a WebUI at every launch. Such a
+run downloads nothing, prints one line, takes a moment and never fails. It is recognised by having
+no arguments, and one of these:
 - ComfyUI-Manager sets COMFYUI_PATH and COMFYUI_FOLDERS_BASE_PATH (a user may well set the first
   alone), or
 - a WebUI puts its own root, where launch.py lies, on PYTHONPATH, or
@@ -49,21 +48,23 @@ def run_by_host(arguments: list[str]) -> bool:
 
 
 def hosts() -> Iterator[Path]:
-    """Folders that may hold a host's `models`, nearest first: what the variables name, then those
-    that this file lies under.
+    """Folders that may hold a host's `models`, nearest first.
+
+    Those that the variables name, then the hosts that this file lies in.
     """
     yield from (
         Path(os.environ[variable]) for variable in MANAGER_VARIABLES if os.environ.get(variable)
     )
-    # Not resolved: a pack linked into custom_nodes belongs to the host that the link lies in.
+    # Links are not resolved first: a pack linked into custom_nodes belongs to the host of the link.
     for start in (Path(__file__).absolute().parent, ROOT):
         if start.parent.name in ("custom_nodes", "extensions"):
             yield start.parent.parent
 
 
 def model_folders(models: Path | None) -> dict[str, list[Path]]:
-    """The model folders by name, those of extra_model_paths.yaml included. Raises OSDFaceError if
-    no host is found.
+    """The model folders by name, with those of extra_model_paths.yaml.
+
+    Raises OSDFaceError if no host is found.
     """
     root = None
     if models is None:
@@ -71,7 +72,7 @@ def model_folders(models: Path | None) -> dict[str, list[Path]]:
         if root is None:
             raise OSDFaceError(
                 f"No models folder is found from {ROOT}: name ComfyUI's with --models-dir, set "
-                f"COMFYUI_PATH, or move this folder into "
+                "COMFYUI_PATH, or move this folder into "
                 "ComfyUI's custom_nodes."
             )
         models = root / "models"
@@ -89,8 +90,10 @@ def model_folders(models: Path | None) -> dict[str, list[Path]]:
 
 
 def extra_folders(path: Path) -> Iterator[tuple[str, Path, bool]]:
-    """(model folder's name, path, whether new files go there) of each entry of an
-    extra_model_paths.yaml, read as ComfyUI reads it.
+    """The entries of an extra_model_paths.yaml, read as ComfyUI reads it.
+
+    Gives the model folder's name, its path, and whether new files go there. Raises OSDFaceError for
+    a file that cannot be read.
     """
     import yaml
 
@@ -114,7 +117,7 @@ def extra_folders(path: Path) -> Iterator[tuple[str, Path, bool]]:
 
 
 def greet_host() -> None:
-    """The one line of a run by a host."""
+    """Prints the one line of a run by a host."""
     store = Store(CATALOGUE, model_folders(None))
     missing = [
         entry.name
@@ -131,10 +134,12 @@ def greet_host() -> None:
 
 
 def megabytes(size: int) -> str:
+    """Bytes as text, in MB."""
     return f"{size / 1e6:,.0f} MB"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a run by hand."""
     parser = argparse.ArgumentParser(
         description="Fetches, checks and converts OSDFace's weights. Running it again does nothing."
     )
@@ -183,10 +188,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
+    """Runs, and returns the exit code."""
     if run_by_host(arguments):
         try:
             greet_host()
-        except Exception as error:  # whatever is wrong here is not worth a host's start
+        except Exception as error:  # nothing that is wrong here may stop a host's start
             print(f"OSDFace: {' '.join(str(error).split())}")
         return OK
     options = parse(arguments)
@@ -201,6 +207,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_by_hand(options: argparse.Namespace) -> int:
+    """Does what the options say and returns the exit code. Raises OSDFaceError."""
     if options.given is not None and not options.given.is_dir():
         raise OSDFaceError(
             f"--from wants a folder that holds the downloaded files, and {options.given} is none."
@@ -254,7 +261,7 @@ def run_by_hand(options: argparse.Namespace) -> int:
 
 
 def describe(entry: WeightFile, store: Store, given: dict[str, Path]) -> None:
-    """What would be done for a file that is not there, or wrong."""
+    """Prints what would be done for a file that is missing or wrong."""
     if entry.name in given:
         print(f"          would be copied from {given[entry.name]}")
         return
@@ -269,7 +276,7 @@ def describe(entry: WeightFile, store: Store, given: dict[str, Path]) -> None:
 
 
 def conclude(left: list[WeightFile], failures: list[OSDFaceError], store: Store) -> int:
-    """Says what is left to be done by hand; the exit code."""
+    """Prints what is left to do by hand, and returns the exit code."""
     from osdface_core.weights.fetching import UnreachableError
 
     if not left:
@@ -293,7 +300,7 @@ def conclude(left: list[WeightFile], failures: list[OSDFaceError], store: Store)
     reasons = "; ".join(why for failure in unreached for why in failure.why)
     print(
         f"\nNot everything could be fetched ({reasons}). Download by hand: {lines}. Then run this "
-        f"again; or keep the files in any folder "
+        "again; or keep the files in any folder "
         "and run this with --from FOLDER.",
         file=sys.stderr,
     )

@@ -1,10 +1,9 @@
-"""What the built-in model restores, beside the degraded picture and the best plain filter; and what
-its detector finds, beside RetinaFace.
+"""Compares the built-in model with plain filters, and its detector with RetinaFace.
 
     python -m benchmarks.builtin DATA [restoration] [ceiling] [detection] [--grid FILE] [--limit N]
 
 DATA is the folder with images/ and weights/. Only portraits that training never saw are used: those
-whose number is a multiple of 6. OpenCV is wanted for the filters.
+whose number is a multiple of 6. The filters need OpenCV.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from osdface_core.faces.retinaface import build_retinaface
 from osdface_core.osdface import builtin
 from osdface_core.osdface.builtin.autoencoder import blue_noise
 from osdface_core.osdface.restore import restore
-from osdface_core.training.autoencoder import held_out
+from osdface_core.training.data import number_of
 from osdface_core.weights.reading import read_tensors
 
 HOLD_OUT = 6
 SIDE = 512
-# name: blur in pixels, shrinking, noise of 255, JPEG quality
+# Name: blur in pixels, factor of shrinking, noise in 255ths, JPEG quality.
 KINDS = {
     "8x: blur 3, noise 15, JPEG 50": (3.0, 8, 15.0, 50),
     "4x: blur 2, noise 8, JPEG 70": (2.0, 4, 8.0, 70),
@@ -44,7 +43,7 @@ KINDS = {
 
 
 def bytes_of(picture: Tensor) -> np.ndarray:
-    """(H,W,3) in [0,1] -> the same in 0..255."""
+    """(H,W,3) in [0,1] -> the same in 0..255, as numpy's uint8."""
     return picture.clamp(0, 1).mul(255).round().byte().numpy()
 
 
@@ -62,8 +61,9 @@ def load(path: Path, side: int = 0) -> Tensor:
 def degraded(
     picture: Tensor, kind: tuple[float, int, float, int], seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The picture after blur, shrinking, noise and JPEG: as small as that left it, and at its size
-    again (bicubic).
+    """The picture (H,W,3) in [0,1] after blur, shrinking, noise and JPEG.
+
+    Returns the small picture, and the same enlarged to the picture's size (bicubic).
     """
     blur, shrink, noise, quality = kind
     pixels = cv2.GaussianBlur(bytes_of(picture), (0, 0), blur)
@@ -79,7 +79,7 @@ def degraded(
 
 
 def filtered(small: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-    """What plain filters make of the small picture, each before and after enlarging it."""
+    """Results of plain filters on the small picture, each applied before and after enlarging it."""
     pixels = bytes_of(small)
 
     def enlarged(x: np.ndarray, how: int = cv2.INTER_CUBIC) -> np.ndarray:
@@ -97,7 +97,7 @@ def filtered(small: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
     for strength in (3, 6, 10):
         denoised = cv2.fastNlMeansDenoisingColored(pixels, None, strength, strength, 5, 15)
         found[f"non-local means {strength}, then enlarged"] = enlarged(denoised)
-    # These are slow at this size: the middle strength alone.
+    # Only the middle strength, since these are slow at this size.
     found["bilateral 40"] = cv2.bilateralFilter(enlarged(pixels), 9, 40, 5)
     found["non-local means 6"] = cv2.fastNlMeansDenoisingColored(
         enlarged(pixels), None, 6, 6, 7, 21
@@ -110,8 +110,9 @@ def psnr(given: Tensor, right: Tensor) -> float:
 
 
 def ssim(given: Tensor, right: Tensor) -> float:
-    """Structural similarity (Wang et al. 2004) of luma, Gaussian window of 11 px and 1.5 px,
-    nothing padded.
+    """Structural similarity (Wang et al. 2004) of luma, without padding.
+
+    Gaussian window of 11 px with a deviation of 1.5 px.
     """
     weights = torch.tensor([0.299, 0.587, 0.114])
     x, y = ((p.clamp(0, 1) @ weights)[None, None] for p in (given, right))
@@ -137,7 +138,7 @@ def held_out_portraits(data: Path, limit: int) -> list[Path]:
     paths = [
         path
         for path in sorted((data / "images" / "portraits").glob("*.jpg"))
-        if held_out(path, HOLD_OUT)
+        if (n := number_of(path)) is not None and n % HOLD_OUT == 0
     ]
     return paths[:: max(1, math.ceil(len(paths) / limit))] if limit else paths
 
@@ -208,16 +209,17 @@ def restoration(data: Path, limit: int, grid: Path | None) -> None:
 
 
 def energies(picture: Tensor) -> Tensor:
-    """(H,W,3) -> (H,W): what `energy` adds up, each pixel's as the mean of the 17 x 17 about it."""
+    """(H,W,3) -> (H,W): `energy` around each pixel, as the mean over 17 x 17 px."""
     x = picture.movedim(-1, 0)[None]
     steps = F.pad(x.diff(dim=3).square(), (0, 1)) + F.pad(x.diff(dim=2).square(), (0, 0, 0, 1))
     return F.avg_pool2d(steps.mean(1, keepdim=True), 17, 1, 8, count_include_pad=False)[0, 0]
 
 
 def ceiling(data: Path, limit: int, share: float = 0.7) -> None:
-    """What sharpness costs one who knows where it is: grain, put in until every place has `share`
-    of the original's gradient energy, on the degraded picture and on one that lost its noise and
-    its JPEG blocks perfectly.
+    """The cost in PSNR of sharpness for a method that knows where it belongs.
+
+    Grain is added until every place has `share` of the original's gradient energy: on the degraded
+    picture, and on one from which noise and JPEG blocks were removed perfectly.
     """
     pictures = [load(path, SIDE) for path in held_out_portraits(data, limit)]
     tile = blue_noise(torch.Generator().manual_seed(0))[0, 0]
@@ -241,6 +243,15 @@ def ceiling(data: Path, limit: int, share: float = 0.7) -> None:
 
 
 def table(pictures: str, kind: str, what: str, given: list[Tensor], right: list[Tensor]) -> None:
+    """Prints a row: the mean PSNR, SSIM and gradient energy of `given`.
+
+    pictures: their name.
+    kind: of degradation.
+    what: the method.
+    given: its results, each (H,W,3) in [0,1].
+    right: the originals.
+    """
+
     def mean(measure: Callable[[Tensor, Tensor], float]) -> float:
         return sum(measure(g, r) for g, r in zip(given, right, strict=True)) / len(given)
 
@@ -252,7 +263,7 @@ def table(pictures: str, kind: str, what: str, given: list[Tensor], right: list[
 
 
 def apart(known: Detection, found: Detection) -> list[float]:
-    """Of each landmark, as a share of the known face's height."""
+    """The distance of each landmark, as a share of the known face's height."""
     return [
         math.dist(a, b) / (known.box[3] - known.box[1])
         for a, b in zip(known.landmarks, found.landmarks, strict=True)
@@ -260,7 +271,7 @@ def apart(known: Detection, found: Detection) -> list[float]:
 
 
 def detection(data: Path, limit: int) -> None:
-    """RetinaFace mobilenet0.25 is the truth here: there is no other."""
+    """Compares the built-in detector with RetinaFace mobilenet0.25, the only truth available."""
     teacher = build_retinaface(read_tensors(data / "weights" / "detection_mobilenet0.25_Final.pth"))
     ours = build_retinaface(read_tensors(BUILTIN_DETECTOR))
     paths = held_out_portraits(data, limit)

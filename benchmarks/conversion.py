@@ -1,10 +1,9 @@
-"""Peak memory and time of converting the visual embedder's checkpoint at full size, beside what
-torch itself needs for it.
+"""Peak memory and time of converting the visual embedder's checkpoint, beside torch's own.
 
     python -m benchmarks.conversion [--out DIR]
 
 Writes a stand-in of the released 1.8 GB checkpoint (same tensors, random numbers) into a temporary
-folder; each way runs in a process of its own, with the checkpoint in the page cache.
+folder. Each way runs in its own process, with the checkpoint in the page cache.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 from osdface_core.weights.fetching import sha256_of
 
 OURS = """
-from osdface_core.weights.convert import convert_vre
+from osdface_core.osdface.convert import convert_vre
 convert_vre(checkpoint, projector, target)
 """
 TORCH = """
@@ -46,7 +45,7 @@ print(json.dumps([time.perf_counter() - start, memory]))
 
 
 def write_stand_in(checkpoint: Path, projector: Path, size: float) -> None:
-    """A Lightning checkpoint of about `size` bytes, and the projector."""
+    """Writes a Lightning checkpoint of about `size` bytes, and the projector."""
     import torch
 
     from osdface_core.osdface.vre.embedder import VisualEmbedder
@@ -89,8 +88,7 @@ def main() -> None:
         folder = Path(name)
         start = time.perf_counter()
         checkpoint, projector = folder / "associate_2.ckpt", folder / "embedding_change_weights.pth"
-        # In a process of its own: one that has once been large hands its peak on to those that it
-        # starts.
+        # In its own process: one that was large once passes its peak on to those that it starts.
         writer = multiprocessing.get_context("spawn").Process(
             target=write_stand_in, args=(checkpoint, projector, options.size)
         )
@@ -131,7 +129,7 @@ def main() -> None:
             ratios = [results[way][i] / results["this project"][i] for i in (0, 1)]
             print(
                 f"{way} against this project: {ratios[0]:.1f} times the time, {ratios[1]:.1f} "
-                f"times the memory"
+                "times the memory"
             )
 
 

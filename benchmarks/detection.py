@@ -1,11 +1,10 @@
-"""Detection beside facexlib's: faces found at every angle, agreement, time, and the steadiness of
-crops in a video.
+"""Compares detection with facexlib's: angles, agreement, time, and steadiness of crops in a video.
 
     python -m benchmarks.detection DATA [counts] [agreement] [time] [video]
 
 DATA is the folder with images/ and weights/. Prints a table for each part that is named, or for
-all. facexlib and OpenCV are wanted for all but the counts. Times are of this machine; the ratios
-are the point.
+all. All but the counts need facexlib and OpenCV. Times are of this machine; the ratios are the
+point.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from osdface_core.pictures.geometry import Affine, apply, compose, inverse, scal
 from osdface_core.pictures.resampling import sample_affine, warp
 
 ANGLES = (0, 30, 60, 90, 135, 180)
-# A face counts as found the right way up if its worst landmark is within this share of the face's
-# height of where it must be.
+# A face counts as found upright if its worst landmark is off by at most this share of the face's
+# height.
 RIGHT = 0.15
 CONFIDENCE = 0.9
 
@@ -45,7 +44,7 @@ def load(path: Path) -> Tensor:
 
 
 def turned(image: Tensor, degrees: float) -> tuple[Tensor, Affine]:
-    """The picture turned clockwise with none of it lost, and the map from the one to the other."""
+    """The picture turned clockwise with nothing cut off, and the map from the one to the other."""
     height, width = image.shape[1:3]
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     w = math.ceil(abs(width * cos) + abs(height * sin) - 1e-6)
@@ -58,6 +57,7 @@ def turned(image: Tensor, degrees: float) -> tuple[Tensor, Affine]:
 
 
 def error(known: Detection, found: Detection, matrix: Affine) -> float:
+    """The largest distance of a landmark, as a share of the known face's height."""
     wanted = [apply(matrix, *point) for point in known.landmarks]
     return max(map(math.dist, found.landmarks, wanted)) / (known.box[3] - known.box[1])
 
@@ -185,7 +185,7 @@ def agreement(data: Path, network: RetinaFace) -> None:
         near = sum(overlap > 0.95 and distance < 1 for overlap, distance in pairs)
         print(
             f"faces {'over' if large else 'up to'} 512 px: {near} of {len(pairs)} agree (IoU over "
-            f"0.95, landmarks within 1 px), ",
+            "0.95, landmarks within 1 px), ",
             end="",
         )
         print(
@@ -208,8 +208,9 @@ def agreement(data: Path, network: RetinaFace) -> None:
 
 
 def consensus(image: Tensor, network: RetinaFace, face: Detection) -> np.ndarray:
-    """The median of the face's landmarks (5,2) over copies of the picture that show it at sizes
-    where the detector is at its best.
+    """The median of the face's landmarks (5,2) over copies of the picture.
+
+    The copies show the face at sizes where the detector is at its best.
     """
     found = []
     for side in range(300, 640, 20):
@@ -227,9 +228,11 @@ def consensus(image: Tensor, network: RetinaFace, face: Detection) -> np.ndarray
 
 
 def crop_agreement(image: Tensor, points: np.ndarray) -> tuple[float, float, float]:
-    """Side of the face's square in the picture, and PSNR of our crop with facexlib's at the same
-    landmarks (5,2): sampled linearly between four pixels as facexlib does, and as we do. Beyond the
-    picture its edge is repeated for both, where facexlib has grey.
+    """Side of the face's square in the picture, and two PSNRs of our crop with facexlib's.
+
+    Both crops have the same landmarks `points` (5,2). Ours is sampled linearly between four pixels
+    as facexlib does, then as we do. Beyond the picture its edge is repeated for both, where
+    facexlib itself has grey.
     """
     import cv2
 
@@ -289,7 +292,7 @@ def speed(data: Path, network: RetinaFace) -> None:
             )
         print(
             f"{name}: facexlib {a * 1e3:.0f} ms, ours {b * 1e3:.0f} ms ({a / b:.1f} times "
-            f"faster), ",
+            "faster), ",
             end="",
         )
         print(
@@ -316,8 +319,10 @@ def corners(matrix: Affine) -> np.ndarray:
 
 
 def steadiness(matrices: dict[int, Affine]) -> tuple[float, float, float]:
-    """Of a crop's corners in pixels: change of the error from frame to frame, the error, and the
-    frames by which they trail.
+    """Jitter, error and lag of a crop's corners.
+
+    Change of the error from frame to frame in pixels, the error in pixels, and the frames by which
+    the corners trail.
     """
     frames = sorted(matrices)
     own = np.mean([corners(compose(matrices[t], motion(t % FRAMES))) for t in frames], axis=0)

@@ -1,16 +1,15 @@
-"""Random graphs of our nodes through a real ComfyUI server: each must end in a right result or in
-one sentence.
+"""Sends random graphs of our nodes to a real ComfyUI server, and judges what comes out.
 
     python -m benchmarks.fuzz [--count 2000] [--seed 0] [--comfyui DIR] [--only N ...]
                               [--replay FILE]
 
-The networks are the small built-in ones, the pictures those of tests/photographs.py. A graph is
-refused by the host's validation, ends in one of our sentences, or is judged by nodes in the server
-(benchmarks/fuzz_nodes.py): shapes, finite values, pixels outside of the mask bit for bit, the very
-picture where there is no face, inputs not written into. Anything else is a violation: a raw Python
-error of a node of ours, a server that is gone or hangs. Prints a table of what became of them and
-each violation's graph as JSON, for --replay; exits with 1 if there was one. --only runs the graphs
-of these numbers.
+Each graph must end in a right result or in one sentence. The networks are the small built-in ones,
+the pictures those of tests/photographs.py. A graph is refused by the host's validation, ends in one
+of our sentences, or is judged by nodes in the server (benchmarks/fuzz_nodes.py): shapes, finite
+values, pixels outside of the mask bit for bit, the very picture where there is no face, inputs not
+written into. Anything else is a violation: a raw Python error of a node of ours, a server that is
+gone or hangs. Prints a table of the results and each violation's graph as JSON, for --replay; exits
+with 1 if there was one. --only runs the graphs of these numbers.
 """
 
 from __future__ import annotations
@@ -55,12 +54,12 @@ OURS = (
     "OSDFaceBuiltinModel",
     "OSDFaceRestore",
 )
-# Of a graph, before the server counts as hanging.
+# Seconds for a graph before the server counts as hanging, and the waits that they are divided into.
 PATIENCE, WAITS = 240, 12
-# Of an answer, which comes at once from a machine that is awake.
+# Seconds for an answer to a request, which comes at once unless the machine was asleep.
 ASLEEP = 1200
 LONGEST_SENTENCE = 900
-# Seconds, on a machine with other work.
+# Seconds for the server's start, on a machine with other work.
 START = 900
 
 SIDES = (1, 2, 3, 7, 8, 9, 15, 16, 33, 64, 100, 200, 257, 400)
@@ -177,7 +176,7 @@ INDICES = (
         "0;1",
     ),
 )
-# Core nodes that give a MODEL another behaviour, and a CONDITIONING other options.
+# Core nodes that change a MODEL's behaviour, and a CONDITIONING's options.
 MODEL_PATCHES = (
     *(
         "FreeU",
@@ -235,14 +234,14 @@ CONDITIONING_PATCHES = (
 
 @dataclass
 class Made:
-    """A graph, and whether a value was put in that the host's validation may refuse."""
+    """A graph, and whether it holds a value that the host's validation may refuse."""
 
     graph: Graph
     refusable: bool
 
 
 class Maker:
-    """One random graph."""
+    """Makes one random graph."""
 
     def __init__(
         self, seed: str, info: dict[str, Any], pictures: list[str], faces: list[str]
@@ -293,7 +292,7 @@ class Maker:
         return limits.get("default", "")
 
     def widgets(self, kind: str, **fixed: Any) -> dict[str, Any]:
-        """Values for all widgets of a node: what is cheap more often than what is dear."""
+        """Values for all widgets of a node; cheap ones are more frequent than expensive ones."""
         values: dict[str, Any] = {}
         for name, (of, limits) in self.inputs(kind).items():
             if isinstance(of, list) or of in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
@@ -322,8 +321,9 @@ class Maker:
         return values | fixed
 
     def hostile(self, kind: str, values: dict[str, Any], share: float) -> dict[str, Any]:
-        """Now and then one widget out of range, of another type, or fed by a link, whose value the
-        host does not look at.
+        """The widgets' values, with a wrong one in a `share` of the cases.
+
+        It is out of range, of another type, or fed by a link, whose value the host does not check.
         """
         names = [name for name in values if not isinstance(values[name], list)]
         if not names or not self.chance(share):
@@ -339,7 +339,7 @@ class Maker:
             else:
                 text = self.pick((number, "nan", "inf", "-inf", 1e300))
                 feed = self.node("PrimitiveFloat", value=text)
-            self.refusable = True  # the source has limits of its own
+            self.refusable = True  # the source has its own limits
             return values | {name: [feed, 0]}
         self.refusable = True
         odd = (
@@ -400,7 +400,7 @@ class Maker:
         return self.pick(SIDES), self.pick(SIDES)
 
     def changed(self, link: Link) -> Link:
-        """By a core node."""
+        """The picture after a core node."""
         width, height = (
             self.sides()
             if self.chance(0.5)
@@ -553,7 +553,7 @@ class Maker:
         if self.chance(0.15):
             kind = self.pick(MODEL_PATCHES)
             if kind in self.info:
-                # Windows over an axis that a latent does not have are no fault of ours.
+                # Only axes that a latent has: an error about others would not be ours.
                 axis = {"dim": self.pick((0, 0, 2, 3))} if kind == "ContextWindowsManual" else {}
                 model = [self.node(kind, **self.widgets(kind, **axis), model=model), 0]
         return model, vae
@@ -590,7 +590,7 @@ class Maker:
         return self.node(kind, **self.hostile(kind, self.widgets(kind), 0.07), **links)
 
     def detected(self, image: Link) -> tuple[Link, Link]:
-        """Faces and crops, perhaps chosen anew or harmed."""
+        """Faces and crops, perhaps chosen again or harmed."""
         found = self.ours("FaceDetectAlign", image=image)
         faces, crops = [found, 0], [found, 1]
         if self.chance(0.15):
@@ -694,7 +694,7 @@ class Maker:
         return [name for name, node in self.graph.items() if node["class_type"] in OURS]
 
     def rewire(self) -> None:
-        """A link of one of our nodes to some other output, of the right type or not."""
+        """Connects an input of one of our nodes to some other output, of the right type or not."""
         name = self.pick(self.members())
         links = [
             key for key, value in self.graph[name]["inputs"].items() if isinstance(value, list)
@@ -705,7 +705,7 @@ class Maker:
             kind = self.pick(("nothing", "text", "list", "dictionary", "number"))
             source = [self.node("FuzzAnything", kind=kind), 0]
         else:
-            # Only earlier ones, lest it turns in a circle.
+            # Only earlier ones, so that the graph has no cycle.
             other = self.pick(
                 [
                     n
@@ -726,7 +726,7 @@ class Maker:
             self.refusable = True
 
     def judge(self) -> None:
-        """A judge for each of our nodes, on what the node really got."""
+        """Adds a judge for each of our nodes, on what the node really got."""
         for name in self.members():
             kind, inputs = self.graph[name]["class_type"], self.graph[name]["inputs"]
             links = {
@@ -782,7 +782,7 @@ class Maker:
                 self.node("PreviewAny", source=[name, 0])
 
     def lazy(self, name: str) -> bool:
-        """In half of the graphs the networks only run where pasting asks for them."""
+        """Whether the networks run only where pasting asks for them: half of the pasting graphs."""
         return int(name) % 2 == 0 and any(
             node["class_type"] == "FacePasteBack" for node in self.graph.values()
         )
@@ -792,7 +792,7 @@ class Maker:
 
 
 def write_pictures(folder: Path) -> tuple[list[str], list[str]]:
-    """Files as they come from the world; names of those without faces, and of those with."""
+    """Writes files of many kinds; returns the names of those without faces and those with."""
     rng = np.random.default_rng(0)
     noise = (rng.random((90, 120, 4)) * 255).astype(np.uint8)
     rgb = Image.fromarray(noise[..., :3])
@@ -837,8 +837,9 @@ def write_pictures(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def populate(base: Path) -> tuple[list[str], list[str]]:
-    """Makes a folder a ComfyUI base directory with the pack, the fuzz's nodes and pictures, and a
-    face parser of noise.
+    """Makes `base` a ComfyUI base directory with the pack, and what the fuzz needs.
+
+    That is its nodes, its pictures, and a face parser of noise. Returns as `write_pictures`.
     """
     for name in (
         "models/osdface",
@@ -865,8 +866,12 @@ def populate(base: Path) -> tuple[list[str], list[str]]:
 
 @dataclass
 class Tally:
-    """What became of the graphs, and the violations: what was wrong, the graph's number, and the
-    graph.
+    """The results of the graphs.
+
+    kinds: how often each result came.
+    sentences: how often each error sentence came.
+    violations: what was wrong, the graph's number, and the graph.
+    slowest: seconds and the graph's number.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -876,14 +881,21 @@ class Tally:
 
 
 def stem(sentence: str) -> str:
-    """A sentence without its numbers, to count it by."""
+    """A sentence without its numbers, for counting."""
     return re.sub(r"\d[\d.e+-]*", "#", sentence)[:110]
 
 
 def outcome(
     address: str, link: websocket.WebSocket, client: str, made: Made, tally: Tally
 ) -> tuple[str, bool]:
-    """What became of a graph, and whether that is a violation."""
+    """The result of a graph, and whether it is a violation.
+
+    address: of the server.
+    link: its websocket.
+    client: our id on the websocket.
+    made: the graph.
+    tally: counts sentences.
+    """
     answer = requests.post(
         f"{address}/prompt", json={"prompt": made.graph, "client_id": client}, timeout=ASLEEP
     )
@@ -898,7 +910,7 @@ def outcome(
             return f"refused: {json.dumps(errors)[:600]}", True
         return f"refused by the host's validation: {kinds[0]}", False
     if not answer.ok:
-        # The host itself falls over a link to an output that there is not, and the like.
+        # The host itself fails on a link to an output that does not exist, and the like.
         return f"HTTP {answer.status_code}: {answer.text[:300]}", True
     mine, verdicts, waits = answer.json()["prompt_id"], [], 0
     link.settimeout(PATIENCE / WAITS)
@@ -906,7 +918,7 @@ def outcome(
         try:
             message = link.recv()
         except websocket.WebSocketTimeoutException:
-            # One wait may be long because this machine was busy, or asleep; that many are not.
+            # One wait may time out because this machine was busy or asleep, but not all of them.
             waits += 1
             if waits == WAITS:
                 raise
@@ -948,6 +960,7 @@ RIGHT = {
 
 
 def judged(given: dict[str, Any], tally: Tally) -> tuple[str, bool]:
+    """The result of a graph that ended in an error, and whether it is a violation."""
     node, kind, says = (
         given["node_type"],
         given["exception_type"],
@@ -960,7 +973,7 @@ def judged(given: dict[str, Any], tally: Tally) -> tuple[str, bool]:
     if not kind.endswith("OSDFaceError"):
         place = next((line for line in reversed(given["traceback"]) if "osdface" in line), "")
         if not place:
-            # An empty list of pictures, say, out of which the host would take each in turn.
+            # For example an empty list of pictures, which the host would take one by one.
             return f"the host's own error before a node of ours was called: {kind}", False
         return f"{node}: {kind}: {says[:300]} {place.strip()[:300]}", True
     if "\n" in says or len(says) > LONGEST_SENTENCE or not says.endswith("."):
@@ -975,8 +988,9 @@ def run(
     tally: Tally,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Runs the graphs one after the other. A graph that the server does not survive, or answer, is
-    a violation and ends the run.
+    """Runs the graphs one after the other.
+
+    A graph that the server does not survive or answer is a violation and ends the run.
     """
     client = str(uuid.uuid4())
     link = websocket.create_connection(
@@ -1015,6 +1029,14 @@ def run(
 def graphs(
     count: Iterable[int], seed: int, info: dict[str, Any], pictures: list[str], faces: list[str]
 ) -> Iterator[tuple[int, Made]]:
+    """The random graphs of these numbers, each the same for the same seed.
+
+    count: the numbers.
+    seed: of all graphs.
+    info: the server's object_info.
+    pictures: files without faces.
+    faces: files with faces.
+    """
     for number in count:
         yield number, Maker(f"{seed}/{number}", info, pictures, faces).make()
 

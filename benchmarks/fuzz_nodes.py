@@ -1,4 +1,5 @@
-"""Nodes for benchmarks/fuzz.py: inputs as no sane graph makes them, and judges of what comes out.
+"""Nodes for benchmarks/fuzz.py: odd inputs, and judges of the results.
+
 Copied into a server's custom_nodes.
 """
 
@@ -25,16 +26,15 @@ DTYPES = {
     "uint8": torch.uint8,
 }
 FAR = (1e9, -1e9, 1e30, math.inf, math.nan)
-# Checksums of pictures when they were made: no node may write into what it is given.
+# Checksums of pictures when they were made, to see whether a node has written into its input.
 SEALS: dict[int, tuple[Tensor, int]] = {}
 
 
 def short_of_memory(state: str) -> None:
-    """On a CPU the host takes neither --lowvram nor --novram, for there is no video memory: it
-    loads here as it does on such a card.
+    """Makes the host load models on the CPU as on a card with little video memory.
 
-    NO_VRAM: every layer's weights are cast as they are used, and patched then. LOW_VRAM: those
-    beyond the first 128 MiB.
+    On a CPU it takes neither --lowvram nor --novram. NO_VRAM: every layer's weights are cast as
+    they are used, and patched then. LOW_VRAM: those beyond the first 128 MiB.
     """
     load = mm.load_models_gpu
 
@@ -57,7 +57,7 @@ if os.environ.get("FUZZ_VRAM"):
 
 
 class AnyType(str):
-    """Fits every input, as the switches of many packs do."""
+    """A type that fits every input, as the switches of many packs have it."""
 
     def __ne__(self, other: object) -> bool:
         return False
@@ -86,7 +86,8 @@ class Judge(Node):
 
 
 def bits(picture: Tensor) -> Tensor:
-    # A picture of one channel that was expanded to three counts as contiguous where a side is 1.
+    # The clone is needed: a picture of one channel that was expanded to three counts as contiguous
+    # where a side is 1.
     return picture.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
@@ -385,7 +386,7 @@ class FuzzModel(Node):
 
 
 class FuzzAnything(Node):
-    """What a switch of another pack may hand on."""
+    """Gives what a switch of another pack may pass on."""
 
     INPUTS: ClassVar = {"kind": "STRING"}
     RETURN_TYPES = (AnyType("*"),)
@@ -412,7 +413,7 @@ class FuzzKeep(Judge):
         return {"ui": {}}
 
 
-# Judges: what they raise is a violation.
+# Judges: any error that they raise is a violation.
 
 
 def judge(right: bool, wrong: str) -> None:

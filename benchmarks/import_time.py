@@ -1,4 +1,4 @@
-"""How long the pack takes to import inside ComfyUI, beside torch and ComfyUI itself.
+"""Time that the pack takes to import inside ComfyUI, beside torch's and ComfyUI's.
 
 python benchmarks/import_time.py [path of ComfyUI]
 """

@@ -1,13 +1,12 @@
-"""The same graph in real ComfyUI servers that were started in other ways: what comes out, beside
-what the plain one gives.
+"""Runs one graph in real ComfyUI servers started in different modes, and compares the results.
 
     python -m benchmarks.modes [--stand-ins DIR] [--compiled] [--only MODE ...] [--comfyui DIR]
 
 The graph restores the faces of a picture with the small built-in model, whose networks are in fp32
-in every mode: so the saved picture must be the same to the bit, or the row says by how much it is
-not. --stand-ins: the folder of full-size weights; with it a crop of 64 x 72 px also goes through
-the visual embedder, the LoRA, the UNet and the VAE at their full size, in the types that the mode
-chooses.
+in every mode: so the saved picture must have the same bits as the plain server's, or the row says
+by how much it differs. --stand-ins: the folder of full-size weights; with it a crop of 64 x 72 px
+also goes through the visual embedder, the LoRA, the UNet and the VAE at their full size, in the
+types that the mode chooses.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from tests.conftest import comfyui_path
 from tests.frontend import server
 from tests.prompts import Prompts
 
-# All with --cpu, beside which the host takes no --lowvram or --novram: fuzz_nodes.py has it load as
-# it does with those.
+# All run with --cpu, beside which the host takes no --lowvram or --novram: FUZZ_VRAM makes
+# fuzz_nodes.py imitate these.
 MODES = (
     *(
         "",
@@ -197,7 +196,7 @@ def main() -> int:
                         wrong += not str(error).strip().endswith(".")
                     rows.append(
                         f"| {mode or '(none)'} | {what} | {says} | {time.monotonic() - start:.1f} "
-                        f"s |"
+                        "s |"
                     )
                     print(rows[-1], flush=True)
             for name in settings:

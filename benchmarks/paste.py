@@ -1,10 +1,9 @@
-"""Pasting beside facexlib's FaceRestoreHelper: time, and how well an untouched crop comes back. One
-run, the same faces for both.
+"""Compares pasting with facexlib's FaceRestoreHelper: time, and fidelity of an untouched crop.
 
     python -m benchmarks.paste PORTRAIT.jpg [--mask box | parsing] [--threads 2]
 
-facexlib needs numba, filterpy and OpenCV. With --mask parsing both get the same ready-made label
-map: the network itself is left out of both, so that pasting alone is timed.
+Both get the same faces in one run. facexlib needs numba, filterpy and OpenCV. With --mask parsing
+both get the same ready-made label map: the network is left out, so that only pasting is timed.
 """
 
 from __future__ import annotations
@@ -38,8 +37,9 @@ COUNTS = (1, 6, 20)
 
 
 def landmarks_of(count: int, width: int, height: int) -> list[np.ndarray]:
-    """FFHQ's five points for `count` faces on a grid, turned a little, pixel centres at whole
-    numbers.
+    """FFHQ's five points for `count` faces on a grid, each turned a little.
+
+    Pixel centres are at whole numbers.
     """
     columns = math.ceil(math.sqrt(count * width / height))
     rows = math.ceil(count / columns)

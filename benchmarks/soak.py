@@ -2,12 +2,12 @@
 
     python -m benchmarks.soak [--runs 300] [--core] [--comfyui DIR] [--csv FILE]
 
-Each run finds, restores and pastes the faces of a picture with the small built-in model, over
-another picture, place and strength than the one before, so that nothing is answered from the host's
-cache. Prints the process's private memory (USS) every tenth run, its growth in per cent after the
-tenth run and after the fiftieth, and what is held once the host was asked to free everything (POST
-/free), before these runs, after them, and after each of a few more. --core runs graphs of the
-host's own nodes alone, over the same pictures: what the host itself keeps.
+Each run finds, restores and pastes the faces of a picture with the small built-in model. Picture,
+mask and strength differ from run to run, so that the host's cache answers nothing. Prints the
+process's private memory (USS) every tenth run, its growth in per cent after the tenth run and after
+the fiftieth, and what is held once the host was asked to free everything (POST /free), before these
+runs, after them, and after each of a few more. --core runs graphs of the host's own nodes alone,
+over the same pictures: what the host itself keeps.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from tests.prompts import Prompts
 MIB = 1024**2
 PICTURES = ("astronaut.png", "astronaut.webp", "two.png", "face_alpha.png")
 WARM = 10
-# Seconds, on a machine with other work; and after which the host has collected what it has let go.
+# Seconds for the server's start, on a machine with other work; and until the host has collected
+# what it has released.
 START, COLLECTED = 900, 15
-# Runs at the end with everything freed after each.
+# Runs at the end, with everything freed after each.
 AGAIN = 6
 
 
@@ -43,7 +44,7 @@ def graph(run: int, core: bool) -> dict[str, Any]:
         return {"class_type": kind, "inputs": inputs}
 
     load = node("LoadImage", image=PICTURES[run % len(PICTURES)])
-    # Another frame of it each time, at the same size; so all four of our stages run.
+    # Other noise each time, at the same size, so that all four of our stages run.
     noisy = node("ImageAddNoise", image=["load", 0], seed=run, strength=0.01)
     end = node("SaveImage", images=["work", 0], filename_prefix="soak")
     if core:
@@ -86,15 +87,16 @@ def held(process: psutil.Process) -> float:
 
 
 def after_free(address: str, process: psutil.Process) -> float:
-    """What is held once the host has unloaded every model and emptied its caches."""
+    """MiB held once the host has unloaded every model and emptied its caches."""
     requests.post(f"{address}/free", json={"unload_models": True, "free_memory": True}, timeout=60)
     time.sleep(COLLECTED)
     return held(process)
 
 
 def growth(curve: list[float], first: int) -> float:
-    """Per cent that the line through the runs from `first` on rises over them: two single runs
-    differ by what the allocator holds.
+    """The rise in per cent of the line fitted to the runs from `first` on.
+
+    Two single runs would not do: they differ by what the allocator holds.
     """
     line = statistics.linear_regression(range(first, len(curve)), curve[first:])
     return 100 * line.slope * (len(curve) - first) / (line.intercept + line.slope * first)
@@ -136,7 +138,7 @@ def main() -> int:
             print("after /free, MiB: " + ", ".join(f"{held:.1f}" for held in freed))
             print(
                 f"the first after {len(PICTURES)} runs, the second after {given.runs} more, the "
-                f"others after one more each"
+                "others after one more each"
             )
     if given.csv:
         given.csv.write_text(

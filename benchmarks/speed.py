@@ -1,16 +1,16 @@
-"""OSDFace in ComfyUI beside the paper's released code: time a face, stages, agreement, start,
-memory, whole pictures. One run, in turn.
+"""Compares OSDFace in ComfyUI with the paper's released code: speed, agreement and memory.
 
     python -m benchmarks.speed --weights DIR --data DIR [--comfyui DIR] [--paper DIR]
-                               [--precision fp32 bf16] [--faces 1 4 16]
-        [--rounds 2] [--parts faces pictures memory]
+                               [--precision fp32 bf16] [--faces 1 4 16] [--rounds 3]
+                               [--parts faces pictures memory]
 
+Measured are time a face, stages, agreement, start, memory and whole pictures, all in one run.
 --weights: Stable Diffusion 2.1-base and OSDFace's files, or stand-ins of the same shapes, laid out
 as `sd21-diffusers/`, `v2-1_512-seeded.safetensors` and `osdface/`. --data: a folder with
 images/portraits and weights/detection_mobilenet0.25_Final.pth. --paper: a checkout of
-jkwang28/OSDFace; left out without one. Each program runs in a process of its own and waits while
-another runs. On a machine with CUDA both run there, otherwise on the CPU; the released code is then
-given a CUDA that does nothing.
+jkwang28/OSDFace; left out without one. Each program runs in its own process and waits while another
+runs. On a machine with CUDA both run there, otherwise on the CPU; the released code is then given a
+CUDA that does nothing.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ STAGES = ("prompts", "encode", "step", "decode")
 CUDA = torch.cuda.is_available()
 
 
-# What the programs have in common
+# Common to both programs
 
 
 def crops(portraits: Path, count: int) -> Tensor:
-    """(count,512,512,3) in [0,1]: portraits made poor by shrinking to an eighth."""
+    """Crops (count,512,512,3) in [0,1]: portraits degraded by shrinking to an eighth."""
     small = torch.nn.functional.interpolate(
         squares(portraits, count, 64).movedim(-1, 1), (512, 512), mode="bicubic"
     )
@@ -58,6 +58,7 @@ def crops(portraits: Path, count: int) -> Tensor:
 
 
 def squares(portraits: Path, count: int, side: int) -> Tensor:
+    """Portraits (count,side,side,3) in [0,1]."""
     import numpy as np
     from PIL import Image
 
@@ -74,7 +75,7 @@ def squares(portraits: Path, count: int, side: int) -> Tensor:
 
 
 def group(portraits: Path, faces: int, width: int, height: int) -> Tensor:
-    """A picture (1,height,width,3) with so many portraits side by side."""
+    """A picture (1,height,width,3) in [0,1] with `faces` portraits side by side."""
     columns = math.ceil(math.sqrt(faces * width / height))
     side = min(width // columns, height // math.ceil(faces / columns))
     picture = torch.full((1, height, width, 3), 0.5)
@@ -85,14 +86,16 @@ def group(portraits: Path, faces: int, width: int, height: int) -> Tensor:
 
 
 def moment() -> float:
+    """The time in seconds, once the GPU has finished its work."""
     if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def memory(reset: bool = False) -> float:
-    """The most memory in MiB since the last reset: of the process on Linux, and of the card where
-    there is one.
+    """Peak memory in MiB since the last reset: of the card where there is one, else of the process.
+
+    The process's is known only on Linux.
     """
     if CUDA:
         most = torch.cuda.max_memory_allocated() / 2**20
@@ -112,8 +115,9 @@ def memory(reset: bool = False) -> float:
 
 
 class Paper:
-    """Its class and its forward as they are; only what loads and what names the device is done
-    here.
+    """The released code: its class and its forward as they are.
+
+    Only loading and the choice of the device are done here.
     """
 
     def __init__(self, given: argparse.Namespace) -> None:
@@ -129,7 +133,7 @@ class Paper:
             "imageio",
             "imageio.v2",
         ):
-            sys.modules.setdefault(name, types.ModuleType(name))  # imported for training alone
+            sys.modules.setdefault(name, types.ModuleType(name))  # only training uses them
         sys.modules["matplotlib.backends.backend_agg"].FigureCanvasAgg = object  # type: ignore[attr-defined]
         if not CUDA:
             torch.cuda.Stream = torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[assignment, misc]
@@ -140,7 +144,7 @@ class Paper:
         os.chdir(given.paper)
         import infer
 
-        # Its draw from the posterior is random; the mean takes as long, and can be compared.
+        # Its draw from the posterior is random; the mean takes as long and can be compared.
         DiagonalGaussianDistribution.sample = lambda self, generator=None: self.mode()
 
         base = given.weights / "sd21-diffusers"
@@ -299,8 +303,9 @@ class Ours:
         return done
 
     def picture(self, picture: Tensor, networks: bool) -> tuple[int, dict[str, float]]:
-        """From picture to picture with an ellipse: the number of faces, and the seconds of each
-        stage.
+        """Restores a picture, pasting by an ellipse.
+
+        Returns the number of faces and the seconds of each stage. networks: False leaves them out.
         """
         self.without = not networks
         self.seconds.update(dict.fromkeys(STAGES, 0.0))
@@ -336,7 +341,7 @@ class Ours:
 
 
 def work(given: argparse.Namespace) -> None:
-    """A program's process: a line of JSON in, a line of JSON out."""
+    """A program's process: each line of JSON on stdin is answered by one on stdout."""
     lines, sys.stdout = sys.stdout, sys.stderr
     arguments = given.kind, given.worker
     program: Any = (Paper if given.worker == "paper" else Ours)(given)
@@ -467,7 +472,7 @@ def faces_table(given: argparse.Namespace, started: list[Program]) -> None:
     a_face = math.inf
     for count in given.faces:
         best: dict[str, dict[str, Any]] = {}
-        # The released code takes one face after the other, however many there are.
+        # The released code takes one face after the other, so larger counts tell nothing new.
         taking = [
             program for program in started if count <= 4 or not program.title.startswith("paper")
         ]
@@ -568,7 +573,7 @@ def main() -> None:
         f"{torch.cuda.get_device_name() if CUDA else processor()}, {os.cpu_count()} threads, "
         f"torch {torch.__version__}\n"
     )
-    # Two at a time: 16 GiB of memory are enough.
+    # Two at a time, so that 16 GiB of memory are enough.
     truth = ("paper", "fp32") if given.paper else ("ours", "fp32")
     with tempfile.TemporaryDirectory() as folder:
         for kind in given.precision if "faces" in given.parts else ():

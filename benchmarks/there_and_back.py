@@ -1,10 +1,9 @@
-"""Cut out and put back with nothing done in between, beside OpenCV's cubic warp with exact
-matrices: PSNR inside the mask, in dB.
+"""Cuts a face out and pastes it back unchanged, beside OpenCV's cubic warp with exact matrices.
 
     python -m benchmarks.there_and_back PORTRAIT.jpg ...
 
-A row for each size of the face's square and scale at which it is pasted, a column for each picture:
-OpenCV's, then ours.
+Prints PSNR inside the mask, in dB: a row for each size of the face's square and scale at which it
+is pasted, a column for each picture, with OpenCV's, then ours.
 """
 
 from __future__ import annotations

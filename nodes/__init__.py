@@ -13,8 +13,8 @@ from .osdface_one_step import OSDFaceOneStep
 from .osdface_restore import OSDFaceRestore
 from .osdface_vre import OSDFaceVRE
 
-# Under this name, and as plain text, because tools that look for the pack of a missing node, and
-# comfy-test's coverage, read it off the source. ComfyUI itself looks for it in the root alone, and
+# The name and the literal form are for tools that read the source: those that look for the pack of
+# a missing node, and comfy-test's coverage. ComfyUI itself looks for the name only in the root, and
 # so takes comfy_entrypoint.
 NODE_CLASS_MAPPINGS = {
     "OSDFaceRestore": OSDFaceRestore,

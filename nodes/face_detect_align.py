@@ -1,4 +1,4 @@
-"""FaceDetectAlign: pictures -> the chosen faces, cut out upright."""
+"""FaceDetectAlign: pictures -> the chosen faces, as upright crops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .inputs import FACES, choice_inputs
 
 
 def default_detector() -> str:
-    """The best one; where no detector's file is and none may be fetched, the built-in one."""
+    """The best detector; the built-in one where no other's file is there or may be downloaded."""
     fetched = [file for file in DETECTORS.values() if file != BUILTIN]
     return next(iter(DETECTORS)) if files.any_available(fetched, FOLDER) else BUILTIN
 

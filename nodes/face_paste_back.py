@@ -1,4 +1,4 @@
-"""FacePasteBack: restored crops back into the picture, nothing else of it touched."""
+"""FacePasteBack: pastes restored crops into the picture, with all other pixels untouched."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class FacePasteBack(io.ComfyNode):
     def check_lazy_status(
         cls, faces: Faces, strength: float, restored: Tensor | None = None, **_: object
     ) -> list[str]:
-        # Inputs of another kind are refused by `execute`, which runs next.
+        # `execute`, which runs next, refuses inputs of a wrong type.
         wanted = (
             isinstance(faces, Faces)
             and len(faces)

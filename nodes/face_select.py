@@ -1,4 +1,4 @@
-"""FaceSelect: faces -> those that are meant, and the rest."""
+"""FaceSelect: faces -> the chosen ones and the rest."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ FACES = io.Custom("OSDFACE_FACES")
 
 
 def choice_inputs() -> dict[str, Any]:
-    """The inputs that say which faces are meant, by their ids."""
+    """The inputs that choose faces, by their ids."""
     inputs = [
         io.Combo.Input(
             "select",

@@ -17,7 +17,7 @@ from .comfy.backbone import NAN_REMEDY, check_restored
 from .comfy.progress import progress_bar, show_text
 from .comfy.schema import with_newer_features
 
-# What became of crops that came out as NaN.
+# Ends of the note about crops that came out as NaN.
 RECOMPUTED = (
     "in half precision and were computed again in fp32; --fp32-vae as an option of ComfyUI's start "
     "spares that time."
@@ -128,9 +128,7 @@ class OSDFaceOneStep(io.ComfyNode):
 
 
 def _prompts(conditioning: list[Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The visual prompts of a CONDITIONING and the sampler options that nodes on the way have
-    added.
-    """
+    """The visual prompts of a CONDITIONING, and the sampler options that nodes in between added."""
     if len(conditioning) != 1:
         raise OSDFaceError(
             f"`conditioning` holds {len(conditioning)} prompts that were combined; exactly one is "

@@ -1,4 +1,4 @@
-"""OSDFaceRestore: everything in one node, of the functions that the others call."""
+"""OSDFaceRestore: the whole job in one node, by the functions that the other nodes call."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .face_paste_back import FacePasteBack
 from .osdface_one_step import OSDFaceOneStep
 from .osdface_vre import OSDFaceVRE
 
-# Of the bar, in percent: the time of each stage for a face of a common photograph, rounded.
+# Each stage's share of the progress bar, in percent: its time for a face of a common photograph.
 SHARES = {"detect": 10, "prompts": 15, "step": 70, "paste": 5}
 
 
@@ -167,7 +167,7 @@ class OSDFaceRestore(io.ComfyNode):
         faces, report = found.faces, found.report
         crops = faces.crops
         if len(faces) and strength > 0:
-            # All that would end the job after minutes ends it now.
+            # Errors that would end the job after minutes are raised now.
             check(image, faces, crops, pasting, keep, networks.parse_crops)
             _check_crops(faces)
             if mask_type == "parsing":
@@ -190,7 +190,7 @@ class OSDFaceRestore(io.ComfyNode):
                 files.fingerprint_of(vre_name, OSDFACE, embedder_files),
                 files.fingerprint_of(lora_name, LORAS),
             )
-            # Anything but a MODEL has no such attribute; `step` refuses it.
+            # Only a MODEL has patches_uuid; `step` refuses anything else.
             models = weakref.ref(model), getattr(model, "patches_uuid", None), weakref.ref(vae)
             restored_by = found_by, vre_name, lora_name, states, models
             restored = cached_for_picture(image, "restored", restored_by, step)

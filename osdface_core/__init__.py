@@ -1,1 +1,1 @@
-"""The work, free of any host. sd21/backbone.py says what a host supplies."""
+"""The work, independent of any host. sd21/backbone.py says what a host supplies."""

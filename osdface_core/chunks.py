@@ -1,4 +1,4 @@
-"""A long job in chunks: as many items at once as fit, fewer when memory runs out."""
+"""Runs a long job in chunks: as many items at once as fit, fewer when memory runs out."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# Called with the number of items just finished and, where there is one, a picture (C,H,W) in [0,1]
-# to show. It may raise: that is how a host stops the job.
+# Called with the number of items just finished and, optionally, a picture (C,H,W) in [0,1] to show.
+# A host stops the job by raising from it.
 Progress = Callable[..., None]
 
 
 def no_progress(done: int = 1, picture: torch.Tensor | None = None) -> None:
-    """The Progress of a caller that wants none."""
+    """A Progress that does nothing."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch says that memory ran out: on an accelerator, on MPS, whose error is a plain
-    RuntimeError, or on the CPU.
+    """Whether `error` is torch's report that memory ran out.
+
+    On an accelerator that is OutOfMemoryError; on MPS and on the CPU, a plain RuntimeError.
     """
     message = str(error)
     return isinstance(error, torch.OutOfMemoryError) or (
@@ -41,7 +42,7 @@ def in_chunks(
     """Calls `work` with slices that cover range(count), each at most `size` long.
 
     A slice that runs out of memory is halved and tried again, and the rest goes on at the smaller
-    size; at a size of one the error is raised. Whatever else `work` raises passes through.
+    size; at a size of one the error is raised. Any other error of `work` passes through.
     """
     start = 0
     while start < count:
@@ -55,5 +56,5 @@ def in_chunks(
         else:
             start = stop
             continue
-        # Outside of `except`: the traceback would keep the failed chunk's tensors alive.
+        # Outside of `except`, where the traceback would keep the failed chunk's tensors alive.
         log.warning("Out of memory with %d at once; going on with %d.", stop - start, size)

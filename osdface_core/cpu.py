@@ -1,8 +1,7 @@
-"""The same networks in less time on a processor: how their layers are carried out, not what they
-compute.
+"""Runs convolutional networks faster on a CPU, without touching the networks.
 
-A convolutional network of anybody's, called within `faster`, gives what it gives without, to the
-last digits of its type.
+Within `optimized`, the layers of any network are computed in another way, with the same results to
+the last digits of their type.
 """
 
 from __future__ import annotations
@@ -17,40 +16,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# Pixels that are added up in fp32 before the sums are added up in fp64; and values that the
-# processor's cache holds.
+# Group norm: pixels summed in fp32 before the sums are added in fp64; values that fit the CPU's
+# cache.
 ROWS, CACHED = 256, 2**18
 
 
 def optimized(device: torch.device, *networks: nn.Module) -> AbstractContextManager[Any]:
-    """Within, convolutions on a CPU run channels-last, and one that follows an enlargement by 2
-    runs before it.
+    """A context in which convolutions on a CPU run faster.
 
-    Of no effect on another device, where torch has no oneDNN, and where one of the networks is
-    compiled: it was made for its own way.
+    They run channels-last, and a 3 x 3 convolution of a picture enlarged by 2 runs on the small
+    picture. No effect on another device, where torch has no oneDNN, or where one of the networks is
+    compiled, since the compiled code was made for torch's own way.
     """
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return nullcontext()
     if any(hasattr(module, "_orig_mod") for network in networks for module in network.modules()):
         return nullcontext()
-    return _Faster()
+    return _Optimized()
 
 
 def has_bf16() -> bool:
-    """Whether the processor has instructions for bf16."""
+    """Whether the CPU has instructions for bf16."""
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"))
 
 
-class _Faster(TorchFunctionMode):
-    """Carries out torch's own functions in another way while a network calls them; the network
-    itself is not touched.
-    """
+class _Optimized(TorchFunctionMode):
+    """Replaces torch's interpolate, conv2d and group norm while a network calls them."""
 
     def __init__(self) -> None:
         super().__init__()
-        # The last picture that was enlarged, and what it became, which the next convolution may be
-        # about to take.
+        # The last picture that was doubled and its result, in case the next convolution takes it.
         self.enlarged: tuple[Tensor, weakref.ref[Tensor]] | None = None
 
     def __torch_function__(
@@ -114,9 +110,7 @@ def _equals(given: Any, value: int) -> bool:
 def _is_nearest_doubling(
     x: Tensor, result: Tensor, args: tuple[Any, ...], given: dict[str, Any]
 ) -> bool:
-    """Whether F.interpolate, so called, has repeated every pixel of x (B,C,H,W) twice in both
-    directions.
-    """
+    """Whether F.interpolate, called so, repeated every pixel of x (B,C,H,W) twice both ways."""
     mode = args[3] if len(args) > 3 else given.get("mode", "nearest")
     return (
         mode == "nearest" and x.ndim == 4 and result.shape[2:] == (2 * x.shape[2], 2 * x.shape[3])
@@ -124,12 +118,11 @@ def _is_nearest_doubling(
 
 
 def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a 3 x 3 convolution with a border of zeros makes of x (B,C,H,W) enlarged to twice its
-    size by repetition.
+    """A 3 x 3 convolution with a border of zeros of x (B,C,H,W) enlarged to twice its size.
 
-    weight (K,C,3,3); (B,K,2H,2W). Of the nine weights those that meet the same pixel are added
-    first: 2 x 2 are left for each of the four places that an enlarged pixel can have, 4/9 of the
-    products (Shi et al. 2016, "Is the deconvolution layer the same ...").
+    weight (K,C,3,3) -> (B,K,2H,2W). Enlarging repeats pixels, so of the nine weights those that
+    meet the same pixel are added first: 2 x 2 are left for each of the four places of an enlarged
+    pixel, 4/9 of the products (Shi et al. 2016, "Is the deconvolution layer the same ...").
     """
     height, width = x.shape[2:]
     padded = F.pad(x, (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
@@ -144,9 +137,7 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 def _fold_taps(weight: Tensor, place: int, axis: int) -> Tensor:
-    """Three taps along `axis` as the two that are left at the first (0) or the second (1) of two
-    equal pixels.
-    """
+    """Folds three taps along `axis` into two, for the first (0) or second (1) equal pixel."""
     first, middle, last = weight.unbind(axis)
     return torch.stack((first + middle, last) if place else (first, middle + last), axis)
 
@@ -158,8 +149,8 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    # torch's own loses four digits in this order (6e-5 instead of 4e-7), which is nothing beside
-    # half precision's three.
+    # torch's own loses four digits in this order (6e-5 instead of 4e-7); only fp32 has digits to
+    # lose, half precision has three.
     last = (
         input.ndim == 4
         and input.is_contiguous(memory_format=torch.channels_last)
@@ -177,16 +168,21 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Group norm of x (B,C,H,W) fp32 in channels-last order, its sums in fp64."""
+    """Group norm of x (B,C,H,W) fp32 in channels-last order, its sums in fp64.
+
+    x: (B,C,H,W) fp32, channels-last.
+    groups: into how many the channels are divided.
+    weight: (C,), None for ones.
+    bias: (C,), None for zeros.
+    eps: added to the variance.
+    """
     batch, channels, height, width = x.shape
     pixels = x.movedim(1, -1).reshape(batch, height * width, channels)
 
     def mean(of: Callable[[Tensor], Tensor]) -> Tensor:
-        """(B,groups,1) fp64, over the pixels and channels of a group; `of` gives sums over axis 2
-        of (B,n,rows,C).
-        """
+        """A group's mean (B,groups,1) fp64 of what `of` sums over axis 2 of (B,n,rows,C)."""
         sums = torch.zeros(batch, channels, dtype=torch.float64)
-        # In pieces that stay in the processor's cache.
+        # In pieces that stay in the CPU's cache.
         for piece in pixels.split(ROWS * max(1, CACHED // (ROWS * channels)), 1):
             whole = piece.shape[1] // ROWS * ROWS
             for rows in (piece[:, :whole].unflatten(1, (-1, ROWS)), piece[:, None, whole:]):

@@ -1,4 +1,4 @@
-"""What our own networks share: whose layers they are made of, and how they get a file's weights."""
+"""The layers our networks are built of, and loading weights into a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import OSDFaceError
 
-# torch.nn, or a host's own classes that cast and page weights.
+# torch.nn, or a namespace of a host's own layers, which cast and page weights.
 Operations = Any
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -24,12 +24,15 @@ def load_network(
     *,
     spare: bool = False,
 ) -> Network:
-    """The network that `make` gives, with the very tensors given as its parameters and buffers, in
-    fp32 and ready to run.
+    """A network in fp32, ready to run, whose parameters and buffers are the very tensors given.
 
-    misfit, remedy: begin and end the sentence of an error. spare: tensors that the network has no
-    place for are left aside. Raises OSDFaceError that names what is missing, misshapen, not finite
-    or left over.
+    Raises OSDFaceError that names what is missing, misshapen, not finite or left over.
+
+    make: creates the network.
+    tensors: weights by the network's own names.
+    misfit: the beginning of an error's sentence.
+    remedy: its end.
+    spare: whether tensors that have no place in the network are ignored.
     """
     with torch.device("meta"):
         network = make()

@@ -681,7 +681,6 @@ def test_weights_that_are_missing_or_wrong_stop_the_run_with_a_sentence(
 def test_without_weights_the_built_in_model_is_taken_and_announced(
     face: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from osdface_core.faces.files import BUILTIN_DETECTOR
     from osdface_core.osdface import builtin
 
     Image.fromarray(face).save(tmp_path / "in.png")

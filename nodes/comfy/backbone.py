@@ -33,8 +33,9 @@ NAN_REMEDY = "start ComfyUI with --fp32-vae, or with --force-fp32."
 
 
 def _with_fused_attention(model: Any, model_options: dict[str, Any]) -> dict[str, Any]:
-    """The sampler's options with torch's fused attention in place of the slower one that ComfyUI
-    takes on a CPU; one that the user or a node has chosen stays.
+    """The sampler's options, with torch's fused attention where ComfyUI takes a slower one.
+
+    That is on a CPU. An attention that the user or a node has chosen stays.
     """
     given = model_options.get("transformer_options", {})
     chosen = (
@@ -58,9 +59,8 @@ class HostBackbone:
 
     model: the MODEL.
     vae: the VAE.
-    options: what nodes have added to the conditioning (hooks and the like); it goes along to the
-        sampler.
-    lora_name: of a file of models/osdface or models/loras, or none.
+    options: what nodes have added to the conditioning (hooks and the like), passed to the sampler.
+    lora_name: of a file of models/osdface or models/loras, or "none".
     lora_strength: factor of the LoRA.
     """
 
@@ -91,8 +91,9 @@ class HostBackbone:
         return self.latent_format.process_in(encoded)
 
     def _encode_cached(self, pixels: Tensor) -> Tensor:
-        """The latents of one crop (1,H,W,3), cached with the VAE: the same crops come again when
-        the strength or the timestep is changed.
+        """The latents of one crop (1,H,W,3), cached with the VAE.
+
+        The same crops come again when the strength or the timestep is changed.
         """
         cache = self.vae.__dict__.setdefault("osdface_latents", OrderedDict())
         digest = hashlib.blake2b(pixels.contiguous().numpy(force=True).data).digest()
@@ -100,7 +101,7 @@ class HostBackbone:
         key = digest, tuple(pixels.shape), network
         latents = cache.pop(key, None)
         if latents is None:
-            # Newer hosts may hand out half precision.
+            # Newer hosts may return half precision.
             latents = self.vae.encode(pixels).float()
         cache[key] = latents
         if len(cache) > MAX_LATENTS:
@@ -109,8 +110,8 @@ class HostBackbone:
 
     def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
         if len(latents) > 1 and mm.is_device_cpu(self.model.load_device):
-            # Several at once take no less time there, and alone a face is the same to the bit
-            # whichever others are restored with it.
+            # On a CPU several at once take no less time, and one alone gives the same bits
+            # whichever other faces are restored with it.
             faces = zip(latents.split(1), prompts.split(1), strict=True)
             return torch.cat([self.denoise(latent, prompt, timestep) for latent, prompt in faces])
         sigma = self.model.get_model_object("model_sampling").sigmas[timestep]
@@ -139,12 +140,15 @@ class HostBackbone:
             self.model.memory_required((n, LATENT_CHANNELS, height // STRIDE, width // STRIDE))
             for n in (1, 2)
         )
-        # Newer hosts add what they want to keep free, however many faces there are.
+        # The difference of two sizes, because newer hosts add a constant that they keep free.
         return clamp_batch(1 + (free_memory(device, self.model) - one) / (two - one))
 
     @contextmanager
     def fp32_fallback(self) -> Iterator[bool]:
-        """The VAE's weights in fp32: its activations are the ones that leave the range of fp16."""
+        """A context in which the VAE's weights are fp32. Gives whether they were not before.
+
+        The VAE's activations are the ones that leave the range of fp16.
+        """
         vae = self.vae
         if vae.vae_dtype == torch.float32:
             yield False
@@ -167,8 +171,9 @@ def check_restored(result: Restored) -> None:
 
 
 def _one_by_one(work: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """A batch through the VAE face by face, for it takes the most memory and the most time; a run
-    can be stopped between two.
+    """A batch through the VAE face by face, so that a run can be stopped in between.
+
+    The VAE takes the most memory and the most time.
     """
     done = []
     for face in batch.split(1):
@@ -185,8 +190,10 @@ def _one_step(
     callback: Any = None,
     disable: Any = None,
 ) -> Tensor:
-    """A sampler that calls the model once. No noise was added to the latent, and the UNet must see
-    it unscaled: ComfyUI divides its input by sqrt(sigma^2 + 1), which the factor here undoes.
+    """A sampler that calls the model once.
+
+    No noise was added to the latent, and the UNet must see it unscaled: ComfyUI divides its input
+    by sqrt(sigma^2 + 1), which the factor here undoes. The signature is that of ComfyUI's samplers.
     """
     sigma = sigmas[0]
     return model(x * (1 + sigma**2) ** 0.5, sigma * x.new_ones(len(x)), **(extra_args or {}))

@@ -14,7 +14,7 @@ from ...osdface_core.sd21.base_model import BaseFacts, check_autoencoder, check_
 from ...osdface_core.sd21.modules import WIDTHS
 from ...osdface_core.weights.catalogue import BUILTIN
 
-# The attribute that tells the built-in model's networks, and the option that tells its prompts.
+# The attribute that marks the built-in model's networks, and the option that marks its prompts.
 BUILTIN_MARK = "osdface_builtin"
 CHECKPOINT = (
     "load Stable Diffusion 2.1-base (v2-1_512-ema-pruned.safetensors) with Load Checkpoint."
@@ -22,8 +22,9 @@ CHECKPOINT = (
 
 
 def check_model(model: Any) -> None:
-    """Raises OSDFaceError unless MODEL is Stable Diffusion 2.1-base (or a fine-tune of it) sampled
-    as it was trained.
+    """Raises OSDFaceError unless MODEL is Stable Diffusion 2.1-base, sampled as it was trained.
+
+    A fine-tune of it is accepted.
     """
     network = getattr(model, "model", None)
     config = getattr(network, "model_config", None)
@@ -39,16 +40,16 @@ def check_model(model: Any) -> None:
     facts = BaseFacts(given, unet.get("context_dim"), unet.get("in_channels"), is_variant)
     check_base(facts, CHECKPOINT)
     sampling = model.get_model_object("model_sampling")
-    # The checkpoint's own, or what a node on the way has patched in.
+    # The checkpoint's own sampling, or what a node in between has patched in.
     remedy = f"take away the node that patches it, or {CHECKPOINT}"
     check_base(replace(facts, prediction=_prediction(sampling)), remedy)
     base_model.check_schedule(given, getattr(sampling, "sigmas", None), remedy)
 
 
 def _prediction(sampling: Any) -> str:
-    """What a model predicts, by the host's class that samples it."""
+    """What a model predicts, according to the host's class that samples it."""
     kinds = comfy.model_sampling
-    # These are subclasses of EPS.
+    # Before EPS, of which these are subclasses.
     for name in ("V_PREDICTION", "X0", "EDM"):
         if hasattr(kinds, name) and isinstance(sampling, getattr(kinds, name)):
             return {"V_PREDICTION": "v"}.get(name, name)
@@ -56,7 +57,7 @@ def _prediction(sampling: Any) -> str:
 
 
 def check_vae(vae: Any) -> None:
-    """Raises OSDFaceError unless VAE has 4 latent channels at an eighth of the size."""
+    """Raises OSDFaceError unless VAE makes 4 latent channels at an eighth of the size."""
     if getattr(vae, "first_stage_model", None) is None:
         raise OSDFaceError(
             "`vae` holds no autoencoder; the one of Stable Diffusion 2.1-base is wanted: "
@@ -71,9 +72,7 @@ def is_builtin(network: Any) -> bool:
 
 
 def check_together(model: Any, vae: Any, builtin_prompts: bool, lora: bool) -> None:
-    """Raises OSDFaceError unless all of them, or none, are the built-in model's, which takes no
-    LoRA.
-    """
+    """Raises OSDFaceError if the built-in model's parts are mixed with others, or with a LoRA."""
     of = {
         "`model`": is_builtin(model.model),
         "`vae`": is_builtin(vae.first_stage_model),
@@ -96,5 +95,5 @@ def check_together(model: Any, vae: Any, builtin_prompts: bool, lora: bool) -> N
 
 
 def prompt_options(vre_name: str) -> dict[str, Any]:
-    """What goes along with visual prompts: the mark of the built-in model's."""
+    """The options of a CONDITIONING of visual prompts: the built-in model's are marked."""
     return {BUILTIN_MARK: True} if vre_name == BUILTIN else {}

@@ -26,7 +26,7 @@ ENCODER_BYTES, DECODER_BYTES = 60, 120
 
 
 class Latents(comfy.latent_formats.LatentFormat):
-    """The built-in autoencoder's, of about unit variance."""
+    """The built-in autoencoder's latents, of about unit variance."""
 
     scale_factor = builtin.SCALING
 
@@ -70,7 +70,7 @@ def unet_config() -> dict[str, Any]:
 
 
 def make_model() -> Any:
-    """The UNet as a MODEL."""
+    """The built-in UNet as a MODEL."""
     config = Config(unet_config())
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = Operations
@@ -80,7 +80,7 @@ def make_model() -> Any:
     if wrong := set(tensors) ^ set(model.diffusion_model.state_dict()):
         raise OSDFaceError(
             f"The built-in model does not fit this ComfyUI ({min(wrong)} and {len(wrong) - 1} "
-            f"more): update this pack."
+            "more): update this pack."
         )
     model.diffusion_model.load_state_dict(tensors)
     setattr(model, BUILTIN_MARK, True)
@@ -88,7 +88,7 @@ def make_model() -> Any:
 
 
 def make_vae() -> Any:
-    """The autoencoder as a VAE: ComfyUI's own, made for TAESD, with our network put in."""
+    """The built-in autoencoder as a VAE: ComfyUI's own for TAESD, with our network put in."""
     vae = comfy.sd.VAE(
         sd=comfy.taesd.taesd.TAESD(latent_channels=LATENT_CHANNELS).state_dict(),
         dtype=torch.float32,

@@ -1,6 +1,4 @@
-"""Weight files in ComfyUI's model folders: menus, finding them, downloads, and a cache of what was
-made of a file.
-"""
+"""Weight files in ComfyUI's model folders: menus, finding, downloads, and a cache of networks."""
 
 from __future__ import annotations
 
@@ -28,22 +26,22 @@ from ...osdface_core.weights.store import Store
 
 T = TypeVar("T")
 
-# The LoRA may lie with OSDFace's other files, a detector in newer hosts' folder for such.
+# OSDFace's LoRA may lie with its other files, a detector in newer hosts' folder for detectors.
 SEARCHED = {
     **CATALOGUE.searched,
     LORAS: (OSDFACE, LORAS),
     FACES: (*CATALOGUE.searched[FACES], "detection"),
 }
 EXTENSIONS = {".safetensors", ".ckpt", ".pth"}
-# ComfyUI's settings file holds this once the user has allowed downloads there (web/osdface.js); the
-# variable does the same.
+# Downloads are allowed by this setting in ComfyUI's settings file (web/osdface.js) or by this
+# environment variable.
 DOWNLOAD_SETTING, DOWNLOAD_VARIABLE = "OSDFace.download", "OSDFACE_DOWNLOAD"
 BUILTIN_FILES = {OSDFACE: builtin.VRE, FACES: BUILTIN_DETECTOR}
 
 
 @contextmanager
 def naming_input(given: str) -> Iterator[None]:
-    """Errors about a file say which input named the file."""
+    """A context in which errors about a file name the input that named the file."""
     try:
         yield
     except OSDFaceError as error:
@@ -51,8 +49,9 @@ def naming_input(given: str) -> Iterator[None]:
 
 
 def register_folders() -> None:
-    """Makes ComfyUI look in models/osdface and models/facedetection, beside what
-    extra_model_paths.yaml names for them.
+    """Adds models/osdface and models/facedetection to ComfyUI's folders.
+
+    Folders that extra_model_paths.yaml names for them stay.
     """
     for name in (OSDFACE, FACES):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
@@ -64,8 +63,9 @@ def register_folders() -> None:
 
 
 def menu(kind: str, *first: str) -> list[str]:
-    """A menu of the files of a folder: first the names that a shared workflow holds, there or not,
-    then whatever else is there.
+    """Names of the files of a folder, for a menu.
+
+    `first` come first, whether they are there or not, because shared workflows hold them.
     """
     found = dict.fromkeys(first)
     for folder in SEARCHED[kind]:
@@ -75,10 +75,10 @@ def menu(kind: str, *first: str) -> list[str]:
 
 
 def find(name: str, kind: str) -> Path:
-    """The file `name` in the folders that are searched for `kind`; fetched first if it is missing
-    and the user has allowed that.
+    """The file `name` in the folders that are searched for `kind`; "builtin" names our own.
 
-    `builtin` names our own small one. Raises OSDFaceError, which says how to get it.
+    It is downloaded first if it is missing and the user has allowed that. Raises OSDFaceError that
+    says how to get it.
     """
     if (path := _present(name, kind)) is not None:
         return path
@@ -103,7 +103,7 @@ def _present(name: str, kind: str) -> Path | None:
 
 
 def any_available(names: Iterable[str], kind: str) -> bool:
-    """Whether one of the files is there, or may be fetched when it is wanted."""
+    """Whether one of the files is there, or may be downloaded when it is needed."""
     return _downloads_allowed() or any(_present(name, kind) is not None for name in names)
 
 
@@ -118,7 +118,7 @@ def _downloads_allowed() -> bool:
 
 
 def _download_progress() -> Callable[[int, int], None]:
-    """For bytes there of bytes in all."""
+    """A fetching.Progress that moves ComfyUI's bar."""
     bar = comfy.utils.ProgressBar(1)
 
     def report(done: int, total: int) -> None:
@@ -131,15 +131,16 @@ def _download_progress() -> Callable[[int, int], None]:
 def fingerprint_of(
     name: str | None, kind: str, files_of: Callable[[Path], tuple[Path, ...]] = lambda path: (path,)
 ) -> str:
-    """A text that changes when the named file does, for nodes that read it; empty for none, or one
-    that is not there.
+    """A text that changes when the named file does; empty if there is none.
+
+    name: of the file. kind: its folder. files_of: all files that are read with it.
     """
     path = None if name is None or name == NONE else _present(name, kind)
     return "" if path is None else str(fingerprint(*files_of(path)))
 
 
 def fingerprint(*files: Path) -> tuple[tuple[str, int, int], ...]:
-    """Changes when one of the files does: path, size and time of change of each."""
+    """Path, size and time of change of each file."""
     return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
@@ -147,10 +148,10 @@ _cache: dict[tuple[str, str], tuple[object, Any]] = {}
 
 
 def cached(what: str, files: tuple[Path, ...], make: Callable[[], T]) -> T:
-    """What `make` gives from the files, made anew only when one of them has changed.
+    """The result of `make`, made again only when one of the files has changed.
 
-    Raises OSDFaceError for a file that the host's keeper does not allow: newer hosts may be told
-    which files may be loaded.
+    Raises OSDFaceError for a file that the host does not allow: newer hosts may be told which files
+    may be loaded.
     """
     key, state = (what, str(files[0])), fingerprint(*files)
     if key not in _cache or _cache[key][0] != state:
@@ -160,7 +161,7 @@ def cached(what: str, files: tuple[Path, ...], make: Callable[[], T]) -> T:
             if not getattr(governance, "model_allowed", lambda path: True)(str(path)):
                 raise OSDFaceError(
                     f"{path.name} is not among the files that this ComfyUI may load: ask who "
-                    f"looks after it to allow it."
+                    "looks after it to allow it."
                 )
         _cache[key] = state, make()
     return _cache[key][1]

@@ -1,9 +1,8 @@
-"""What every node asks of its inputs before it works: that each is of its kind, and a number within
-its limits.
+"""Checks every node's inputs before it works: types, and the limits of numbers.
 
 ComfyUI compares the values of widgets with their limits, but not a value that comes in through a
-link, nor a menu's of a V3 node; and an output that fits every input, as the switches of many packs
-have it, may hand on anything.
+link, nor the menu of a V3 node; and an output that fits every input, as the switches of many packs
+have it, may pass on anything.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ KINDS: dict[str, tuple[type, str]] = {
     "STRING": (str, "a text is wanted"),
     "COMBO": (str, "one of the menu's texts is wanted"),
 }
-# What core nodes confine a prompt to; the rest of the crop would come out as nothing the networks
-# have made.
+# Restrictions that core nodes put on a prompt. The rest of the crop would come out as something
+# that the networks have not made.
 RESTRICTIONS = {
     "area": "an area",
     "mask": "a mask",
@@ -46,9 +45,7 @@ UNRESTRICTED = {"start_percent": 0.0, "end_percent": 1.0}
 
 
 def with_input_checks(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The node, whose `execute` from now on raises OSDFaceError for an input that its schema does
-    not allow.
-    """
+    """The node, with an `execute` that raises OSDFaceError for inputs its schema does not allow."""
     execute: Callable[..., io.NodeOutput] = node.execute.__func__
     if hasattr(execute, "__wrapped__"):
         return node
@@ -68,11 +65,11 @@ def check(item: Any, value: Any) -> None:
     """Raises OSDFaceError unless `value` is what the schema's input `item` takes."""
     kind = item.get_io_type()
     if kind in KINDS and not isinstance(value, KINDS[kind][0]):
-        # A lazy input that nobody has asked for is not there.
+        # A lazy input that was not asked for is None.
         if value is None and item.lazy:
             return
         raise OSDFaceError(f"`{item.id}` is {_describe(value)}; {KINDS[kind][1]}.")
-    # Their own checks tell a wrong one from a right one, where it is one at all.
+    # check_model and check_vae refuse a wrong MODEL or VAE; plain values are refused here.
     if kind in ("MODEL", "VAE") and type(value).__module__ == "builtins":
         raise OSDFaceError(
             f"`{item.id}` is {_describe(value)}; a {kind} is wanted: connect one of Stable "
@@ -90,23 +87,23 @@ def check(item: Any, value: Any) -> None:
             ):
                 raise OSDFaceError(
                     f"`{item.id}` is confined to {what}; a visual prompt is of the whole crop: "
-                    f"take that node away."
+                    "take that node away."
                 )
     if kind == "IMAGE" and not value.is_floating_point():
         raise OSDFaceError(
             f"`{item.id}` holds {value.dtype}; fractions in [0,1] are wanted: divide whole "
-            f"numbers by 255 before this node."
+            "numbers by 255 before this node."
         )
     if kind in ("INT", "FLOAT"):
-        # numpy's too, which many packs hand on.
+        # numpy's numbers too, which many packs pass on.
         number = isinstance(value, numbers.Real if kind == "FLOAT" else numbers.Integral)
         if not number or not item.min <= value <= item.max:  # NaN too
             wanted = "a whole number" if kind == "INT" else "a number"
             raise OSDFaceError(
                 f"`{item.id}` is {_describe(value)}; {wanted} from {item.min} to {item.max} is "
-                f"wanted: look at what is connected to it."
+                "wanted: look at what is connected to it."
             )
-    # A file that a menu does not offer is looked for all the same: the node says how to get it.
+    # A file that the menu lacks is still looked for, and the node says how to get it.
     if kind == "COMBO" and not item.id.endswith("_name") and value not in item.options:
         raise OSDFaceError(
             f"`{item.id}` is {_describe(value)}; one of these is wanted: {', '.join(item.options)}."

@@ -22,12 +22,11 @@ log = logging.getLogger(__name__)
 
 
 def with_lora(model: Any, path: Path, strength: float) -> Any:
-    """A clone of MODEL with OSDFace's LoRA on all of its 278 layers; MODEL's own patches stay as
-    they are.
+    """A clone of MODEL with OSDFace's LoRA on all of its 278 layers.
 
-    The clone lives as long as the MODEL: ComfyUI then keeps the merged weights from run to run, and
-    finds the patches when it has to merge a part of them anew. Raises OSDFaceError if a tensor of
-    the file, or a weight of the model, is left over.
+    MODEL's own patches stay. The clone lives as long as the MODEL: ComfyUI then keeps the merged
+    weights from run to run, and finds the patches when it has to merge a part of them again. Raises
+    OSDFaceError if a tensor of the file, or a weight of the model, is left over.
     """
     state = fingerprint(path), strength, model.patches_uuid
     known = getattr(model, "osdface_clone", None)
@@ -35,8 +34,8 @@ def with_lora(model: Any, path: Path, strength: float) -> Any:
         with naming_input("lora_name"):
             lora = cached("lora", (path,), lambda: parse_lora(read_tensors(path), path.name))
         clone = merge_lora(model, lora, path.name, strength)
-        # ComfyUI hands the loaded weights to the parent when a clone goes. The oldest one outlives
-        # all that share them.
+        # When a clone is deleted, ComfyUI hands its loaded weights to its parent. The oldest clone
+        # outlives all that share them.
         while clone.parent is not None and clone.parent.parent is not None:
             clone.parent = clone.parent.parent
         model.osdface_clone = known = state, clone
@@ -44,7 +43,7 @@ def with_lora(model: Any, path: Path, strength: float) -> Any:
 
 
 def merge_lora(model: Any, lora: Lora, source: str, strength: float) -> Any:
-    """A clone of MODEL with a LoRA's patches on its UNet. Call it again for another LoRA.
+    """A clone of MODEL with a LoRA's patches on its UNet. Further calls add further LoRAs.
 
     Raises OSDFaceError that names a weight that the model lacks.
 
@@ -77,8 +76,9 @@ def merge_lora(model: Any, lora: Lora, source: str, strength: float) -> Any:
 
 
 def _casts_bf16(model: Any) -> bool:
-    """Whether the user asked for bf16 (--bf16-unet) on a CPU that computes in it, for which ComfyUI
-    casts every weight to fp32.
+    """Whether the user asked for bf16 (--bf16-unet) on a CPU that computes in it.
+
+    ComfyUI would cast every weight to fp32 there.
     """
     base = model.model
     is_bf16 = base.get_dtype() == torch.bfloat16 and base.manual_cast_dtype is not None

@@ -29,15 +29,16 @@ from ...osdface_core.osdface.vre import (
 from ...osdface_core.weights.reading import read_tensors
 from .files import cached, find, naming_input
 
-# A chunk is also the step in which a run shows progress, and in which the UNet stops.
+# Most faces in a chunk: progress is shown, and the UNet can be stopped, between two chunks.
 MAX_BATCH = 16
-# Peak of the embedder's activations for a 512 px crop in fp32.
+# Peak of the embedder's activations for a 512 px crop in fp32, in bytes.
 EMBEDDER_BYTES = 450 * 1024**2
 
 
 def _with_weights(layer: type[nn.Module], plain: type[nn.Module]) -> Any:
-    """ComfyUI's layer with its weights there from the start; newer hosts wait for them where a
-    subclass does not read them itself.
+    """ComfyUI's layer, with its weights made in `__init__`.
+
+    Newer hosts' layers make them later, unless a subclass loads its weights itself.
     """
     methods = {
         "__init__": plain.__init__,
@@ -92,7 +93,7 @@ def load_network(
 
 
 def load_detector(name: str, image: Tensor) -> RetinaFace:
-    """The face detector of this name, with room for the pictures (B,H,W,C)."""
+    """The face detector of this name, with memory made free for pictures (B,H,W,C)."""
     with naming_input("detector"):
         path = find(DETECTORS[name], FACES)
         network = load_network(path, build_detector, memory_for(*image.shape[:3]))
@@ -101,8 +102,9 @@ def load_detector(name: str, image: Tensor) -> RetinaFace:
 
 
 def load_embedder(vre_name: str, faces: int) -> tuple[VisualEmbedder, torch.device]:
-    """The visual embedder of a file of models/osdface, with room for so many faces at once, and the
-    device that it computes on.
+    """The visual embedder of a file of models/osdface, and the device that it computes on.
+
+    Memory is made free for so many faces at once.
     """
     with naming_input("vre_name"):
         path = find(vre_name, OSDFACE)
@@ -113,8 +115,9 @@ def load_embedder(vre_name: str, faces: int) -> tuple[VisualEmbedder, torch.devi
 
 
 def parse_crops(crops: Tensor) -> Tensor:
-    """The face maps (N,h,w) of crops (N,S,S,3). Called only where there is a face to be parsed: a
-    graph without faces needs no parser's file.
+    """The face maps (N,512,512) in [0,1] of crops (N,S,S,3) in [0,1].
+
+    The parser's file is needed only here, so not in a graph without faces.
     """
     maps = []
     for part in crops.split(max_batch(BYTES_PER_FACE)):
@@ -127,22 +130,21 @@ def parse_crops(crops: Tensor) -> Tensor:
 
 
 def max_batch(memory: float) -> int:
-    """How many faces a network of our own takes at once, which needs so many bytes for each; one on
-    a CPU, so that a run can be stopped between two.
+    """Faces that a network of ours takes at once, if it needs `memory` bytes for each.
+
+    One on a CPU, so that a run can be stopped in between.
     """
     device = mm.get_torch_device()
     return 1 if mm.is_device_cpu(device) else clamp_batch(free_memory(device) / memory)
 
 
 def clamp_batch(faces: float) -> int:
-    """A number of faces within the limits of a chunk."""
+    """The number of faces, rounded down to 1..MAX_BATCH."""
     return max(1, min(MAX_BATCH, int(faces)))
 
 
 def free_memory(device: torch.device, *staying: comfy.model_patcher.ModelPatcher) -> float:
-    """Bytes for activations once ComfyUI has made all the room it can: every loaded model may leave
-    but those that stay.
-    """
+    """Bytes for activations on `device` once every loaded model but `staying` has left it."""
     loaded = sum(
         patcher.loaded_size()
         for patcher in mm.loaded_models()
@@ -153,5 +155,5 @@ def free_memory(device: torch.device, *staying: comfy.model_patcher.ModelPatcher
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, by torch's words or by what newer hosts know beside them."""
+    """Whether memory ran out, according to torch or to what newer hosts recognise beside it."""
     return chunks.is_out_of_memory(error) or (hasattr(mm, "is_oom") and mm.is_oom(error))

@@ -1,6 +1,6 @@
-"""What was made of a picture, kept as long as the host keeps the picture.
+"""Keeps results made from a picture as long as the host keeps the picture.
 
-A changed widget of a node that does a whole job then runs anew only what depends on it, as in a
+When a widget of a node that does the whole job changes, only what depends on it runs again, as in a
 graph of single nodes.
 """
 
@@ -15,14 +15,14 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# Results of one stage that are kept for one picture: several nodes may work on it.
+# Results of one stage kept for one picture, since several nodes may work on it.
 MAX_KEPT = 4
 
 _cache: dict[int, dict[str, list[tuple[object, Any]]]] = {}
 
 
 def cached_for_picture(image: Tensor, stage: str, key: object, make: Callable[[], T]) -> T:
-    """What `make` gave for this very tensor and key before, else what it gives now.
+    """The result of `make` for this very tensor and key, kept from an earlier call if possible.
 
     image: (B,H,W,C).
     stage: name of the result.
@@ -32,7 +32,7 @@ def cached_for_picture(image: Tensor, stage: str, key: object, make: Callable[[]
     if id(image) not in _cache:
         _cache[id(image)] = {}
         weakref.finalize(image, _cache.pop, id(image), None)
-    # A node before this one may have written into the picture that it handed on.
+    # Sums over rows and columns, in case an earlier node has written into the picture since.
     rows, columns = (
         image.sum(axes, dtype=torch.float32).numpy(force=True).tobytes()
         for axes in ((2, 3), (1, 3))

@@ -17,18 +17,19 @@ PREVIEW_SIDE = 512
 
 
 def progress_bar(total: int) -> Callable[..., None]:
-    """A Progress for `total` steps: it moves ComfyUI's bar, shows the picture (3,H,W) or (1,H,W),
-    and raises ComfyUI's own error when the user has asked to stop.
+    """A Progress of `total` steps on ComfyUI's bar.
+
+    It shows the picture (3,H,W) or (1,H,W), and raises ComfyUI's own error when the user has asked
+    to stop.
     """
     return staged_progress(all=total)("all", total)
 
 
 def staged_progress(**shares: int) -> Callable[[str, int], Callable[..., None]]:
-    """One bar over the stages of a job, each with its share of it. The function that is returned
-    takes a stage and its number of steps and gives that stage's Progress.
+    """One bar over the stages of a job, each with its share.
 
-    The bar never goes back, however many steps a stage turns out to have, and whether it is begun
-    at all.
+    Returns a function that takes a stage and its number of steps and gives the stage's Progress.
+    The bar never goes back, even if a stage has more steps than announced or is left out.
     """
     bar = comfy.utils.ProgressBar(sum(shares.values()))
     starts = dict(zip(shares, itertools.accumulate(shares.values(), initial=0), strict=False))
@@ -54,8 +55,9 @@ def staged_progress(**shares: int) -> Callable[[str, int], Callable[..., None]]:
 
 
 def show_text(text: str) -> ui.PreviewText:
-    """Shows a text on the running node: as its output, and as the progress text that pages show on
-    any node.
+    """Shows a text on the running node, as its output and as progress text.
+
+    Pages show the latter on any node.
     """
     server = getattr(sys.modules.get("server"), "PromptServer", None)
     context = get_executing_context()

@@ -1,4 +1,4 @@
-"""Node schemas with what newer hosts offer."""
+"""Adds features of newer hosts to node schemas."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def with_newer_features(
     advanced: tuple[str, ...] = (),
     shows: bool = False,
 ) -> io.Schema:
-    """The schema with what newer hosts offer, where this host does.
+    """The schema with features of newer hosts, where this host has them.
 
     schema: of a node; it is changed.
-    search: other names that people look for.
+    search: other names that people search for.
     advanced: ids of inputs that are rarely changed, to be folded away.
-    shows: the node shows something on itself that is to stay when the page is loaded anew.
+    shows: whether what the node shows on itself is to stay when the page is loaded again.
     """
     if hasattr(schema, "search_aliases"):
         schema.search_aliases = list(search)

@@ -20,7 +20,7 @@ log = logging.getLogger("osdface")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; the exit code. argparse itself exits with 2 for wrong options."""
+    """Runs a command and returns the exit code. argparse itself exits with 2 for wrong options."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         from .options import parser
@@ -42,8 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def restore(options: argparse.Namespace) -> int:
-    """The command `restore`; the exit code. Raises OSDFaceError where nothing can be done, and
-    KeyboardInterrupt.
+    """Runs the command `restore` and returns the exit code.
+
+    Raises OSDFaceError where nothing can be done, and KeyboardInterrupt.
     """
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
@@ -63,7 +64,7 @@ def restore(options: argparse.Namespace) -> int:
     todo = [item for item in items if not item.reason]
     if options.report:
         _check_report(options, items)
-        # Hours of work are not to end in a report that cannot be written.
+        # Written now too: hours of work are not to end in a report that cannot be written.
         _write_report(options.report, options, entries, time.perf_counter() - started)
     settled, reported = options, True
     try:
@@ -71,7 +72,7 @@ def restore(options: argparse.Namespace) -> int:
             from .restorer import resolve
 
             settled = resolve(options)
-            # A single video has a bar of its own, by frames.
+            # A single video has its own bar, by frames.
             alone = len(todo) == 1 and todo[0].source.suffix.lower() in job.VIDEOS
             with (
                 tqdm(total=len(todo), unit="file", disable=alone or None) as bar,
@@ -149,7 +150,7 @@ def _check_report(options: argparse.Namespace, items: list[Any]) -> None:
     ):
         raise OSDFaceError(
             f"--report is {options.report}, which this run reads or makes itself: name another "
-            f"file."
+            "file."
         )
 
 
@@ -180,5 +181,5 @@ def _write_report(
     except OSError as error:
         raise OSDFaceError(
             f"--report is {path}, which cannot be written ({error.strerror or error}): name "
-            f"another file."
+            "another file."
         ) from error

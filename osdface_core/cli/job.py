@@ -1,4 +1,4 @@
-"""What a run has to do, file by file, alone or shared among workers by Ray."""
+"""The work of a run, file by file, in this process or shared among workers by Ray."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 
 @dataclass(frozen=True)
 class Item:
-    """One file and where its restored copy goes. reason: why it is not to be done, if it is not;
+    """One file and the place of its restored copy.
+
+    source: the file.
+    target: the place.
+    reason: why the file is not done; empty for a file to be done.
     wrong: whether that is a failure.
     """
 
@@ -55,16 +59,15 @@ class Item:
     wrong: bool = False
 
 
-# What there is to do
+# Planning
 
 
 def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ()) -> list[Item]:
-    """The files of `source`, a file or a folder, and their places in `out`, which is a folder if it
-    ends in a slash or is one.
+    """The files of `source`, a file or a folder, and their places in `out`.
 
-    inputs: further files that nothing may be written over. Raises OSDFaceError if there is nothing
-    to be read, if the whole run would write over what it reads, or if a single output has another
-    kind of extension than its input.
+    `out` is a folder if it ends in a slash or is one. inputs: further files that must not be
+    overwritten. Raises OSDFaceError if there is nothing to read, if the whole run would overwrite
+    what it reads, or if a single output has another kind of extension than its input.
     """
     target = Path(out)
     if not source.exists():
@@ -75,7 +78,7 @@ def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ())
         if target.exists() and (not target.is_dir() or target.samefile(source)):
             raise OSDFaceError(
                 f"OUT is {target}, which is {'IN itself' if target.is_dir() else 'a file'}: name "
-                f"another folder."
+                "another folder."
             )
         sources = list(_files(source, target))
         pairs = [(path, target / path.relative_to(source)) for path in sources]
@@ -123,7 +126,7 @@ def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ())
                     path,
                     place,
                     f"{place} is an input of this run, which is never written over: name another "
-                    f"output",
+                    "output",
                     True,
                 )
             )
@@ -141,9 +144,7 @@ def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ())
 
 
 def _files(source: Path, target: Path) -> Iterator[Path]:
-    """All files and links below `source` in order, but those of `target`, where that lies within,
-    and hidden ones.
-    """
+    """All files and links below `source` in order, without hidden ones and those below `target`."""
     inside = target.resolve()
     for folder, below, names in os.walk(source):
         below[:] = sorted(
@@ -161,15 +162,16 @@ def _files(source: Path, target: Path) -> Iterator[Path]:
 
 
 def work(item: Item, restorer: Restorer) -> dict[str, Any]:
-    """Does one file; what is to be said of it in the report. A file that cannot be done is named
-    there and leaves nothing behind.
+    """Does one file and returns its entry of the report.
+
+    A file that cannot be done is named in the entry and leaves nothing behind.
     """
     started = time.perf_counter()
     entry: dict[str, Any] = {"input": str(item.source), "output": str(item.target), "status": DONE}
     try:
         video = item.source.suffix.lower() in VIDEOS
         entry |= (_video if video else _picture)(item, restorer)
-    except Exception as error:  # whatever is wrong with one file, the others are still to be done
+    except Exception as error:  # one bad file must not stop the others
         log.debug("%s", item.source, exc_info=True)
         says = " ".join(str(error).split()) or type(error).__name__
         entry |= {
@@ -200,8 +202,8 @@ def _video(item: Item, restorer: Restorer) -> dict[str, Any]:
     from . import video
 
     says: dict[str, Any] = {}
-    # A frame takes two steps. The bar stays where it is the only one, and is none where standard
-    # error is no terminal.
+    # A frame takes two steps. leave=None keeps the bar where it is the only one, disable=None shows
+    # none where standard error is no terminal.
     with tqdm(
         unit="frame", unit_scale=0.5, desc=item.source.name, leave=None, disable=None
     ) as steps:
@@ -221,11 +223,10 @@ def _video(item: Item, restorer: Restorer) -> dict[str, Any]:
 
 
 def run(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Does the items, one after the other or by workers, and gives each one's entry of the report
-    as it is done.
+    """Does the items, one after the other or by workers, and gives each one's entry of the report.
 
-    options: as restorer.resolve gives them. Raises OSDFaceError for weights that do not fit, before
-    anything is done.
+    Raises OSDFaceError for weights that do not fit, before anything is done. options: as
+    restorer.resolve gives them.
     """
     if options.workers > 1 or options.ray_address:
         yield from _run_workers(items, options)
@@ -277,13 +278,13 @@ def _run_workers(items: list[Item], options: argparse.Namespace) -> Iterator[dic
     except ConnectionError as error:
         raise OSDFaceError(
             f"--ray-address is {options.ray_address}, where no Ray cluster answers: start one, or "
-            f"leave it out."
+            "leave it out."
         ) from error
     left = {str(item.source.absolute()): item for item in items}
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
-        # What Ray counts as a GPU: it would wait forever for one of another kind.
+        # Devices that Ray counts as GPUs; for another kind it would wait forever.
         accelerator = torch.device(options.device).type in ("cuda", "xpu")
         threads = max(1, (os.cpu_count() or 1) // options.workers)
         rows = [
@@ -302,7 +303,7 @@ def _run_workers(items: list[Item], options: argparse.Namespace) -> Iterator[dic
             del left[entry["input"]]
             yield entry
     except ray.exceptions.RayError as error:
-        # Ray tells with whole traces, at whose end a worker's own sentence is.
+        # Ray's message is a whole trace with the worker's own sentence at its end.
         _, name, said = str(error).rpartition(f"{OSDFaceError.__name__}: ")
         says = (
             said.partition("\n")[0] if name else "The workers stopped: " + said.partition("\n")[0]

@@ -1,5 +1,6 @@
-"""The command line's options: those of the nodes under the nodes' names and with their defaults,
-and what a terminal adds.
+"""The command line's options.
+
+Those of the nodes have the nodes' names and defaults; a terminal adds some.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ again: finished files are not done twice.
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """A reader of numbers within a range, for argparse."""
+    """An argparse type for numbers from `low` to `high`."""
 
     def read(text: str) -> float:
         value = kind(text)
@@ -36,11 +37,12 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 
 def words(text: str) -> str:
-    """`most-central` for `most central`, so that a choice needs no quotes."""
+    """An argparse type for choices without quotes: `most-central` for `most central`."""
     return text if text in ("mean-std",) else text.replace("-", " ")
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     top = argparse.ArgumentParser(
         prog="python -m osdface_core", description="OSDFace from the command line."
     )
@@ -54,8 +56,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("input", metavar="IN", type=Path, help="picture, folder or video")
-    # A string, for a Path forgets the slash at the end, by which a folder is told that is not there
-    # yet.
+    # A string: a Path drops the slash at the end, which marks a folder that does not exist yet.
     command.add_argument(
         "output",
         metavar="OUT",

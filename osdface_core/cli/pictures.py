@@ -1,7 +1,7 @@
-"""Pictures in and out, so that nothing of them is lost but what was restored.
+"""Reads and writes pictures, keeping everything but what was restored.
 
-Pillow reads and writes what has 8 bits a channel. It cannot hold 16-bit colour: imagecodecs
-(libpng) and tifffile do that.
+Pillow reads and writes what has 8 bits a channel. It cannot hold 16-bit colour, which imagecodecs
+(libpng) and tifffile do.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff"
 JPEG, TIFF = (".jpg", ".jpeg", ".jpe", ".jfif"), (".tif", ".tiff")
 
 ORIENTATION, X_RESOLUTION, XMP_TAG, ICC_TAG = 274, 282, 700, 34675
-# A TIFF's photometric interpretations, and its channels stored apart.
+# A TIFF's photometric interpretations, and its value for channels stored apart.
 MIN_IS_WHITE, MIN_IS_BLACK, RGB, SEPARATE = 0, 1, 2, 2
-# EXIF's orientations 1..8: quarter turns counterclockwise, then whether to mirror.
+# EXIF's orientations 1..8: quarter turns counterclockwise that set it upright, then whether to
+# mirror.
 _UPRIGHT = {
     1: (0, False),
     2: (0, True),
@@ -42,7 +43,7 @@ _UPRIGHT = {
 _XMP_ORIENTATION = re.compile(rb'(tiff:Orientation(?:="|>))[2-8]')
 _EXIF_HEADER = b"Exif\0\0"
 _PNG_HEADER = b"\x89PNG\r\n\x1a\n"
-# What a PNG says beside its pixels and stays true of other pixels of the same kind.
+# A PNG's chunks that stay true when the pixels change.
 _PNG_KEPT = (
     b"iCCP",
     b"sRGB",
@@ -58,20 +59,25 @@ _PNG_KEPT = (
     b"iTXt",
     b"tIME",
 )
-# Tags of a TIFF that say nothing of how its pixels are stored: description, maker, model, software,
-# date, artist, host, XMP, IPTC, copyright.
+# A TIFF's tags that do not depend on how its pixels are stored: description, maker, model,
+# software, date, artist, host, XMP, IPTC, copyright.
 _TIFF_KEPT = (270, 271, 272, 305, 306, 315, 316, XMP_TAG, 33723, 33432)
-_TIFF_BLOCKS = (34665, 34853)  # EXIF's own and GPS
+_TIFF_BLOCKS = (34665, 34853)  # pointers to the blocks of EXIF and GPS
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, upright. pixels: (H,W,C) fp32 in [0,1]; C is 1 (grey), 2 (grey, alpha), 3 (RGB) or
-    4 (RGB, alpha).
+    """A picture, upright.
 
-    depth: bits a channel of the file, 8 or 16. icc, exif, xmp: as in the file, but for the
-    orientation, which is 1. cmyk: the ink (H,W,4) of a picture made of it. chunks: of a PNG, what
-    it says beside its pixels. tags: of a 16-bit TIFF likewise.
+    path: the file.
+    pixels: (H,W,C) fp32 in [0,1]; C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
+    depth: bits a channel of the file, 8 or 16.
+    turned: whether the file's orientation is not upright.
+    icc, exif, xmp: as in the file, but for the orientation, which is 1.
+    dpi: across and down.
+    cmyk: the ink (H,W,4) of a CMYK picture.
+    chunks: of a PNG, those kept beside its pixels.
+    tags: of a 16-bit TIFF, likewise.
     """
 
     path: Path
@@ -92,9 +98,7 @@ class Picture:
 
 
 def read(path: Path) -> Picture:
-    """Raises OSDFaceError, in one sentence, for a file that is damaged or no picture that can be
-    worked on.
-    """
+    """Reads a picture. Raises OSDFaceError for a file that is damaged or of an unusable kind."""
     try:
         with path.open("rb") as file:
             start = file.read(25)
@@ -107,7 +111,7 @@ def read(path: Path) -> Picture:
         raise
     except (
         Exception
-    ) as error:  # each of Pillow's readers, libpng and tifffile raises errors of its own
+    ) as error:  # each of Pillow's readers, libpng and tifffile raises its own errors
         says = " ".join(str(error).split()) or type(error).__name__
         raise OSDFaceError(
             f"{path} cannot be read as a picture ({says}): it is damaged or of another kind."
@@ -117,7 +121,7 @@ def read(path: Path) -> Picture:
 def _read(path: Path, image: Image.Image, deep: bool) -> Picture:
     _check_single(path, getattr(image, "n_frames", 1))
     given = image.getexif().get(ORIENTATION, 1)
-    image.load()  # turns a TIFF upright by itself
+    image.load()  # Pillow turns a TIFF upright here
     exif = image.getexif()
     turn = _UPRIGHT.get(exif.get(ORIENTATION, 1), _UPRIGHT[1])
     cmyk = _upright(np.asarray(image), turn) if image.mode == "CMYK" else None
@@ -128,7 +132,7 @@ def _read(path: Path, image: Image.Image, deep: bool) -> Picture:
     elif image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise OSDFaceError(
             f"{path} has values of {image.mode!r}; 8 or 16 bits a channel are wanted, and 16 in "
-            f"PNG or TIFF: convert it."
+            "PNG or TIFF: convert it."
         )
     else:
         array = np.asarray(_to_rgb(image))
@@ -160,7 +164,7 @@ def _check_single(path: Path, count: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Grey or RGB, with alpha where the picture has any."""
+    """The picture as grey or RGB, with alpha where it has any."""
     if image.mode == "CMYK":
         return _cmyk_to_rgb(image, image.info.get("icc_profile"))
     grey = image.mode in ("1", "L", "LA", "La")
@@ -188,7 +192,7 @@ def _rgb_to_cmyk(image: Image.Image, icc: bytes | None) -> Image.Image:
 
 
 def _read_tiff(path: Path) -> Picture | None:
-    """A TIFF of 16 bits a channel, of which Pillow reads grey alone; None for any other."""
+    """A TIFF of 16 bits a channel, of which Pillow reads only grey; None for any other TIFF."""
     import tifffile
 
     with tifffile.TiffFile(path) as file:
@@ -200,7 +204,7 @@ def _read_tiff(path: Path) -> Picture | None:
         if array.dtype != np.uint16 or page.photometric not in (MIN_IS_WHITE, MIN_IS_BLACK, RGB):
             raise OSDFaceError(
                 f"{path} has 16 bits a channel but is not plain grey or RGB; that is wanted: "
-                f"convert it."
+                "convert it."
             )
         if page.planarconfig == SEPARATE and array.ndim == 3:
             array = np.moveaxis(array, 0, -1)
@@ -274,7 +278,7 @@ def _upright_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def read_mask(path: Path) -> Tensor:
-    """A picture as a mask (1,H,W) in [0,1], white being 1."""
+    """A picture as a mask (1,H,W) in [0,1]; white is 1."""
     pixels = read(path).pixels
     return (
         pixels[..., :1]
@@ -292,18 +296,21 @@ def check_target(picture: Picture, path: Path) -> None:
     if picture.has_alpha and path.suffix.lower() in (*JPEG, ".bmp"):
         raise OSDFaceError(
             f"{path.name} cannot hold the transparency of {picture.path.name}: name a .png, .webp "
-            f"or .tif as the output."
+            "or .tif as the output."
         )
 
 
 def write(
     picture: Picture, pixels: Tensor, mask: Tensor, path: Path, kind: str, quality: int = 95
 ) -> None:
-    """Writes `pixels` (H,W,C), the picture as restored, to `path` in the format of the extension
-    `kind`.
+    """Writes the restored picture to `path`. All formats but JPEG are lossless.
 
-    mask: (H,W), 0 where nothing was changed. quality: 1..100 of a JPEG. All other formats are
-    lossless.
+    picture: as it was read.
+    pixels: (H,W,C) in [0,1], as restored.
+    mask: (H,W), 0 where nothing was changed.
+    path: the file.
+    kind: the extension that names the format.
+    quality: of JPEG, 1..100.
     """
     depth = picture.depth if kind in (".png", *TIFF) else 8
     array = (
@@ -345,7 +352,7 @@ def write(
             if picture.exif:
                 options["exif"] = exif = Image.Exif()
                 exif.load(picture.exif)
-            # Pillow writes EXIF's blocks into a TIFF only where it does not compress.
+            # Pillow writes EXIF's blocks only into an uncompressed TIFF.
             plain = picture.exif and any(block in exif for block in _TIFF_BLOCKS)
             image.save(path, "TIFF", compression=None if plain else "tiff_lzw", **options)
 
@@ -392,9 +399,7 @@ def _write_tiff(path: Path, array: np.ndarray, picture: Picture) -> None:
 
 
 def write_whole(path: Path, fill: Callable[[Path], None]) -> None:
-    """Makes the file `path` by `fill`, which writes the temporary name it is given: the file is
-    there whole or not at all.
-    """
+    """Makes the file `path`, whole or not at all, by `fill`, which writes a temporary file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:

@@ -1,4 +1,4 @@
-"""The networks, read once, and what is done with them to a picture or to the frames of a video."""
+"""Loads the networks once and restores pictures and frames of videos with them."""
 
 from __future__ import annotations
 
@@ -44,20 +44,23 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIFFUSERS_FOLDERS = ("diffusers/stable-diffusion-2-1-base", "checkpoints/stable-diffusion-2-1-base")
-# Faces that the embedder takes at once on an accelerator: 450 MB each.
+# Faces that the embedder takes at once on an accelerator, at 450 MB each.
 EMBEDDED_AT_ONCE = 4
 
 
-# Where weights are
+# Finding weights
 
 
 def models_dir(given: Path | None) -> Path:
-    """The folder that holds the folders of weights: the given one, ComfyUI's, or one of our own."""
+    """The folder that holds the weights' folders: the given one, ComfyUI's, or ~/.cache/osdface.
+
+    Raises OSDFaceError for a given one that does not exist.
+    """
     if given is not None:
         if not given.is_dir():
             raise OSDFaceError(
                 f"--models-dir is {given}, which is no folder; one that holds checkpoints, "
-                f"osdface and facedetection is wanted."
+                "osdface and facedetection is wanted."
             )
         return given
     root = Path(__file__).absolute().parents[2]
@@ -70,15 +73,15 @@ def models_dir(given: Path | None) -> Path:
 
 
 def store_in(models: Path) -> Store:
-    """The weight files in the folders of a models folder."""
+    """The catalogue's files in a models folder."""
     return Store(CATALOGUE, {name: [models / name] for name in CATALOGUE.folders})
 
 
 def resolve(options: argparse.Namespace) -> argparse.Namespace:
-    """The options with every choice made that depends on what is there: device, dtype, and the path
-    of each weight file.
+    """The options with everything decided that depends on the machine.
 
-    Says on the log where a stand-in is taken. Raises OSDFaceError for weights that are missing.
+    That is device, dtype, and the path of each weight file. Logs a warning where a stand-in is
+    taken. Raises OSDFaceError for weights that are missing.
     """
     options = argparse.Namespace(**vars(options))
     parse_indices(options.indices)
@@ -87,16 +90,16 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
         if device.index is not None and (options.workers > 1 or options.ray_address):
             raise OSDFaceError(
                 f"--device is {device}, but workers are given a device each: name {device.type} "
-                f"alone."
+                "alone."
             )
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OSDFaceError(
             f"--device {options.device} cannot be used here ({str(error).splitlines()[0]}): leave "
-            f"it out."
+            "it out."
         ) from error
     options.device = str(device)
-    # Workers may be started in another folder.
+    # Absolute, since workers may be started in another folder.
     options.keep = options.keep and options.keep.absolute()
     options.models_dir = models = models_dir(options.models_dir).absolute()
     store = store_in(models)
@@ -138,7 +141,7 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
             options.vre = str(checkpoint or ensure(VRE))
         elif options.vre != BUILTIN:
             options.vre = given("vre", options.vre)
-    # The small model is quick in any type.
+    # The small model is fast in any type.
     best = torch.float32 if options.model == BUILTIN else best_dtype(device)
     options.dtype = options.dtype or next(name for name, dtype in DTYPES.items() if dtype == best)
     if options.detector is None:
@@ -179,11 +182,14 @@ def _download_bar() -> Callable[[int, int], None]:
     return report
 
 
-# The work
+# Restoring
 
 
 class Restorer:
-    """options: as `resolve` gives them. Raises OSDFaceError for weights that do not fit."""
+    """The networks, and the settings of a run.
+
+    options: as `resolve` gives them. Raises OSDFaceError for weights that do not fit.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -235,8 +241,9 @@ class Restorer:
     def picture(
         self, pixels: Tensor, progress: Progress | None = None
     ) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
-        """pixels (H,W,C) in [0,1] -> the picture restored, the mask (H,W) of what was changed, and
-        what is to be said of each face.
+        """Restores a picture (H,W,C) in [0,1].
+
+        Returns the result, the mask (H,W) of what was changed, and the faces for the report.
         """
         found = find.find_faces(pixels[None], self.detector, self.detect_options)
         after, mask, notes = self.paste(pixels[None], found.faces, progress)
@@ -244,21 +251,22 @@ class Restorer:
 
     @torch.inference_mode()
     def detect(self, frames: Tensor) -> list[Any]:
-        """The detections in each frame (B,H,W,3), for `place_faces`."""
+        """The detections in each frame (B,H,W,3) in [0,1], for `place_faces`."""
         return detect(frames, self.detector, self.detect_options)
 
     def place_faces(
         self, found: list[Any], small: Tensor, width: int, height: int
     ) -> tuple[tuple[Face, ...], tuple[str, ...]]:
-        """Everyone in a video, and a verdict for each, from its detections and thumbnails."""
+        """All faces of a video, each with a verdict, from detections and thumbnails (B,3,24,24)."""
         return find.place_faces(found, small, width, height, self.detect_options)
 
     @torch.inference_mode()
     def frames(
         self, frames: Tensor, chosen: Sequence[Face]
     ) -> tuple[Tensor, Tensor, dict[tuple[int, int], str]]:
-        """`paste` for some frames (B,H,W,3) of a video and the faces chosen in them, whose frames
-        count from the first of these.
+        """Restores frames (B,H,W,3) of a video, as `paste` does.
+
+        chosen: the faces chosen in them, whose `frame` counts from the first of these.
         """
         count, height, width = frames.shape[:3]
         size = self.detect_options.crop_size
@@ -271,8 +279,10 @@ class Restorer:
     def paste(
         self, images: Tensor, faces: Faces, progress: Progress | None = None
     ) -> tuple[Tensor, Tensor, dict[tuple[int, int], str]]:
-        """Restores and pastes `faces`; the pictures, the masks, and by frame and number what went
-        wrong with a face.
+        """Restores and pastes `faces` into pictures (B,H,W,C).
+
+        Returns the pictures, the masks (B,H,W), and a note for each face that went wrong, by frame
+        and number.
         """
         crops = faces.crops
         notes: dict[tuple[int, int], str] = {}
@@ -333,7 +343,7 @@ def describe_faces(
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that the numbers depend on."""
+    """The versions of Python and of the packages that the results depend on."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": sys.version.split()[0]}

@@ -1,7 +1,7 @@
-"""A video in, a video out: its frames in two passes, a window of them in memory at a time.
+"""Restores a video in two passes over its frames, with a window of them in memory at a time.
 
 The first pass finds the faces of all frames, which are then followed through the whole video at
-once, so that no window's border parts a person in two. The second restores and encodes. Sound and
+once, so that no window's border splits a person in two. The second restores and encodes. Sound and
 subtitles are copied; size, rate and time of each frame stay.
 """
 
@@ -27,10 +27,9 @@ from .restorer import Restorer, describe_faces
 log = logging.getLogger(__name__)
 
 
-# Pixels of a window, and frames at most.
+# Most pixels and most frames of a window.
 WINDOW, MAX_FRAMES = 24 * 1024**2, 64
-# The encoder for a codec, best first. What is not named here is encoded as H.264, or as the
-# container prefers.
+# The encoder for each codec. Any other codec is encoded as H.264, or as the container prefers.
 ENCODERS = {
     "h264": "libx264",
     "hevc": "libx265",
@@ -48,12 +47,16 @@ QUARTER = 90
 def restore(
     source: Path, target: Path, restorer: Restorer, crf: int, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Restores `source` into `target`, whose extension names the container; what is to be said of
-    it in the report.
+    """Restores the video `source` into `target` and returns its part of the report.
 
-    progress: called with the number of steps just done and of all, two for a frame, as far as it is
-    known (else 0). Raises OSDFaceError for a file that is no video, and av.FFmpegError for one that
-    is damaged.
+    Raises OSDFaceError for a file that is no video, and av.FFmpegError for one that is damaged.
+
+    source: the video.
+    target: its extension names the container.
+    restorer: the networks.
+    crf: the encoder's constant rate factor, 0..51; less is better and larger.
+    progress: called with the steps just done and the steps in all, two for a frame, 0 where
+        unknown.
     """
     found: list[list[Any]] = []
     small = []
@@ -107,7 +110,7 @@ def restore(
     if start != len(found):
         raise OSDFaceError(
             f"{source} gave {len(found)} frames at first and {start} the second time: it is "
-            f"damaged."
+            "damaged."
         )
     return {
         "frames": start,
@@ -150,8 +153,13 @@ def _transcode(
     stream: Any,
     restored: Callable[[list[av.VideoFrame]], Iterable[av.VideoFrame]],
 ) -> str:
-    """Copies what is beside the pictures of `stream`, and encodes these as `restored` gives them,
-    window by window.
+    """Encodes the frames of `stream` as `restored` gives them, and copies the other streams.
+
+    container: the video read.
+    out: the video written.
+    encoded: the stream of `out` that the frames go to.
+    stream: the stream of `container` that they come from.
+    restored: takes a window of frames and gives them restored.
     """
     out.metadata.update(container.metadata)
     copies = {}
@@ -238,15 +246,16 @@ def _layout(frame: av.VideoFrame) -> str:
 
 
 def _pixels(frame: av.VideoFrame) -> Tensor:
-    """The frame as it is to be seen, (H,W,3) fp32 in [0,1]."""
+    """The frame as it is shown, (H,W,3) fp32 in [0,1]."""
     array = frame.to_ndarray(format=_layout(frame))
     array = np.rot90(array, frame.rotation // QUARTER)
     return torch.from_numpy(array.astype(np.float32) / (65535 if array.dtype == np.uint16 else 255))
 
 
 def _replace_pixels(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> av.VideoFrame:
-    """`frame` with `picture` (H,W,3) where `changed` (H,W) says so; elsewhere its values stay,
-    untouched by any conversion.
+    """`frame` with `picture` (H,W,3) where `changed` (H,W) is true.
+
+    Its other values stay, untouched by any conversion.
     """
     layout = _layout(frame)
     most = 65535 if layout == "rgb48le" else 255
@@ -268,7 +277,7 @@ def _replace_pixels(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> a
         inside = [c for c in components if c.plane == index]
         pixel = sum((c.bits + 7) // 8 for c in inside)
         if before.width * pixel > min(before.line_size, after.line_size):
-            break  # a packing in which a component has no place of its own
+            break  # a packed format in which a component has no bytes of its own
         if any(c.is_alpha for c in inside) and len(inside) == 1:
             after.update(bytes(before))
             continue
@@ -288,7 +297,7 @@ def _replace_pixels(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> a
 
 
 def _pool_mask(where: np.ndarray, height: int, width: int) -> np.ndarray:
-    """`where` at a plane's resolution: true where any of a sample's pixels is."""
+    """`where` at a plane's resolution: true where any pixel of a sample is."""
     down, across = -(-where.shape[0] // height), -(-where.shape[1] // width)
     padded = np.pad(
         where, ((0, height * down - where.shape[0]), (0, width * across - where.shape[1]))

@@ -1,1 +1,1 @@
-"""diffusers as a host of Stable Diffusion 2.1; it and peft are imported where they are used."""
+"""diffusers as a host of Stable Diffusion 2.1; it and peft are imported only inside functions."""

@@ -17,14 +17,14 @@ from ..sd21.schedule import x0_of
 from .loading import Autoencoder, UNet, check_unet, load
 from .lora import merge_lora
 
-# Peak of the activations for a 512 px crop, in values, in the decoder's last level.
+# Peak of the activations for a 512 px crop, reached in the decoder's last level, in values.
 VALUES_PER_FACE = 600 * 1024**2
 MAX_BATCH = 16
 
 
 def best_device() -> torch.device:
     """The accelerator that this torch finds (CUDA or ROCm, XPU, MPS ...), else the CPU."""
-    # torch 2.6 cannot be asked for both at once.
+    # torch 2.6 cannot check availability and name the device in one call.
     accelerator = (
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     )
@@ -32,8 +32,9 @@ def best_device() -> torch.device:
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """Half precision where the device computes in it: fp16 on an accelerator, bf16 on a CPU that
-    has instructions for it.
+    """Half precision where the device computes in it, else fp32.
+
+    That is fp16 on an accelerator, bf16 on a CPU with instructions for it.
     """
     if device.type != "cpu":
         return torch.float16
@@ -44,10 +45,10 @@ class DiffusersBackbone:
     """A UNet2DConditionModel and an autoencoder of diffusers as the core's Backbone.
 
     Both networks are moved to the device and type, and stay there. Tensors that come back are fp32,
-    on the CPU. Raises OSDFaceError for networks of another kind.
+    on the CPU. Raises OSDFaceError for other networks.
 
     unet: predicts epsilon on Stable Diffusion's schedule.
-    vae: AutoencoderKL, or AutoencoderTiny.
+    vae: AutoencoderKL or AutoencoderTiny.
     device: the best there is, if None.
     dtype: the best for the device, if None.
     """
@@ -79,11 +80,11 @@ class DiffusersBackbone:
     ) -> DiffusersBackbone:
         """The backbone of a folder or a checkpoint, as `load` reads it, with a LoRA on its UNet.
 
-        Raises OSDFaceError.
+        Raises OSDFaceError as `load` and `merge_lora` do.
 
         model: the folder or file.
         lora: merged into the UNet.
-        strength: of the LoRA.
+        strength: factor of the LoRA.
         device: the best there is, if None.
         dtype: the best for the device, if None.
         """
@@ -93,10 +94,10 @@ class DiffusersBackbone:
         return cls(unet, vae, device=device, dtype=dtype)
 
     def to(self, dtype: torch.dtype) -> None:
-        """Computes in another type from here on."""
+        """Moves both networks to the device, in `dtype`, in which they compute from now on."""
         self.dtype = dtype
-        # torch's group norm on the CPU loses four digits in channels-last order, which is nothing
-        # beside bf16's three.
+        # torch's group norm on the CPU loses four digits in channels-last order, which only fp32
+        # has to lose: bf16 has three.
         self.order = (
             torch.contiguous_format
             if self.device.type == "cpu" and dtype == torch.float32
@@ -108,7 +109,7 @@ class DiffusersBackbone:
 
     @contextmanager
     def fp32_fallback(self) -> Iterator[bool]:
-        """Within, all is computed in fp32. Gives whether it was not before."""
+        """A context in which everything computes in fp32. Gives whether it did not before."""
         dtype = self.dtype
         if dtype == torch.float32:
             yield False

@@ -1,4 +1,4 @@
-"""The small built-in model as a Backbone on diffusers' UNet."""
+"""The small built-in model as a Backbone, with diffusers' UNet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .loading import UNet
 
 
 class DiffusersAutoencoder(Autoencoder):
-    """The autoencoder in the manner of diffusers' AutoencoderTiny."""
+    """The built-in autoencoder with the interface of diffusers' AutoencoderTiny."""
 
     config = SimpleNamespace(
         scaling_factor=builtin.SCALING,
@@ -35,7 +35,7 @@ class DiffusersAutoencoder(Autoencoder):
 
 
 def load_unet() -> UNet:
-    """The UNet, a UNet2DConditionModel in fp32."""
+    """The built-in UNet, a UNet2DConditionModel in fp32."""
     from diffusers import UNet2DConditionModel
 
     network: Any = UNet2DConditionModel
@@ -48,7 +48,7 @@ def load_unet() -> UNet:
 
 
 def load_vae() -> DiffusersAutoencoder:
-    """The autoencoder in fp32."""
+    """The built-in autoencoder in fp32."""
     return load_network(
         DiffusersAutoencoder,
         load_file(builtin.AUTOENCODER),
@@ -60,5 +60,5 @@ def load_vae() -> DiffusersAutoencoder:
 def load_backbone(
     device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> DiffusersBackbone:
-    """Both; where None is given, on the device and in the type that suit the machine."""
+    """The built-in model, on the best device and in the best type where None is given."""
     return DiffusersBackbone(load_unet(), load_vae(), device=device, dtype=dtype)

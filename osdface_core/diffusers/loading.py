@@ -1,5 +1,6 @@
-"""Stable Diffusion 2.1-base's UNet and autoencoder from a folder in diffusers' layout or a
-checkpoint, by diffusers' own loaders.
+"""Loads the UNet and autoencoder of Stable Diffusion 2.1-base by diffusers' own loaders.
+
+From a folder in diffusers' layout, or a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from ..sd21.modules import VAE_WIDTHS, WIDTHS
 from ..sd21.schedule import BETA_END, BETA_START, TIMESTEPS
 from ..weights.reading import read_tensors
 
-# A UNet2DConditionModel; an AutoencoderKL or AutoencoderTiny. Not imported, even for types:
-# diffusers imports its own lazily, which a type checker does not see.
+# A UNet2DConditionModel; an AutoencoderKL or AutoencoderTiny. Not imported, even for types, because
+# diffusers imports its classes lazily, which a type checker does not see.
 UNet: TypeAlias = Any
 Autoencoder: TypeAlias = Any
 
@@ -33,7 +34,7 @@ REMEDY = (
 )
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
-# For checkpoints, which carry no configuration.
+# Configurations for checkpoints, which carry none.
 UNET_CONFIG: dict[str, Any] = {
     "sample_size": 64,
     "in_channels": LATENT_CHANNELS,
@@ -55,18 +56,17 @@ VAE_CONFIG: dict[str, Any] = {
     "sample_size": SIDE,
     "scaling_factor": SCALING,
 }
-# SD 2.1's 768-v checkpoint has the same names and shapes. ComfyUI tells it by the standard
-# deviation of this bias, which is far larger there.
+# SD 2.1's 768-v checkpoint has the same names and shapes. As in ComfyUI, it is recognised by the
+# standard deviation of this bias, which is far larger there.
 V_WITNESS = UNET_PREFIX + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_DEVIATION = 0.09
 
 
 def load(path: Path) -> tuple[UNet, Autoencoder]:
-    """The UNet and the autoencoder of a folder in diffusers' layout or of a checkpoint, fp32, on
-    the CPU.
+    """The UNet and the autoencoder of a folder in diffusers' layout or of a checkpoint.
 
-    Nothing is fetched. Raises OSDFaceError for anything but Stable Diffusion 2.1-base or a
-    fine-tune of it.
+    fp32, on the CPU. Nothing is downloaded. Raises OSDFaceError for anything but Stable Diffusion
+    2.1-base or a fine-tune of it.
     """
     return _load_folder(path) if path.is_dir() else _load_checkpoint(path)
 

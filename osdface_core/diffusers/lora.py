@@ -1,4 +1,4 @@
-"""Merges LoRA adapters into a network of diffusers', through peft."""
+"""Merges LoRA adapters into a network of diffusers, through peft."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ ADAPTER = "osdface"
 
 
 def merge_lora(network: nn.Module, lora: Lora, strength: float, source: str) -> None:
-    """Merges a LoRA into the weights of a network, a UNet or an autoencoder. Call it again for
-    another.
+    """Merges a LoRA into the weights of a UNet or an autoencoder. Further calls add further LoRAs.
 
     Raises OSDFaceError that names the layers that have no place in the network.
 

@@ -1,1 +1,1 @@
-"""Faces of pictures: found, followed, chosen, cut out upright, and pasted back."""
+"""Faces in pictures: detection, tracking, choice, alignment, parsing and pasting."""

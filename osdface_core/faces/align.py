@@ -1,4 +1,4 @@
-"""Aligns faces: landmarks to the similarity that leads to the FFHQ template, and crops by it."""
+"""Aligns faces: landmarks -> the similarity to the FFHQ template -> crops."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from ..pictures.geometry import Affine, Points
 from ..pictures.picture import rgb_of
 from ..pictures.resampling import warp
 
-# FFHQ's eyes, nose and mouth corners in a crop of 512 px, as facexlib and so OSDFace's training
-# data have them, moved by half a pixel because their pixel centres are at whole numbers.
+# FFHQ's eyes, nose and mouth corners in a crop of 512 px, as in facexlib and so in OSDFace's
+# training data, moved by half a pixel because their pixel centres are at whole numbers.
 TEMPLATE_SIZE = 512
-
-
 TEMPLATE: Points = (
     (193.48138, 240.44708),
     (319.40277, 240.6936),
@@ -29,22 +27,20 @@ TEMPLATE: Points = (
 
 
 def similarity(landmarks: Points, size: int) -> Affine:
-    """The similarity that takes five landmarks of a picture nearest to the FFHQ template in a crop
-    of `size` px.
+    """The similarity that takes the landmarks of a picture to the template in a crop of `size` px.
 
     Least squares in closed form (Umeyama 1991; in the plane a similarity is w = a z + b over the
-    complex numbers). A landmark that is far off is left out of it, by the rule of least median of
-    squares (Rousseeuw 1984) with the bound that OpenCV's estimateAffinePartial2D uses, so that a
-    crop is the one that the network was trained on; all pairs are tried instead of random ones.
-    Raises OSDFaceError if the landmarks are not five finite points, or too close together to have a
-    direction.
+    complex numbers). A landmark that is far off is left out, by the rule of least median of squares
+    (Rousseeuw 1984) with the bound of OpenCV's estimateAffinePartial2D, so that crops are as the
+    network was trained on; all pairs are tried instead of random ones. Raises OSDFaceError if the
+    landmarks are not five finite points, or too close together to have a direction.
     """
     if len(landmarks) != len(TEMPLATE) or not all(
         math.isfinite(c) for point in landmarks for c in point
     ):
         raise OSDFaceError(
             f"A face has the landmarks {landmarks}; five finite points are wanted: detect the "
-            f"face again."
+            "face again."
         )
     source = [complex(*point) for point in landmarks]
     target = [complex(*point) * size / TEMPLATE_SIZE for point in TEMPLATE]
@@ -58,7 +54,7 @@ def similarity(landmarks: Points, size: int) -> Affine:
     if abs(a) * spread < 1e-3:
         raise OSDFaceError(
             f"A face has landmarks in an order that no face has ({landmarks}): detect the face "
-            f"again."
+            "again."
         )
     return (a.real, -a.imag, b.real), (a.imag, a.real, b.imag)
 
@@ -89,8 +85,9 @@ def _inliers(source: Sequence[complex], target: Sequence[complex]) -> list[int]:
 
 
 def crop_face(image: Tensor, matrix: Affine, size: int) -> Tensor:
-    """The crop (size,size,C) fp32 of `image` (H,W,C) of any float type and range; the picture's
-    edge is repeated beyond it.
+    """The crop (size,size,C) fp32 of `image` (H,W,C) of any float type and range.
+
+    Beyond the picture its edge is repeated.
     """
     return warp(image.movedim(-1, 0), matrix, size, size).movedim(0, -1)
 
@@ -98,8 +95,9 @@ def crop_face(image: Tensor, matrix: Affine, size: int) -> Tensor:
 def crop_faces(
     images: Tensor, frames: Sequence[int], matrices: Sequence[Affine], size: int
 ) -> Tensor:
-    """The crops (N,size,size,3) of the pictures images[frames[i]] through matrices[i]; images
-    (B,H,W,C), alpha is left out.
+    """The crops (N,size,size,3) of images[frames[i]] through matrices[i]; images (B,H,W,C).
+
+    Alpha is left out.
     """
     crops = torch.empty(len(matrices), size, size, 3, device=images.device)
     for crop, frame, matrix in zip(crops, frames, matrices, strict=True):

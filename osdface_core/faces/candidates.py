@@ -1,5 +1,6 @@
-"""Detections of a batch of pictures as columns of tensors: one pass of the network, overlaps, NMS,
-and maps from a shrunk, cut or turned picture back to the whole one.
+"""Detections as columns of tensors: one pass of the network, overlaps, NMS, maps of coordinates.
+
+The maps lead from a shrunk, cut or turned picture back to the whole one.
 """
 
 from __future__ import annotations
@@ -46,9 +47,7 @@ class Candidates:
 
 
 def detect_once(network: RetinaFace, pixels: Tensor, confidence: float) -> Candidates:
-    """One pass over (B,3,H,W) in [0,1]: the faces above `confidence` after NMS, in pixels of these
-    pictures.
-    """
+    """One pass over pictures (B,3,H,W) in [0,1]: faces above `confidence` after NMS, in pixels."""
     mean = pixels.new_tensor(MEAN_BGR).view(3, 1, 1)
     with optimized(pixels.device):
         boxes, scores, landmarks = network(pixels.flip(1) * 255 - mean)
@@ -79,6 +78,7 @@ def scale_candidates(found: Candidates, back: Tensor) -> Candidates:
 
 
 def translate_candidates(found: Candidates, x: float, y: float) -> Candidates:
+    """Coordinates moved by (x, y) pixels."""
     step = torch.tensor([x, y], dtype=torch.float32)
     return replace(found, box=found.box + step.repeat(2), landmarks=found.landmarks + step)
 
@@ -106,18 +106,20 @@ def overlaps(one: Candidates, other: Candidates) -> tuple[Tensor, Tensor]:
 
 
 def longer_side(found: Candidates) -> Tensor:
+    """(n,) the longer side of each box in pixels."""
     return (found.box[:, 2:] - found.box[:, :2]).amax(1)
 
 
 def merge(known: Candidates, more: Candidates) -> Candidates:
-    """`known`, and those of `more` that are none of them."""
+    """`known` and the faces of `more` that are not among them."""
     held = overlaps(known, more)[1] > SAME
     return Candidates.join([known, more[~held.any(0)]])
 
 
 def rotate_back(found: Candidates, turns: int, width: int, height: int) -> Candidates:
-    """Maps from a picture turned counterclockwise by `turns` quarters to the picture itself, which
-    is width x height px.
+    """Coordinates in the picture, of faces found after `turns` quarter turns counterclockwise.
+
+    width, height: of the picture before turning, in pixels.
     """
     points = torch.cat([found.box.view(-1, 2, 2), found.landmarks], 1)
     for turn in range(turns, 0, -1):

@@ -1,6 +1,4 @@
-"""Numbers the faces of a picture or a shot, and chooses among them. What is not chosen is never
-restored.
-"""
+"""Numbers the faces of a picture or a shot, and chooses which of them are restored."""
 
 from __future__ import annotations
 
@@ -31,8 +29,14 @@ Person = Sequence[Face]
 
 @dataclass(frozen=True)
 class Choice:
-    """Which faces are meant. Sizes are the shorter side of the box in pixels; a maximum of 0 is no
-    limit.
+    """Which faces are chosen. Sizes are the shorter side of the box in pixels.
+
+    select: one of SELECT.
+    order: one of ORDER, by which faces are numbered and `max_faces` counts them.
+    indices: numbers of the faces, for "by index".
+    max_faces: in each picture; 0 is no limit.
+    min_size: smaller faces are left out.
+    max_size: larger faces are left out; 0 is no limit.
     """
 
     select: str = ALL
@@ -44,12 +48,13 @@ class Choice:
 
 
 def parse_indices(text: str) -> tuple[tuple[int, int], ...]:
-    """The text 0,2-4 -> ((0, 0), (2, 4)); an empty text names no face. Raises OSDFaceError for
-    anything else.
+    """The text 0,2-4 -> ((0, 0), (2, 4)); an empty text names no face.
+
+    Raises OSDFaceError for anything else.
     """
     ranges = []
     for part in filter(None, map(str.strip, text.split(","))):
-        # Python reads no number of thousands of digits.
+        # int() refuses numbers of more than 4300 digits.
         match = re.fullmatch(r"(\d{1,18})(?:\s*-\s*(\d{1,18}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
@@ -62,14 +67,15 @@ def parse_indices(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _shorten(text: str) -> str:
-    """On one line, and cut where nobody reads on."""
+    """The text on one line, cut after MAX_SHOWN characters."""
     line = " ".join(text.split())
     return line if len(line) <= MAX_SHOWN else f"{line[:MAX_SHOWN]}..."
 
 
 def group_by_person(faces: Sequence[Face]) -> dict[tuple[int, int], list[int]]:
-    """The positions in `faces` of each person's faces, by shot and number. A person is followed
-    within a shot, never beyond.
+    """The positions in `faces` of each person's faces, by shot and number.
+
+    A person is followed within a shot, never beyond.
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for i, face in enumerate(faces):
@@ -78,10 +84,12 @@ def group_by_person(faces: Sequence[Face]) -> dict[tuple[int, int], list[int]]:
 
 
 def median_size(person: Person) -> float:
+    """The median of a person's sizes over the shot, in pixels."""
     return median(face.size for face in person)
 
 
 def mean_centre(person: Person) -> tuple[float, float]:
+    """The mean of the centres (x, y) of a person's boxes over the shot."""
     return fmean((f.box[0] + f.box[2]) / 2 for f in person), fmean(
         (f.box[1] + f.box[3]) / 2 for f in person
     )
@@ -104,7 +112,7 @@ def _check_option(name: str, value: str, options: Sequence[str]) -> None:
 def _rank(
     persons: dict[tuple[int, int], list[int]], faces: Sequence[Face], key: Callable[[Person], float]
 ) -> dict[tuple[int, int], int]:
-    """The place of each person among those of the same shot."""
+    """The rank by `key` of each person among those of the same shot, from 0."""
     places: dict[tuple[int, int], int] = {}
     seen: dict[int, int] = {}
     for person in sorted(persons, key=lambda p: key([faces[i] for i in persons[p]])):
@@ -114,8 +122,9 @@ def _rank(
 
 
 def number_faces(faces: Sequence[Face], order: str) -> list[Face]:
-    """The same faces, each person of a shot numbered from 0 in `order`, by position, size and
-    confidence over the whole shot.
+    """The same faces, the persons of each shot numbered from 0 in `order`.
+
+    Position, size and confidence are those over the whole shot.
     """
     _check_option("order", order, ORDER)
     persons = group_by_person(faces)
@@ -124,11 +133,11 @@ def number_faces(faces: Sequence[Face], order: str) -> list[Face]:
 
 
 def choose(faces: Sequence[Face], choice: Choice, width: int, height: int) -> list[str]:
-    """For each face CHOSEN, or why it is not.
+    """CHOSEN or the reason for leaving it out, for each face of pictures of width x height px.
 
-    A person's size is the median over the shot, so that nobody comes and goes from frame to frame;
-    `largest`, `most central` and `max_faces` hold in each picture, among the faces that pass the
-    limits of size, and rank a person over the whole shot. Raises OSDFaceError if an option or
+    A person's size is the median over the shot, so that nobody comes and goes from frame to frame.
+    `largest`, `most central` and `max_faces` hold in each picture, among the faces within the
+    limits of size, and compare persons over the whole shot. Raises OSDFaceError if an option or
     `indices` cannot be understood.
     """
     _check_option("select", choice.select, SELECT)
@@ -178,7 +187,7 @@ def choose(faces: Sequence[Face], choice: Choice, width: int, height: int) -> li
 
 
 def split(faces: Faces, choice: Choice) -> tuple[Faces, Faces, str]:
-    """The chosen faces, the rest, and the report. Numbers stay those of the detection."""
+    """The chosen faces, the rest, and the report. Faces keep their numbers."""
     faces.check()
     verdicts = choose(faces.faces, choice, faces.width, faces.height)
 
@@ -193,18 +202,18 @@ def split(faces: Faces, choice: Choice) -> tuple[Faces, Faces, str]:
 
 
 def report(faces: Sequence[Face], verdicts: Sequence[str], frames: int) -> str:
-    """How many were found and chosen; then for each face its number, box, size, confidence, and
-    whether it was chosen or why not.
+    """A text: how many faces were found and chosen, then a line for each person.
 
-    A person who is followed over several pictures has one line: where they are first, and the range
-    of size and confidence. Pictures without a face are named at the end.
+    The line has number, box, size, confidence, and whether the face was chosen or why not. For a
+    person in several pictures it has the first box, and the range of size and confidence. Pictures
+    without a face are named at the end.
     """
     persons = group_by_person(faces)
     chosen = sum(verdict == CHOSEN for verdict in verdicts)
     pictures = "1 picture" if frames == 1 else f"{frames} pictures"
     lines = [
         f"{len(faces)} {'face' if len(faces) == 1 else 'faces'} found in {pictures}, {chosen} "
-        f"chosen."
+        "chosen."
     ]
     for (_, number), positions in sorted(
         persons.items(), key=lambda item: (faces[item[1][0]].frame, item[0])
@@ -244,7 +253,7 @@ def report(faces: Sequence[Face], verdicts: Sequence[str], frames: int) -> str:
 
 
 def _join_runs(numbers: Sequence[int]) -> str:
-    """0,1,2,5 -> 0-2, 5"""
+    """Numbers as text: 0,1,2,5 -> "0-2, 5"."""
     starts = [n for i, n in enumerate(numbers) if not i or n != numbers[i - 1] + 1]
     ends = [n for i, n in enumerate(numbers) if i + 1 == len(numbers) or n != numbers[i + 1] - 1]
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

@@ -39,16 +39,16 @@ LONGEST_SIDE = 1920
 # Longest side of the second, coarse pass: anchors end at 512 px, so far larger faces are found only
 # in a small copy of the picture.
 COARSE_SIDE = 640
-# Near the largest anchor one face is also detected as several, or where there is none. A face this
-# large must be found in the coarse pass too, at SUPPORT times the confidence; one larger than
-# TOO_LARGE is taken from the coarse pass alone.
+# Near the size of the largest anchor, one face is found several times, or found where there is
+# none. A face larger than NEEDS_SUPPORT px must be found in the coarse pass too, at SUPPORT times
+# the confidence; one larger than TOO_LARGE px is taken from the coarse pass alone.
 NEEDS_SUPPORT, SUPPORT = 450, 0.5
 TOO_LARGE = 640
 # Size in pixels of faces that are found nearly always; anchors begin at 16 px.
 EASILY_SEEN = 20
 # Two passes that are turned differently see one face the same way up within so many degrees.
 SAME_ROLL = 25
-# Pixels through the network at once, on an accelerator and on a CPU, where more is slower; and the
+# Pixels through the network at once, on an accelerator and on a CPU, where more are slower; and the
 # bytes that a pixel takes in the ResNet50's activations.
 PIXELS_AT_ONCE = 8 * 1024**2
 PIXELS_AT_ONCE_CPU = 2 * 1024**2
@@ -89,7 +89,14 @@ class Detection:
 def detect_all_sizes(
     network: RetinaFace, pixels: Tensor, confidence: float, smallest: float, report: Progress
 ) -> Candidates:
-    """Faces from `smallest` px to the picture's size, in pictures (B,3,H,W) of any size."""
+    """Faces from `smallest` px to the picture's size, in pictures (B,3,H,W) in [0,1].
+
+    network: the detector.
+    pixels: (B,3,H,W) in [0,1].
+    confidence: least score.
+    smallest: size of the smallest faces looked for, in pixels.
+    report: called with 0 before each further pass.
+    """
     longest = max(pixels.shape[2:])
     scale = min(1.0, LONGEST_SIDE / longest)
     found = detect_shrunk(network, pixels, confidence, LONGEST_SIDE)
@@ -155,6 +162,12 @@ def detect_all_angles(
 
     Each is confirmed and scored in an upright window; of views of one face with different roll the
     one with the highest score is kept.
+
+    network: the detector.
+    pixels: (B,3,H,W) in [0,1].
+    confidence: least score.
+    smallest: size of the smallest faces looked for, in pixels.
+    report: called with 0 before each pass.
     """
     height, width = pixels.shape[2:]
     passes = []
@@ -184,12 +197,12 @@ def detect_all_angles(
 
 
 def max_pixels_seen(height: int, width: int) -> int:
-    """Pixels of the largest input that a picture of this size gives the network."""
+    """Most pixels that the network takes at once of a picture of this size."""
     return min(height, LONGEST_SIDE) * min(width, LONGEST_SIDE)
 
 
 def memory_for(count: int, height: int, width: int) -> float:
-    """Bytes of activations for a batch of pictures."""
+    """Bytes of the network's activations for a batch of `count` pictures of height x width px."""
     seen = max_pixels_seen(height, width)
     return max(seen, min(count * seen, PIXELS_AT_ONCE)) * BYTES_PER_PIXEL
 
@@ -215,6 +228,7 @@ def detect(
     confidence, smallest = options.confidence, options.choice.min_size
     found: list[list[Detection]] = [[] for _ in range(count)]
     report = progress or no_progress
+    scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
 
     def work(part: slice) -> None:
         report(0)
@@ -223,7 +237,8 @@ def detect(
             faces = detect_all_angles(network, pixels, confidence, smallest, report)
         else:
             faces = detect_all_sizes(network, pixels, confidence, smallest, report)
-            # All landmarks of a detector whose own are poor, else those of faces that were small.
+            # A detector with poor landmarks needs all faces refined, others only faces that were
+            # small in a shrunk picture.
             least = math.inf if network.needs_refinement else BEST_SIZE / 2 if scale < 1 else 0
             coarse = longer_side(faces) * scale < least
             refined, _ = refine(network, pixels, faces[coarse], confidence, report)
@@ -238,7 +253,6 @@ def detect(
         for _ in range(part.stop - part.start):
             report(1)
 
-    scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
     most = PIXELS_AT_ONCE_CPU if network.home.type == "cpu" else PIXELS_AT_ONCE
     at_once = max(1, most // max(1, max_pixels_seen(height, width)))
     if height and width:

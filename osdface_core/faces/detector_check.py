@@ -1,5 +1,4 @@
-"""Tells a face detector that works from one whose file merely fits: it is shown faces drawn on the
-spot.
+"""Checks that a face detector works, by faces drawn here.
 
 A RetinaFace file trained with other anchors has the same names and shapes, loads strictly, and
 finds many faces where one is.
@@ -20,15 +19,15 @@ from .retinaface import RetinaFace, build_retinaface
 PICTURE = 256
 FACES = (48, 60, 80, 100, 120)  # widths of the drawn heads in pixels
 CONFIDENCE = 0.5
-# A detector need not see a drawing as a face; it must not see several faces in most of those that
-# show one.
+# A detector need not take a drawing for a face, but it must not find several in most of them.
 MOST_DOUBLED = len(FACES) // 2
 _OVERSAMPLED = 4
 
 
 def drawn_face(width: int, picture: int = PICTURE) -> Tensor:
-    """(picture,picture,3) in [0,1]: one frontal head of this width in pixels, before a plain
-    ground, drawn in a dozen shapes.
+    """A frontal head `width` px wide before a plain ground: (picture,picture,3) in [0,1].
+
+    Drawn in a dozen shapes.
     """
     side = picture * _OVERSAMPLED
     middle, unit = side / 2, width * _OVERSAMPLED / 2
@@ -68,14 +67,14 @@ def check_detector(network: RetinaFace, source: str = "The face detector's file"
     if len(doubled) > MOST_DOUBLED:
         raise OSDFaceError(
             f"{source} is refused: shown a single drawn face it finds up to {max(doubled)}, as a "
-            f"detector trained with other anchors does; "
+            "detector trained with other anchors does; "
             "use detection_Resnet50_Final.pth or detection_mobilenet0.25_Final.pth of facexlib, "
             "which `python install.py` fetches."
         )
 
 
 def build_detector(tensors: dict[str, Tensor], operations: Operations = nn) -> RetinaFace:
-    """build_retinaface, and the check of what was built. Raises OSDFaceError."""
+    """A checked RetinaFace. Raises OSDFaceError as `build_retinaface` and `check_detector` do."""
     network = build_retinaface(tensors, operations)
     check_detector(network)
     return network

@@ -1,5 +1,6 @@
-"""What detection hands to pasting. Coordinates are (x, y) in pixels of the picture, pixel centres
-at .5.
+"""The faces that go from detection to pasting.
+
+Coordinates are (x, y) in pixels of the picture, pixel centres at .5.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from ..pictures.geometry import Affine, Box, Points
 class Face:
     """One face of one picture.
 
-    frame: index of the picture in its batch. box: x1, y1, x2, y2. landmarks: left eye, right eye,
-    nose, left and right mouth corner, as seen by the viewer. score: the detector's confidence,
-    0..1. number: the face's number in its picture (over a video: its person's number), as drawn in
-    the preview and as `indices` names it. matrix: the similarity that takes a point of the picture
-    to its place in the crop. angle: with `any_angle`, how far the face is turned clockwise: 0, 90,
-    180 or 270. shot: the run of frames between two cuts that the face belongs to; a number names a
-    person within a shot.
+    frame: index of the picture in its batch.
+    box: x1, y1, x2, y2.
+    landmarks: left eye, right eye, nose, left and right mouth corner, as seen by the viewer.
+    score: the detector's confidence, 0..1.
+    number: the face's number in its picture (over a video: its person's number), as drawn in the
+        preview and named by `indices`.
+    matrix: the similarity from the picture to the crop.
+    angle: with `any_angle`, how far the face is turned clockwise: 0, 90, 180 or 270 degrees.
+    shot: the run of frames between two cuts that the face belongs to; a number names a person only
+        within a shot.
     """
 
     frame: int
@@ -37,16 +41,20 @@ class Face:
 
     @property
     def size(self) -> float:
-        """Shorter side of the box in pixels."""
+        """The shorter side of the box in pixels."""
         return min(self.box[2] - self.box[0], self.box[3] - self.box[1])
 
 
 @dataclass(frozen=True)
 class Faces:
-    """The chosen faces of a batch of pictures, and where they came from.
+    """The chosen faces of a batch of pictures.
 
-    crops: (N,S,S,3), one for each of `faces`, in the same order, in the value range of the picture.
-    frames, height, width: shape of the batch of pictures. crop_size: S.
+    faces: the faces.
+    crops: (N,S,S,3), one for each of `faces`, in the same order, in the picture's value range.
+    frames: pictures in the batch.
+    height: of a picture, in pixels.
+    width: of a picture, in pixels.
+    crop_size: S.
     """
 
     faces: tuple[Face, ...]
@@ -60,9 +68,7 @@ class Faces:
         return len(self.faces)
 
     def check(self) -> None:
-        """Raises OSDFaceError unless there is one crop for each face, at its size, and each face
-        lies in one of the pictures.
-        """
+        """Raises OSDFaceError unless each face has a crop, at its size, and lies in a picture."""
         remedy = "take them as Face Detect & Align made them."
         shape, wanted = tuple(self.crops.shape), (len(self), self.crop_size, self.crop_size, 3)
         if shape != wanted:

@@ -1,5 +1,6 @@
-"""Which pixels of a face crop are face: ParseNet, under the parameter names of facexlib's
-parsing_parsenet.pth.
+"""Which pixels of a face crop are face, by ParseNet.
+
+Parameters have the names of facexlib's parsing_parsenet.pth.
 """
 
 from __future__ import annotations
@@ -21,22 +22,24 @@ from ..pictures.resampling import filter_columns
 SIDE = 512
 WIDTHS = (64, 128, 256, 256, 256)
 BODY_BLOCKS = 10
-# CelebAMask-HQ's: background, skin, nose, glasses, eyes, brows, ears (l and r each), mouth, lips,
-# hair, hat, earring, necklace, neck, clothes.
+# CelebAMask-HQ's labels: background, skin, nose, glasses, eyes, brows, ears (l and r each), mouth,
+# lips, hair, hat, earring, necklace, neck, clothes.
 LABELS = 19
-# A face as facexlib pastes it. Hair belongs to it: its edge against the forehead is where a seam
-# would show. Hat, neck, clothes and whatever else is in front of or beside the face do not.
+# What counts as face, as in facexlib. Hair does, because a seam would show at its edge against the
+# forehead; hat, neck, clothes and what is in front of or beside the face do not.
 FACE_LABELS = (*range(1, 14), 15)
-# Specks of other labels up to this radius, in pixels of the parser, are taken for the parser's
-# noise.
+# Specks of other labels up to this radius, in pixels of the parser, count as its noise.
 SPECK = 2.0
-# Peak of the network's activations for one face in fp32.
+# Peak of the network's activations for one face in fp32, in bytes.
 BYTES_PER_FACE = 420 * 1024**2
 
 
 class ConvLayer(nn.Module):
-    """A 3 x 3 convolution with reflected edges, after doubling or while halving the size if asked,
-    then batch norm and leaky ReLU.
+    """(B,C,H,W) -> (B,out,H',W'): a 3 x 3 convolution with reflected edges.
+
+    scale: "up" doubles the size before, "down" halves it.
+    norm: batch norm follows.
+    relu: leaky ReLU follows.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class ConvLayer(nn.Module):
 
 
 class ResidualBlock(nn.Module):
+    """(B,C,H,W) -> (B,out,H',W'): two convolutions beside a shortcut of the same scale."""
+
     def __init__(
         self, channels: int, out: int, operations: Operations, scale: str = "none"
     ) -> None:
@@ -84,8 +89,9 @@ class ResidualBlock(nn.Module):
 
 
 class ParseNet(nn.Module):
-    """(B,3,512,512) in [-1,1] -> label scores (B,19,512,512). The face parser of PSFRGAN (Chen et
-    al. 2021) that facexlib ships.
+    """(B,3,512,512) in [-1,1] -> label scores (B,19,512,512).
+
+    The face parser of PSFRGAN (Chen et al. 2021) that facexlib ships.
     """
 
     def __init__(self, operations: Operations = nn) -> None:
@@ -101,7 +107,7 @@ class ParseNet(nn.Module):
         self.decoder = nn.Sequential(
             *(ResidualBlock(b, a, operations, scale="up") for a, b in reversed(steps))
         )
-        # Not used here; it has its place in the file.
+        # Not used here, but in the file.
         self.out_img_conv = ConvLayer(WIDTHS[0], 3, operations)
         self.out_mask_conv = ConvLayer(WIDTHS[0], LABELS, operations)
 
@@ -111,7 +117,7 @@ class ParseNet(nn.Module):
 
 
 def build_parser(tensors: dict[str, Tensor], operations: Operations = nn) -> ParseNet:
-    """A network ready to run. Raises OSDFaceError if the tensors are not those of ParseNet."""
+    """A ParseNet ready to run. Raises OSDFaceError if the tensors are not ParseNet's."""
     return load_network(
         lambda: ParseNet(operations),
         tensors,
@@ -125,14 +131,13 @@ def parse_faces(
     network: ParseNet,
     out_of_memory: Callable[[BaseException], bool] = is_out_of_memory,
 ) -> Tensor:
-    """How likely each pixel of the crops is face: (N,H,W,3) in [0,1] -> (N,512,512) in [0,1], on
-    the device of `crops`.
+    """How likely each pixel is face: crops (N,H,W,3) in [0,1] -> (N,512,512) in [0,1].
 
-    The sum of the probabilities of FACE_LABELS. out_of_memory: says of an error that fewer crops at
-    once may work.
+    The sum of the probabilities of FACE_LABELS, on the device of `crops`. out_of_memory: tells
+    whether an error says that fewer crops at once may work.
     """
     maps = torch.empty(len(crops), SIDE, SIDE, device=crops.device)
-    # A host may page parameters in and out as they are used; buffers stay where it computes.
+    # Parameters may lie elsewhere, as a host pages them in and out; buffers stay where it computes.
     device = next(network.buffers()).device
 
     def work(part: slice) -> None:
@@ -152,8 +157,9 @@ def face_probability(scores: Tensor) -> Tensor:
 
 
 def feather_mask(face_map: Tensor, feather: float) -> Tensor:
-    """The mask (H,W) of a face map (H,W): 0 where the map says no face, rising to 1 inside over
-    `feather` of its side.
+    """The mask (H,W) of a face map (H,W): 0 where no face is, rising to 1 inside the face.
+
+    feather: width of the rise, as a fraction of the side.
     """
     weight = torch.ones_like(face_map)
     for sigma in (SPECK * face_map.shape[-1] / SIDE, feather * face_map.shape[-1] / 3.3):
@@ -163,7 +169,7 @@ def feather_mask(face_map: Tensor, feather: float) -> Tensor:
 
 
 def _blur(picture: Tensor, sigma: float) -> Tensor:
-    # A wide blur leaves nothing that a smaller picture could not hold, and is many times as fast
+    # A wide blur leaves no detail that a smaller picture cannot hold, and is many times as fast
     # there.
     smaller = 2 ** max(0, int(math.log2(sigma / 3)))
     height, width = picture.shape

@@ -1,4 +1,4 @@
-"""Weight files of face detectors and of the face parser."""
+"""Weight files of the face detectors and of the face parser."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..weights.catalogue import BUILTIN, RELEASES, WeightFile
 
-# Folder of the host's models folder, and the folders that are searched for its files.
+# Folder inside the host's models folder, and the folders that are searched for its files.
 FOLDER = "facedetection"
 SEARCHED: dict[str, tuple[str, ...]] = {FOLDER: (FOLDER, "facerestore_models", "osdface")}
 
@@ -80,7 +80,7 @@ FILES = (DETECTOR, SMALL_DETECTOR, PARSER)
 
 # The detector that comes with this project.
 BUILTIN_DETECTOR = Path(__file__).with_name("detector.safetensors")
-# What menus call the detectors, best first, and the file of each.
+# The detectors' names in menus, best first, and the file of each.
 DETECTORS = {
     "retinaface_resnet50": DETECTOR.name,
     "retinaface_mobile0.25": SMALL_DETECTOR.name,

@@ -1,4 +1,4 @@
-"""Pictures -> chosen, aligned faces: detect, follow, number, choose, cut out."""
+"""Pictures -> chosen, aligned faces: detect, follow, number, choose, crop."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def place_faces(
     Needs no pictures, so that a video of any length can be searched piece by piece.
 
     found: the detections of each frame.
-    small: the frames' track.thumbnails.
+    small: (B,3,24,24), the frames' track.thumbnails.
     width: of the pictures, in pixels.
     height: of the pictures, in pixels.
     options: how faces are chosen and cut out.

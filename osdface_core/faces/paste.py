@@ -1,4 +1,4 @@
-"""Pastes restored crops back into their pictures, there and only as far as the mask reaches."""
+"""Pastes restored crops back into their pictures, changing only pixels under the mask."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 MASK_TYPES = ("parsing", "ellipse", "box")
 
-# The ellipse of a face in the FFHQ crop, as fractions of its side: chin and ears are inside, the
-# crop's border is not.
+# The ellipse of a face in the FFHQ crop, as fractions of its side: chin and ears lie inside, the
+# crop's border outside.
 ELLIPSE_CENTRE = (0.5, 0.52)
 ELLIPSE_RADII = (0.42, 0.47)
 LUMA = (0.299, 0.587, 0.114)
 PARSED_AT_ONCE = 8
-# Side of a crop in the picture, in pixels, and in the picture's longer side: no face is so small or
-# so large, and no memory so either.
+# Limits of a crop's side in the picture, in pixels and in multiples of the picture's longer side:
+# no face lies beyond them, and a larger crop would not fit into memory.
 SMALLEST_CROP, LARGEST_CROP = 0.5, 100
 
 Parser = Callable[[Tensor], Tensor]
@@ -63,8 +63,11 @@ DEFAULT = PasteOptions()
 
 @dataclass(frozen=True)
 class _Patch:
-    """A restored face at its place: pixels (h,w,3) and their weight (h,w), both fp32, for
-    picture[rows, columns].
+    """A restored face at its place in a picture.
+
+    rows, columns: the place.
+    pixels: (h,w,3) fp32.
+    weight: (h,w) fp32, 0..1.
     """
 
     rows: slice
@@ -88,7 +91,7 @@ def paste(
 
     Returns the pictures, of the same type, and the mask (B,H,W) fp32 of the weights that were used.
     A pixel whose weight is 0 keeps its bits; without a face the very `images` come back.
-    Overlapping faces share a pixel by their weights, in any order alike. A restored face that is
+    Overlapping faces share a pixel by their weights, whatever their order. A restored face that is
     not finite is left out with a warning. Raises OSDFaceError if the inputs do not fit together.
 
     images: (B,H,W,C), any float type and range: the pictures that the faces were found in, or the
@@ -154,17 +157,25 @@ def check(
     keep: Tensor | None,
     parser: Parser | None,
 ) -> None:
-    """Raises OSDFaceError if the arguments of `paste` do not fit together."""
+    """Raises OSDFaceError if the arguments of `paste` do not fit together.
+
+    images: (B,H,W,C).
+    faces: where the N faces are.
+    restored: (N,S,S,3).
+    options: strength, mask and colours.
+    keep: (B,H,W) or (1,H,W), or None.
+    parser: needed for the mask "parsing".
+    """
     check_pictures(images)
     faces.check()
     frames, height, width = images.shape[:3]
     if frames != faces.frames:
         raise OSDFaceError(
             f"`image` holds {frames} pictures and `faces` come from {faces.frames}; the same "
-            f"batch is wanted: "
+            "batch is wanted: "
             "connect the picture that went into Face Detect & Align."
         )
-    # Either side may have been rounded by up to a pixel.
+    # A resize may have rounded either side by up to a pixel.
     if abs(width * faces.height - height * faces.width) > faces.width + faces.height or (
         len(faces) and min(width, height) < 1
     ):
@@ -177,17 +188,17 @@ def check(
     if restored.ndim != 4 or restored.shape[3] != 3:
         raise OSDFaceError(
             f"`restored` is {tuple(restored.shape)}; a batch of RGB crops (N,S,S,3) is wanted: "
-            f"connect the output of OSDFace One Step."
+            "connect the output of OSDFace One Step."
         )
     if len(restored) and min(restored.shape[1:3]) < 1:
         raise OSDFaceError(
             f"`restored` is {tuple(restored.shape)}, which holds no pixel: connect the output of "
-            f"OSDFace One Step."
+            "OSDFace One Step."
         )
     if len(restored) != len(faces):
         raise OSDFaceError(
             f"`restored` holds {len(restored)} crops and `faces` {len(faces)} faces; one crop for "
-            f"each face, in the same order, is wanted: "
+            "each face, in the same order, is wanted: "
             "connect the crops that were made with these faces."
         )
     if options.mask_type not in MASK_TYPES:
@@ -254,7 +265,7 @@ def _parsed_masks(
 
 
 def _keep_mask(keep: Tensor, images: Tensor) -> Tensor:
-    # What is not a number says nothing: there the picture stays.
+    # Where the mask is NaN, the picture stays.
     keep = keep.to(images.device, torch.float32).nan_to_num(1.0)
     height, width = images.shape[1:3]
     if keep.shape != (height, width):
@@ -273,10 +284,15 @@ def _make_patch(
     face_mask: Tensor | None,
     kept: Tensor | None,
 ) -> _Patch | None:
-    """The face at its place in `image` (H,W,C), or None where no pixel of it would change.
+    """The face at its place in `image`, or None where no pixel of it would change.
 
-    to_crop: from there to `restored` (h,w,3). grown: how many times `image` is as large as the
-    picture that the face was cut from.
+    image: (H,W,C).
+    restored: (h,w,3) fp32.
+    to_crop: from `image` to `restored`.
+    grown: how many times `image` is as large as the picture that the face was cut from.
+    options: strength, mask and colours.
+    face_mask: the feathered mask of a parsed crop, or None.
+    kept: (H,W) in [0,1], 1 where the picture must stay, or None.
     """
     height, width = restored.shape[:2]
     to_unit = scaling(1 / width, 1 / height)
@@ -300,7 +316,7 @@ def _make_patch(
     crop, before = restored.movedim(-1, 0), rgb_of(image[rows, columns]).float()
     if options.color_match != "none" or options.keep_detail > 0:
         own = warp(rgb_of(image).movedim(-1, 0), to_crop, height, width)
-        # A pixel that is not a number has no colour to match.
+        # A NaN has no colour to match.
         own = torch.where(own.isfinite(), own, crop)
         if options.color_match != "none":
             inside = _weight(to_unit, height, width, options, face_mask, image.device)
@@ -317,8 +333,7 @@ def _make_patch(
     pixels = warp(crop, from_crop, weight.shape[0], weight.shape[1], grown).movedim(0, -1)
     if options.keep_detail > 0:
         pixels = pixels + options.keep_detail * before
-    # Cubic resampling overshoots at edges. What was within [0,1] stays there; wider ranges keep
-    # theirs.
+    # Cubic resampling overshoots at edges: values stay within [0,1], or within a wider range given.
     return _Patch(rows, columns, pixels.clamp(min(0.0, lowest), max(1.0, highest)), weight)
 
 
@@ -330,8 +345,14 @@ def _weight(
     face_mask: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """The mask (height,width) of a crop, 0 at its border. to_unit: from the mask's pixels to the
-    crop as the unit square.
+    """The mask (height,width) of a crop, 0 at the crop's border.
+
+    to_unit: from the mask's pixels to the crop as the unit square.
+    height: of the mask.
+    width: of the mask.
+    options: shape and feather.
+    face_mask: the feathered mask of a parsed crop, or None.
+    device: of the mask.
     """
     (a, b, c), (d, e, f) = to_unit
     across = torch.arange(width, dtype=torch.float64) + 0.5
@@ -354,17 +375,22 @@ def _weight(
 
 
 def _ramp(x: Tensor) -> Tensor:
-    """0 to 1 with level ends (smoothstep)."""
+    """Smoothstep: rises from 0 to 1 between x = 0 and x = 1, level at both ends."""
     x = x.clamp(0, 1)
     return x * x * (3 - 2 * x)
 
 
 def _blend(image: Tensor, out: Tensor, mask: Tensor, total: Tensor, patches: list[_Patch]) -> None:
-    """Writes the patches of one picture (H,W,C) into `out` and their joint weight into `mask`;
-    `total` is scratch space (H,W).
+    """Blends the patches of one picture.
 
     Where faces overlap, their pixels are averaged by weight, and the average has the weight that
     pasting one after the other gives.
+
+    image: (H,W,C), the picture.
+    out: (H,W,C), where the result is written.
+    mask: (H,W), where the joint weight is written.
+    total: (H,W), scratch space.
+    patches: the restored faces.
     """
     for patch in patches:
         total[patch.rows, patch.columns] = 0

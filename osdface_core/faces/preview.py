@@ -1,4 +1,4 @@
-"""Draws what was found on the pictures: boxes, landmarks and numbers."""
+"""Draws boxes, landmarks and numbers of faces on pictures, and before beside after."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..pictures.picture import finite, rgb_of
 from .choose import CHOSEN
 from .face import Face
 
-# A preview is to be looked at; for the frames of a video at full size it would take as much memory
-# as the video.
+# Side of a preview in pixels: at full size, the preview of a video would take as much memory as the
+# video.
 LONGEST_SIDE = 1024
 CHOSEN_COLOUR = (80, 255, 120)
 OTHER_COLOUR = (255, 90, 70)
@@ -24,10 +24,10 @@ OTHER_COLOUR = (255, 90, 70)
 def draw_faces(
     images: Tensor, faces: Sequence[Face], verdicts: Sequence[str], progress: Progress | None = None
 ) -> Tensor:
-    """The pictures (B,H,W,C) in [0,1] -> (B,h,w,3), at most 1024 px a side: chosen faces in green,
-    the rest in red.
+    """Pictures (B,H,W,C) in [0,1] -> (B,h,w,3) at most 1024 px a side, with the faces drawn.
 
-    progress: called with 0 for each picture; what it raises ends the job.
+    Chosen faces are green, the rest red. verdicts: of each face. progress: called with 0 for each
+    picture; what it raises ends the job.
     """
     count, height, width = images.shape[:3]
     scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
@@ -64,12 +64,11 @@ def draw_faces(
 
 
 def before_after(before: Tensor, after: Tensor, progress: Progress | None = None) -> Tensor:
-    """The pictures (B,H,W,C) in [0,1] and what became of them -> (B,h,w,3) with both, parted by a
-    white line.
+    """Pictures (B,H,W,C) in [0,1] and their results -> (B,h,w,3) with both, parted by a white line.
 
     Left and right, or above and below where a picture is wider than high. A single picture keeps
     its size, so that every pixel can be looked at; the frames of a video are at most 1024 px a
-    side. progress: as for `draw`.
+    side. progress: as for `draw_faces`.
     """
     count, height, width = before.shape[:3]
     size = _preview_size(height, width) if count > 1 else (height, width)
@@ -92,7 +91,7 @@ def _preview_size(height: int, width: int) -> tuple[int, int]:
 
 
 def _resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """(H,W,C) -> (h,w,3) in [0,1]; what is not a number becomes one."""
+    """(H,W,C) -> (h,w,3) in [0,1]; NaN becomes 0."""
     pixels = finite(rgb_of(picture))
     if pixels.shape[:2] == size:
         return pixels
@@ -102,20 +101,20 @@ def _resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _draw_face(
-    draw_faces: ImageDraw.ImageDraw, face: Face, scale: float, ink: tuple[int, int, int]
+    canvas: ImageDraw.ImageDraw, face: Face, scale: float, ink: tuple[int, int, int]
 ) -> None:
     box = [c * scale for c in face.box]
     side = max(box[2] - box[0], box[3] - box[1])
     stroke = max(1, round(side / 100))
-    draw_faces.rectangle(box, outline=ink, width=stroke)
+    canvas.rectangle(box, outline=ink, width=stroke)
     dot = max(1.0, side / 60)
     for x, y in face.landmarks:
-        draw_faces.ellipse(
+        canvas.ellipse(
             [x * scale - dot, y * scale - dot, x * scale + dot, y * scale + dot], fill=ink
         )
     font = ImageFont.load_default(size=min(48, max(12, round(side / 6))))
     label = str(face.number)
-    left, top, right, bottom = draw_faces.textbbox((0, 0), label, font=font)
+    left, top, right, bottom = canvas.textbbox((0, 0), label, font=font)
     x, y = max(0.0, box[0]), max(0.0, box[1] - (bottom - top) - 4)
-    draw_faces.rectangle([x, y, x + right - left + 4, y + bottom - top + 4], fill=ink)
-    draw_faces.text((x + 2 - left, y + 2 - top), label, fill=(0, 0, 0), font=font)
+    canvas.rectangle([x, y, x + right - left + 4, y + bottom - top + 4], fill=ink)
+    canvas.text((x + 2 - left, y + 2 - top), label, fill=(0, 0, 0), font=font)

@@ -1,5 +1,6 @@
-"""Refines detections: a second pass over each face, in an upright window at the size at which
-landmarks are most precise.
+"""Refines detections by a second pass over each face.
+
+The face is looked at in an upright window, at the size at which landmarks are most precise.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .align import similarity
 from .candidates import Candidates, detect_once, longer_side
 from .retinaface import RetinaFace
 
-# Pixels a side of the window, and of a face in it: landmarks are equally precise from 150 to 400 px
+# Pixels a side of the window and of a face in it. Landmarks are equally precise from 150 to 400 px
 # and less precise below (docs/detection.md). A face is enlarged by MAX_ZOOM at most.
 WINDOW, BEST_SIZE, MAX_ZOOM = 288, 144, 2.0
 WINDOWS_AT_ONCE = 32
@@ -42,7 +43,7 @@ def cut_window(picture: Tensor, matrix: Affine) -> Tensor:
 def refine(
     network: RetinaFace, pixels: Tensor, found: Candidates, confidence: float, report: Progress
 ) -> tuple[Candidates, Tensor]:
-    """n faces with landmarks and scores of the second pass, and which of them (n,) it confirmed.
+    """The n faces with landmarks and scores of a second pass, and which of them (n,) it confirmed.
 
     A face is confirmed by an upright face of about its size in the middle of its window; others are
     returned as given.

@@ -1,7 +1,7 @@
-"""RetinaFace (Deng et al. 2020) with a ResNet50 or a MobileNet0.25 trunk, under the parameter names
-of facexlib's weight files.
+"""RetinaFace (Deng et al. 2020) with a ResNet50, a MobileNet0.25 or a narrow trunk.
 
-The built-in detector is the same with a narrower trunk of our own: 236,000 weights.
+Parameters have the names of facexlib's weight files. The built-in detector is the one with the
+narrow trunk, which is our own: 236,000 weights.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from ..layers import Operations, load_network
 
-# Two anchors of these sides at every cell of the three feature maps; what facexlib's files were
-# trained with.
+# Two anchors of these sides at every cell of the three feature maps, with which facexlib's files
+# were trained.
 STEPS = (8, 16, 32)
 ANCHOR_SIDES = ((16, 32), (64, 128), (256, 512))
 VARIANCES = (0.1, 0.2)
 MEAN_BGR = (104.0, 117.0, 123.0)
 ANCHORS_PER_CELL = 2
-# Channels of the built-in detector's first layer, by which it is told.
+# Channels of the built-in detector's first layer, by which its file is recognised.
 NARROWEST = 12
 
 
@@ -32,7 +32,15 @@ def conv_bn(
     operations: Operations,
     kernel: int = 3,
 ) -> nn.Sequential:
-    """A convolution without bias, batch norm, and a leaky ReLU unless `slope` is None."""
+    """A convolution without bias, batch norm, and a leaky ReLU.
+
+    channels: of the input.
+    out: channels of the output.
+    stride: of the convolution.
+    slope: of the ReLU below 0; None for no ReLU.
+    operations: whose layers to use.
+    kernel: side of the convolution in pixels.
+    """
     layers = [
         operations.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False),
         nn.BatchNorm2d(out),
@@ -80,8 +88,9 @@ class MobileNet(nn.Module):
 
 
 class Narrow(MobileNet):
-    """(B,3,H,W) -> features of 48, 96 and 160 channels at 1/8, 1/16 and 1/32 of the size: the
-    built-in detector's.
+    """(B,3,H,W) -> features of 48, 96 and 160 channels at 1/8, 1/16 and 1/32 of the size.
+
+    The trunk of the built-in detector.
     """
 
     channels = (48, 96, 160)
@@ -123,7 +132,7 @@ class ResNet50(ResNet):
 
 
 class FeaturePyramid(nn.Module):
-    """Three feature maps brought to one width, the coarser ones added to the finer."""
+    """Brings three feature maps to one width and adds the coarser ones to the finer."""
 
     def __init__(
         self, channels: tuple[int, ...], out: int, slope: float, operations: Operations
@@ -147,7 +156,10 @@ class FeaturePyramid(nn.Module):
 
 
 class ContextModule(nn.Module):
-    """SSH's context module (Najibi et al. 2017): one to three 3x3 convolutions in parallel."""
+    """(B,C,h,w) -> (B,C,h,w): one to three 3x3 convolutions in parallel.
+
+    The context module of SSH (Najibi et al. 2017).
+    """
 
     def __init__(self, channels: int, slope: float, operations: Operations) -> None:
         super().__init__()
@@ -180,12 +192,12 @@ class Head(nn.Module):
 
 
 class RetinaFace(nn.Module):
-    """(B,3,H,W) in BGR, 0..255 less MEAN_BGR -> boxes (B,A,4), confidences (B,A) in 0..1 and
-    landmarks (B,A,5,2), in pixels.
+    """BGR (B,3,H,W) of 0..255 less MEAN_BGR -> boxes, confidences and landmarks in pixels.
 
-    A is the number of anchors, in facexlib's order. Boxes are x1, y1, x2, y2. As in facexlib, a
-    landmark on the centre of the picture's first pixel is at (0, 0). needs_refinement: the
-    landmarks are good only in an upright window about the face.
+    Boxes (B,A,4) are x1, y1, x2, y2; confidences (B,A) are 0..1; landmarks are (B,A,5,2). A is the
+    number of anchors, in facexlib's order. As in facexlib, a landmark on the centre of the
+    picture's first pixel is at (0, 0). needs_refinement: whether the landmarks are good only in an
+    upright window around the face.
     """
 
     def __init__(self, trunk: str, operations: Operations = nn) -> None:
@@ -205,10 +217,10 @@ class RetinaFace(nn.Module):
 
     @property
     def home(self) -> torch.device:
-        """The device where pictures must be. A host may page parameters in and out as they are
-        used; buffers stay where it computes.
+        """The device where pictures must be.
 
-        Not called `device`: hosts set an attribute of that name on the modules that they hold.
+        It is the buffers' device: a host may page parameters in and out as they are used. Not
+        called `device`, because hosts set an attribute of that name on the modules that they hold.
         """
         return next(self.buffers()).device
 
@@ -231,9 +243,7 @@ class RetinaFace(nn.Module):
 
 
 def anchors(height: int, width: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Centres (A,2) as (x,y) and sides (A,) of the square anchors for a picture of this size, in
-    pixels.
-    """
+    """Centres (A,2) as (x,y) and sides (A,) of the square anchors of a picture, in pixels."""
     centres, sides = [], []
     for step, pair in zip(STEPS, ANCHOR_SIDES, strict=True):
         y = (torch.arange(-(-height // step), device=device) + 0.5) * step
@@ -245,7 +255,7 @@ def anchors(height: int, width: int, device: torch.device | None = None) -> tupl
 
 
 def build_retinaface(tensors: dict[str, Tensor], operations: Operations = nn) -> RetinaFace:
-    """A network ready to run, its trunk chosen by what `tensors` holds.
+    """A network ready to run, with the trunk that `tensors` belong to.
 
     Raises OSDFaceError that names what is missing, left over, misshapen or not finite.
     """

@@ -18,11 +18,15 @@ def smooth(
 ) -> dict[int, Affine]:
     """The alignment of one face over its frames, with less jitter and no lag.
 
-    matrices: picture -> crop, by frame. bridged: frames whose matrix is a guess. size: the crop's
-    side. smoothing: 0..1. Centre, logarithm of the size and angle are each smoothed on their own
-    (Whittaker 1923, Eilers 2003: least squares with a penalty on second differences), which looks
-    ahead as far as back and so never trails; a jump of a single frame counts little (Huber). Frames
-    further apart than can be bridged are smoothed apart.
+    Centre, logarithm of the size, and angle are each smoothed on their own (Whittaker 1923, Eilers
+    2003: least squares with a penalty on second differences), which looks ahead as far as back and
+    so never trails; a jump of a single frame counts little (Huber). Gaps longer than can be bridged
+    split the frames into runs that are smoothed apart.
+
+    matrices: picture -> crop, by frame.
+    bridged: frames whose matrix is interpolated.
+    size: the crop's side in pixels.
+    smoothing: 0..1.
     """
     if smoothing <= 0:
         return matrices
@@ -31,7 +35,7 @@ def smooth(
     out: dict[int, Affine] = {}
     for start, stop in zip([0, *breaks], [*breaks, len(frames)], strict=True):
         run = frames[start:stop]
-        # Frames of a flash are in the run as places without a measurement.
+        # Frames of a flash belong to the run, without a measurement.
         everything = range(run[0], run[-1] + 1)
         if len(everything) < 3:
             out |= {frame: matrices[frame] for frame in run}
@@ -51,13 +55,13 @@ def smooth(
     return out
 
 
-# Decades that the penalty on the centre's second differences grows by from no smoothing to full. A
-# change of size or tilt is seen as shimmer long before one of place is, and heads are quicker to
-# move than to grow or tilt.
+# Decades by which the penalty on the centre's second differences grows from no smoothing to full,
+# and factors for size and angle. A change of size or tilt is seen as shimmer long before one of
+# place is, and heads are quicker to move than to grow or tilt.
 STRONGEST = 2.5
 SIZE_FACTOR, ANGLE_FACTOR = 10.0, 10.0
-# Rounds of reweighting; values that a drift is the mean of; and how far it must stand out of the
-# noise before it is believed, since a detector's noise is not white.
+# Rounds of reweighting; values over which a drift is averaged; and how many times the noise it must
+# be before it counts as motion, since a detector's noise is not white.
 ROUNDS, RUN, DRIFT = 6, 5, 5.0
 
 
@@ -68,12 +72,14 @@ def _forward_fill(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _landmark_centre(size: int) -> complex:
+    """The mean of the template's landmarks in a crop of `size` px, as x + iy."""
     return sum(complex(*point) for point in TEMPLATE) / len(TEMPLATE) * size / TEMPLATE_SIZE
 
 
 def _pose(matrix: Affine, size: int) -> tuple[float, float, float, float]:
-    """Where the landmarks' mean is in the picture, the logarithm of the scale, and the angle. About
-    that point the errors of the four are independent.
+    """x and y of the landmarks' mean in the picture, the logarithm of the scale, and the angle.
+
+    About that point the errors of the four are independent.
     """
     (a, _, x), (b, _, y) = matrix
     turn = complex(a, b)
@@ -88,25 +94,25 @@ def _matrix(pose: np.ndarray, size: int) -> Affine:
 
 
 def whittaker(values: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
-    """Minimises sum w (y - z)^2 + strength * sum v (second difference of z)^2.
+    """z that minimises sum w (y - z)^2 + strength * sum v (second difference of z)^2.
 
-    values, weights: (n,), n of 3 or more; a weight of 0 marks a gap, which is filled. In a few
-    rounds w falls where a single value is far off, and v where several in a row are off to one
+    values, weights: y and w, (n,), n of 3 or more; a weight of 0 marks a gap, which is filled. In a
+    few rounds w falls where a single value is far off, and v where several in a row are off to one
     side: there the face really moves.
     """
     measured = weights > 0
     data, bend = np.ones(len(values)), np.ones(len(values) - 2)
-    smooth = values
-    # Third differences leave of a smooth motion next to nothing; of noise they make 20 times the
+    smoothed = values
+    # Third differences of a smooth motion are next to nothing; those of noise have 20 times its
     # variance.
     rough = np.abs(np.diff(values[measured], 3))
     noise = 1.4826 * float(np.median(rough)) / math.sqrt(20) if len(rough) else math.inf
     for _ in range(ROUNDS):
-        # The least weight keeps gaps at an end from being free to go anywhere.
-        smooth = solveh_banded(
+        # The 1e-9 keeps gaps at an end from being free to go anywhere.
+        smoothed = solveh_banded(
             _bands(strength * bend, weights * data + 1e-9), weights * data * values
         )
-        residual = np.where(measured, values - smooth, 0.0)
+        residual = np.where(measured, values - smoothed, 0.0)
         spread = 1.4826 * np.median(np.abs(residual[measured])) if measured.any() else 0.0
         if spread <= 0:
             break
@@ -114,7 +120,7 @@ def whittaker(values: np.ndarray, weights: np.ndarray, strength: float) -> np.nd
         drift = _running_sum(data * residual) / np.maximum(_running_sum(data * measured), 1.0)
         excess = np.maximum(0.0, np.abs(drift) / max(noise / math.sqrt(RUN), 1e-12) - DRIFT)
         bend = 1 / (1 + excess[1:-1]) ** 3
-    return smooth
+    return smoothed
 
 
 def _running_sum(values: np.ndarray) -> np.ndarray:

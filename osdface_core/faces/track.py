@@ -1,4 +1,4 @@
-"""Follows faces over the frames of a video and smooths their crops: by place, never by identity."""
+"""Follows faces over the frames of a video, by place and never by identity."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..pictures.geometry import Box
 from ..pictures.picture import finite, rgb_of
 from .detect import Detection
 
-# Two frames are compared as pictures of so many pixels a side.
+# Side in pixels of the small pictures by which frames are compared.
 THUMBNAIL = 24
 # How far structure (1 - correlation) and colours (share of pixels in another bin) of two thumbnails
 # may differ within a shot.
 CUT_STRUCTURE, CUT_COLOURS = 0.15, 0.12
-# Of unlike frames, one or two between like ones are a flash, not a cut.
+# Up to this many unlike frames between like ones are a flash, not a cut.
 LONGEST_FLASH = 2
-# A face missed for so many frames is put where it must have been; after this many it is a new face.
+# A face missed for up to BRIDGED frames is interpolated; after FORGOTTEN frames it is a new face.
 BRIDGED, FORGOTTEN = 2, 24
-# Overlap of a face with itself one frame on, and how much its size may change.
+# Least overlap of a face with itself one frame on, and the factor by which its size may change.
 OVERLAP, GROWTH = 0.3, 1.6
 
 
@@ -57,8 +57,10 @@ def is_cut(one: Tensor, other: Tensor) -> bool:
 
 
 def _histogram(thumbnail: Tensor) -> Tensor:
-    """Shares of 4 x 4 x 4 colours, each pixel spread over its neighbours so that a slight change of
-    light moves little.
+    """Shares of 4 x 4 x 4 colours (64,) in a thumbnail.
+
+    Each pixel is spread over the neighbouring colours, so that a slight change of light moves
+    little.
     """
     position = thumbnail.flatten(1) * 3
     low = position.floor().clamp(max=2)
@@ -73,8 +75,9 @@ def _histogram(thumbnail: Tensor) -> Tensor:
 
 
 def shots(small: Tensor) -> list[int]:
-    """The shot of each frame of a video, from its thumbnails. A flash or a blank frame is a shot of
-    its own within another.
+    """The shot of each frame of a video, from its thumbnails.
+
+    A flash or a blank frame is a shot of its own within another.
     """
     numbers: list[int] = []
     current, last, following = 0, 0, 0
@@ -99,8 +102,11 @@ def shots(small: Tensor) -> list[int]:
 
 @dataclass
 class Track:
-    """One face over the frames of a shot: its detections by frame, in order of frames; `bridged`
-    are those put in.
+    """One face over the frames of a shot.
+
+    shot: number of the shot.
+    detections: by frame, in order of frames.
+    bridged: frames whose detection is interpolated.
     """
 
     shot: int
@@ -109,7 +115,7 @@ class Track:
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Intersection over union."""
+    """Intersection over union of two boxes."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
@@ -153,7 +159,7 @@ def follow(found: Sequence[Sequence[Detection]], shot_numbers: Sequence[int]) ->
 
 
 def _extrapolate(track: Track, frame: int) -> Box:
-    """Where a face will be if it goes on as it went between the last two frames."""
+    """The box of a face if it moves on as it did between its last two frames."""
     (before, last) = ([None, *track.detections])[-2:]
     assert last is not None
     box = track.detections[last].box
@@ -196,6 +202,3 @@ def _interpolate(first: Detection, last: Detection, share: float) -> Detection:
         (x, y) for x, y in (mix(a, b) for a, b in zip(first.landmarks, last.landmarks, strict=True))
     )
     return Detection((x1, y1, x2, y2), landmarks, min(first.score, last.score), first.angle)
-
-
-# Steadiness

@@ -1,1 +1,1 @@
-"""OSDFace (Wang et al., CVPR 2025): visual prompts, face crops in, restored crops out."""
+"""OSDFace (Wang et al., CVPR 2025): face crops -> visual prompts -> restored crops."""

@@ -1,5 +1,6 @@
-"""Rewrites OSDFace's released files as safetensors: the visual embedder without its pickle, the
-LoRA under kohya's names.
+"""Rewrites OSDFace's released files as safetensors.
+
+The visual embedder loses its pickle, the LoRA gets kohya's names.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.fetching import sha256_of, write_whole
 from .files import ENCODER_PREFIXES, LQ_PREFIX, PROJECTOR_PREFIX
 
-# Values of the encoder, quant_conv and code book, and of the projector: none may be missing, none
-# may be left over.
+# Values of the encoder, quant_conv and code book, and of the projector: none may be missing or left
+# over.
 VRE_VALUES = 29_172_416 + 394_496
 KOHYA_PREFIX = "lora_unet_"
 
@@ -21,12 +22,11 @@ _NUMPY_TYPES = {"FloatStorage": "<f4", "HalfStorage": "<f2", "DoubleStorage": "<
 
 
 def convert_vre(checkpoint: Path, projector: Path, target: Path) -> Path:
-    """Writes `target` (117 MB) from associate_2.ckpt (1.8 GB) and embedding_change_weights.pth;
-    both stay.
+    """Writes `target` (117 MB) from associate_2.ckpt (1.8 GB) and embedding_change_weights.pth.
 
-    Tensors: `encoder.*`, `quant_conv.*`, `quantize.embedding.weight` and `projector.*`, in the type
-    they had. Only their bytes are read, and torch is not needed. The metadata names the SHA-256 of
-    both sources. Raises OSDFaceError for files of another kind.
+    Both sources stay. Tensors: `encoder.*`, `quant_conv.*`, `quantize.embedding.weight` and
+    `projector.*`, in the type they had. Only their bytes are read, and torch is not needed. The
+    metadata names the SHA-256 of both sources. Raises OSDFaceError for other files.
     """
     import numpy as np
     from safetensors.numpy import save_file
@@ -41,7 +41,7 @@ def convert_vre(checkpoint: Path, projector: Path, target: Path) -> Path:
                 if tensor.storage.kind not in _NUMPY_TYPES:
                     raise OSDFaceError(
                         f"{path.name} holds {name} as {tensor.storage.kind}: OSDFace's is fp32, "
-                        f"fetch the released file."
+                        "fetch the released file."
                     )
                 flat = np.frombuffer(opened.read(tensor.storage), _NUMPY_TYPES[tensor.storage.kind])
                 view = np.lib.stride_tricks.as_strided(
@@ -71,10 +71,10 @@ def convert_vre(checkpoint: Path, projector: Path, target: Path) -> Path:
 
 
 def convert_lora(source: Path, target: Path) -> Path:
-    """Writes `target`: the LoRA of `source`, in any spelling, under kohya's names, which ComfyUI's
-    Load LoRA node knows all of.
+    """Writes the LoRA of `source`, in any spelling, to `target` under kohya's names.
 
-    Raises OSDFaceError unless `source` holds exactly OSDFace's 278 modules.
+    ComfyUI's Load LoRA node knows all of these names. Raises OSDFaceError unless `source` holds
+    exactly OSDFace's 278 modules.
     """
     from safetensors.torch import save_file
 

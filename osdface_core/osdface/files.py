@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..weights.catalogue import WeightFile
 
-# Folders of the host's models folder.
+# Folders inside the host's models folder.
 FOLDER, LORAS = "osdface", "loras"
 SEARCHED: dict[str, tuple[str, ...]] = {FOLDER: (FOLDER,), LORAS: (LORAS,)}
 

@@ -1,4 +1,4 @@
-"""OSDFace's LoRA: 278 layers of the UNet."""
+"""OSDFace's LoRA, on 278 layers of the UNet."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ def adapted_layers() -> dict[str, Layer]:
 
 
 def parse_lora(tensors: Mapping[str, Tensor], source: str = "the file") -> Lora:
-    """OSDFace's LoRA, of a file in any spelling. Raises OSDFaceError unless it is whole."""
+    """OSDFace's LoRA from the tensors of a file in any spelling.
+
+    Raises OSDFaceError unless it is complete and nothing is left over. source: the file's name.
+    """
     remedy = "load pytorch_lora_weights.safetensors of OSDFace."
     return parse(tensors, adapted_layers(), source, "OSDFace's LoRA", remedy)

@@ -1,4 +1,4 @@
-"""Restores face crops in one step, led by their visual prompts (OSDFace, section 3.1)."""
+"""Restores face crops in one step, conditioned on their visual prompts (OSDFace, section 3.1)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..errors import OSDFaceError
 from ..sd21.backbone import SIDE, STRIDE, TEXT_WIDTH, TOKENS, Backbone
 from ..sd21.one_step import Restored, check_timestep, one_step, padded
 
-# What the weights were trained at.
+# The timestep that the weights were trained at.
 TIMESTEP = 399
-# SiLU's least value: no visual prompt is below it, and some value of any text prompt is.
+# SiLU's minimum: no value of a visual prompt is below it, and some value of any text prompt is.
 SILU_MINIMUM = -0.28
 
 
@@ -21,7 +21,7 @@ def check_crops(crops: Tensor, name: str = "crops") -> None:
     if crops.ndim != 4:
         raise OSDFaceError(
             f"`{name}` has {crops.ndim} dimensions {tuple(crops.shape)}; a batch of pictures "
-            f"(N,H,W,3) is wanted: connect an IMAGE."
+            "(N,H,W,3) is wanted: connect an IMAGE."
         )
     if crops.shape[3] != 3:
         raise OSDFaceError(
@@ -31,13 +31,13 @@ def check_crops(crops: Tensor, name: str = "crops") -> None:
     if len(crops) and min(crops.shape[1:3]) < STRIDE:
         raise OSDFaceError(
             f"`{name}` are {crops.shape[2]} x {crops.shape[1]} px; at least {STRIDE} x {STRIDE} "
-            f"are wanted: connect larger pictures."
+            "are wanted: connect larger pictures."
         )
     for i, crop in enumerate(crops):
         if not bool(crop.isfinite().all()):
             raise OSDFaceError(
                 f"`{name}` number {i} holds values that are not numbers (NaN or infinite); finite "
-                f"values in [0,1] are wanted: "
+                "values in [0,1] are wanted: "
                 "look for the node before this one that makes them."
             )
 
@@ -52,7 +52,7 @@ def check_prompts(prompts: Tensor, count: int) -> None:
         )
     if len(prompts) and not float(prompts.min()) >= SILU_MINIMUM:  # NaN too
         raise OSDFaceError(
-            f"`conditioning` was not made by OSDFace's visual embedder (a text prompt, perhaps); "
+            "`conditioning` was not made by OSDFace's visual embedder (a text prompt, perhaps); "
             f"{remedy}"
         )
     if len(prompts) != count:
@@ -63,8 +63,9 @@ def check_prompts(prompts: Tensor, count: int) -> None:
 
 
 def working_size(height: int, width: int) -> tuple[int, int]:
-    """The size at which a crop is worked: a square under 512 is enlarged to 512, anything else
-    keeps its own (height, width).
+    """The (height, width) at which a crop of this size is restored.
+
+    A square under 512 is enlarged to 512, any other crop keeps its size.
     """
     return (SIDE, SIDE) if height == width < SIDE else (height, width)
 

@@ -1,4 +1,4 @@
-"""A restored crop in the colours of the original, as far as the face's mask reaches."""
+"""Gives a restored crop the colours of the original, measured where the face is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 COLOR_MATCHES = ("none", "mean-std", "wavelet")
 
-# IEC 61966-2-1, linear sRGB to CIE XYZ divided by the white point D65.
+# Linear sRGB (IEC 61966-2-1) to CIE XYZ divided by the white point D65.
 _XYZ = (
     (0.412453 / 0.950456, 0.357580 / 0.950456, 0.180423 / 0.950456),
     (0.212671, 0.715160, 0.072169),
@@ -22,11 +22,10 @@ WAVELET_SIDE = 512
 
 
 def match_color(restored: Tensor, original: Tensor, weight: Tensor, method: str) -> Tensor:
-    """`restored` (H,W,3) in the colours of `original` (H,W,3), both fp32; weight (H,W) says where
-    the face is.
+    """`restored` in the colours of `original`, both (H,W,3) fp32.
 
-    method: one of COLOR_MATCHES. Values stay within [0,1], or within the range of the two where
-    that is wider.
+    weight: (H,W), how much of each pixel is face. method: one of COLOR_MATCHES. The result stays
+    within [0,1], or within the range of the two inputs where that is wider.
     """
     if method == "none" or not bool((weight > 0).any()):
         return restored
@@ -40,15 +39,16 @@ def match_color(restored: Tensor, original: Tensor, weight: Tensor, method: str)
 
 
 def match_mean_std(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
-    """Gives each channel of CIE L*a*b* the original's weighted mean and standard deviation
-    (Reinhard et al. 2001).
+    """Gives each channel of CIE L*a*b* the original's weighted mean and standard deviation.
+
+    Reinhard et al. 2001. restored, original (H,W,3), weight (H,W) -> (H,W,3).
     """
     share = (weight / weight.sum())[..., None]
     source, target = to_lab(restored), to_lab(original)
     source_mean, target_mean = (share * source).sum((0, 1)), (share * target).sum((0, 1))
     source_std = (share * (source - source_mean) ** 2).sum((0, 1)).sqrt()
     target_std = (share * (target - target_mean) ** 2).sum((0, 1)).sqrt()
-    # A channel that hardly varies has no contrast to be matched: only its mean is moved.
+    # A channel that hardly varies has no contrast to match: only its mean is moved.
     gain = torch.where(source_std > 0.01, target_std / source_std.clamp_min(0.01), 1.0)
     return to_rgb((source - source_mean) * gain + target_mean)
 
@@ -57,7 +57,7 @@ def match_wavelet(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
     """Keeps the restored crop's detail and takes the coarse rest from the original.
 
     The a-trous wavelet of StableSR (Wang et al. 2023), five levels at 512 px, with its smoothing
-    confined to the mask.
+    confined to the mask. restored, original (H,W,3), weight (H,W) -> (H,W,3).
     """
     difference = (original - restored).movedim(-1, 0)
     stack = torch.cat([difference * weight, weight[None]])[:, None]
@@ -76,8 +76,9 @@ def _pad(stack: Tensor, gap: int, down: bool = False) -> Tensor:
 
 
 def to_lab(rgb: Tensor) -> Tensor:
-    """sRGB (...,3) -> CIE L*a*b* (D65). Values beyond [0,1] go along the curves' ends, so that
-    `to_rgb` brings them back.
+    """sRGB (...,3) -> CIE L*a*b* (D65).
+
+    Values beyond [0,1] continue the ends of the curves, so that `to_rgb` brings them back.
     """
     linear = torch.where(
         rgb <= 0.04045, rgb / 12.92, ((rgb.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4

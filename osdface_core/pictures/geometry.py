@@ -14,7 +14,7 @@ Affine = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 def inverse(matrix: Affine) -> Affine:
-    """The affine map back. Raises ZeroDivisionError for a map that has none."""
+    """The inverse map. Raises ZeroDivisionError for a map that has none."""
     (a, b, c), (d, e, f) = matrix
     det = a * e - b * d
     return (e / det, -b / det, (b * f - c * e) / det), (-d / det, a / det, (c * d - a * f) / det)
@@ -32,6 +32,7 @@ def compose(after: Affine, first: Affine) -> Affine:
 
 
 def apply(matrix: Affine, x: float, y: float) -> tuple[float, float]:
+    """The image of the point (x, y)."""
     (a, b, c), (d, e, f) = matrix
     return a * x + b * y + c, d * x + e * y + f
 
@@ -48,7 +49,7 @@ def translated(matrix: Affine, x: float, y: float) -> Affine:
 
 
 def scale_of(matrix: Affine) -> float:
-    """How many times a length grows under the map (the root of its determinant's size)."""
+    """The factor by which the map scales lengths: the square root of its absolute determinant."""
     (a, b, _), (d, e, _) = matrix
     return math.sqrt(abs(a * e - b * d))
 

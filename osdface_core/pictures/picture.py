@@ -1,4 +1,4 @@
-"""What a picture is: a batch (B,H,W,C), its channels and its values."""
+"""Batches of pictures (B,H,W,C): their channels, shape and values."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from ..errors import OSDFaceError
 
 
 def rgb_of(picture: Tensor) -> Tensor:
-    """The red, green and blue of a picture (...,C): its first three channels, or its grey three
-    times where it has one or two.
-    """
+    """RGB (...,3) of a picture (...,C): its first three channels, or its grey where C is 1 or 2."""
     return (
         picture[..., :3]
         if picture.shape[-1] >= 3
@@ -19,7 +17,7 @@ def rgb_of(picture: Tensor) -> Tensor:
 
 
 def check_pictures(images: Tensor) -> None:
-    """Raises OSDFaceError unless `images` is (B,H,W,C) with a channel at least."""
+    """Raises OSDFaceError unless `images` is (B,H,W,C) with C at least 1."""
     wanted = "a batch (B,H,W,C) is wanted: connect an IMAGE."
     if images.ndim != 4:
         raise OSDFaceError(f"`image` has {images.ndim} dimensions {tuple(images.shape)}; {wanted}")
@@ -30,5 +28,5 @@ def check_pictures(images: Tensor) -> None:
 
 
 def finite(values: Tensor) -> Tensor:
-    """fp32 in [0,1], whatever the picture held."""
+    """The values as fp32 in [0,1]: NaN becomes 0, the rest is clamped."""
     return values.float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)

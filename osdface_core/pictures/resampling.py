@@ -1,4 +1,4 @@
-"""Similarities between a picture and its face crops, and resampling through them.
+"""Resamples pictures through affine maps.
 
 Coordinates are (x, y) in pixels with pixel centres at .5: the pixel in row j, column i spans
 [i,i+1] x [j,j+1].
@@ -14,32 +14,36 @@ from torch import Tensor
 
 from .geometry import Affine, bounds, compose, inverse, scale_of, scaling, translated
 
-# The cubic kernel reaches so many pixels to each side, the filter for shrinking so many of the
-# smaller picture's.
+# Reach to each side: of the cubic kernel in source pixels, of the shrinking filter in pixels of the
+# result.
 CUBIC_RADIUS = 2
 FILTER_RADIUS = 6
-# Up to here a picture is made smaller by interpolation alone: the filter would gain 2 dB there, for
-# four times the samples.
+# A picture is shrunk up to this factor by interpolation alone: the filter would gain 2 dB there,
+# for four times the samples.
 MAX_UNFILTERED = 1.2
-# Enlarged by more than SHRINKS and less than this, the waves that cubic interpolation leaves are
-# aliased to ones that a picture may have.
+# Where an enlargement lies between MAX_UNFILTERED and this, the waves that cubic interpolation
+# leaves are aliased to wavelengths that a picture itself may have (see back_project).
 MAX_RIPPLED = 1.65
-# Samples worked on at once; bounds the memory that a picture of any size takes.
+# Samples computed at once, which bounds the memory for a picture of any size.
 SAMPLES_AT_ONCE = 2**22
-# Rows that are worth a thread of their own.
+# Fewest rows that are worth a thread of their own.
 MIN_STRIP = 32
 
 
 def warp(source: Tensor, matrix: Affine, height: int, width: int, grain: float = 1.0) -> Tensor:
-    """Resamples `source` (C,H,W) through `matrix`, which takes a point of it to its place in the
-    result (C,height,width) fp32.
+    """Resamples `source` through an affine map: (C,H,W) -> (C,height,width) fp32.
 
     Cubic convolution (Keys 1981, a = -0.75 as in OpenCV) where the result is as large or larger.
-    Where it is smaller, the least squares counterpart of that: the picture which, enlarged by cubic
+    Where it is smaller, the least-squares counterpart of that: the picture that, enlarged by cubic
     convolution, comes nearest to the source (Unser, Aldroubi and Eden 1995). So nothing is aliased,
-    and what was enlarged comes back as it was. Beyond the source's edge its outermost pixels are
-    repeated. grain: width, in pixels of the result, of the pixels that the source was enlarged
-    from; 1 if the result is to have those very pixels, as in a picture that was not resized since.
+    and an enlarged picture comes back as it was.
+
+    source: (C,H,W), any range; beyond its edge the outermost pixels are repeated.
+    matrix: takes a point of the source to its place in the result.
+    height: of the result.
+    width: of the result.
+    grain: width, in pixels of the result, of the pixels that the source was enlarged from; 1 if the
+        result is to have those very pixels, as in a picture that was not resized since.
     """
     back = inverse(matrix)
     step = scale_of(back)
@@ -53,8 +57,8 @@ def warp(source: Tensor, matrix: Affine, height: int, width: int, grain: float =
     top, bottom = _span(y1 - margin, y2 + margin, source.shape[1])
     region = source[:, top:bottom, left:right].float()
     back = translated(back, -left, -top)
-    # By a whole number first, to pixels at most a third as wide as the result's: the time then
-    # depends on the result's size.
+    # Shrunk by a whole number first, to pixels at most a third as wide as the result's: the time
+    # then depends on the result's size, not on the source's.
     block = max(1, int(step / 3))
     if block > 1:
         region = F.pad(
@@ -85,7 +89,7 @@ def warp(source: Tensor, matrix: Affine, height: int, width: int, grain: float =
 
 
 def _span(low: float, high: float, size: int) -> tuple[int, int]:
-    """The pixels of range(size) between low and high; the nearest one where there are none."""
+    """First and past-the-last pixel of range(size) between low and high, at least one pixel."""
     first = min(max(math.floor(low), 0), size - 1)
     return first, max(min(math.ceil(high), size), first + 1)
 
@@ -93,14 +97,19 @@ def _span(low: float, high: float, size: int) -> tuple[int, int]:
 def sample_affine(
     source: Tensor, back: Affine, height: int, width: int, mode: str = "bicubic"
 ) -> Tensor:
-    """`source` (C,H,W) fp32, interpolated at the places that `back` gives for the pixel centres of
-    the result (C,height,width).
+    """Interpolates `source` at the result's pixel centres: (C,H,W) -> (C,height,width) fp32.
 
-    mode: torch's grid_sample's. Nothing is smoothed: where the result is smaller, `warp` is what is
-    wanted.
+    Nothing is smoothed: for a smaller result take `warp`. Beyond the edge the outermost pixels are
+    repeated.
+
+    source: (C,H,W) fp32.
+    back: takes a point of the result to its place in the source.
+    height: of the result.
+    width: of the result.
+    mode: as in torch's grid_sample.
     """
-    # torch shares out the pictures of a batch among the processor's threads, not the rows of one:
-    # so strips of it are made a batch.
+    # torch shares the pictures of a batch among the CPU's threads, not the rows of one picture:
+    # strips of it are made a batch.
     strips = (
         max(1, min(torch.get_num_threads(), height // MIN_STRIP))
         if source.device.type == "cpu"
@@ -113,8 +122,8 @@ def sample_affine(
     for axis, ((from_x, from_y, shift), size) in enumerate(
         zip(back, (source.shape[2], source.shape[1]), strict=True)
     ):
-        # fp64 up to the sum of a row and a column: at 8000 px that holds a place to 0.001 px
-        # without a table in fp64.
+        # fp64 until a row's and a column's part are added: at 8000 px that keeps a position to
+        # 0.001 px without a table in fp64.
         row = ((from_x * across + shift) * (2 / size) - 1).float().to(source.device)
         column = (from_y * down * (2 / size)).float().to(source.device)
         torch.add(row[None, :], column[:, None], out=grid[:, :, axis])
@@ -130,12 +139,12 @@ def sample_affine(
 
 
 def _shrinking_filter(step: float, block: int, fine: int, grain: float) -> Tensor:
-    """The filter that turns `fine` samples a pixel into pixels of `step` source pixels each, fp64.
-    The samples are taken from the source after torch has shrunk it `block` times.
+    """The filter (fp64) from `fine` samples a pixel to pixels of `step` source pixels each.
 
-    For every place that a pixel of width `grain` may have had before it was enlarged, the least
-    filter that gives back what that enlargement is at the pixel's centre (for a smaller grain its
-    mean, over as much of the pixel as makes the sharpness a pixel's).
+    The samples are taken from the source after torch has shrunk it `block` times. By ridge
+    regression, an enlarged pixel of width `grain`, at each place that it may have had, is filtered
+    to the value that the enlargement has at the result pixel's centre; for a smaller grain, to its
+    mean over the part of the pixel that makes the result as sharp as a pixel.
     """
     taps = (
         (torch.arange((2 * FILTER_RADIUS + 1) * fine, dtype=torch.float64) + 0.5) / fine
@@ -147,8 +156,8 @@ def _shrinking_filter(step: float, block: int, fine: int, grain: float) -> Tenso
     apart = grain if same else grain / 8
     count = math.ceil((FILTER_RADIUS + CUBIC_RADIUS * grain + 1) / apart)
     places = torch.arange(-count, count + 1, dtype=torch.float64)[:, None] * apart
-    # The source is itself sampled by cubic interpolation, which on average convolves it with that
-    # kernel, and was shrunk with one.
+    # The samples themselves come from cubic interpolation, which on average convolves the source
+    # with that kernel, after a shrinking with another cubic kernel.
     blur = torch.linspace(-2 * CUBIC_RADIUS, 2 * CUBIC_RADIUS, 81, dtype=torch.float64)
     weight = _cubic_kernel(blur)
     if block > 1:
@@ -163,9 +172,8 @@ def _shrinking_filter(step: float, block: int, fine: int, grain: float) -> Tenso
     ).sum(0)
     within = torch.linspace(-0.5, 0.5, 17, dtype=torch.float64) * math.sqrt(max(0.0, 1 - grain**2))
     wanted = _cubic_kernel((within - places) / grain).mean(1)
-    # The ridge is what smooths: all else that the source may hold is kept out as far as this
-    # leaves. It is the larger the nearer the sizes are, for there the source may hold as much at
-    # the limit as anywhere.
+    # The ridge keeps out what else the source may hold. It is larger the nearer the two sizes are:
+    # there the source may hold as much near the limit of resolution as anywhere.
     ridge = (
         (0.05 / step**3 if grain <= 1 else 3e-5)
         * fine
@@ -177,10 +185,9 @@ def _shrinking_filter(step: float, block: int, fine: int, grain: float) -> Tenso
 
 
 def filter_columns(samples: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
-    """A strided convolution down the columns of (C,H,W), nothing padded.
+    """A strided convolution down the columns of (C,H,W), without padding.
 
-    A sum of slices: on a CPU that is several times as fast as torch's convolution of so few
-    channels.
+    A sum of slices: on a CPU several times as fast as torch's convolution of so few channels.
     """
     rows = (samples.shape[1] - len(kernel)) // stride + 1
     result = samples.new_zeros(samples.shape[0], rows, samples.shape[2])
@@ -197,14 +204,13 @@ def _cubic_kernel(x: Tensor, a: float = -0.75) -> Tensor:
 
 
 def back_project(crop: Tensor, matrix: Affine) -> Tensor:
-    """`crop` (C,h,w), changed so that put back into the picture, from which `matrix` leads to it,
-    it is cut out as it was.
+    """`crop` (C,h,w), changed so that pasting it and cutting it out again gives it back as it was.
 
-    A step of iterative back-projection (Irani and Peleg 1991). Cubic convolution with a = -0.75
-    puts a ramp up to 0.047 px off, by turns to either side between two pixels. In a crop that is
-    enlarged by SHRINKS to WAVES these waves are aliased to longer ones, which the filter cannot
-    tell from the picture's own; what that makes of smooth skin is taken off here. Other crops are
-    returned as they are.
+    matrix: from the picture that it is pasted into to the crop. A step of iterative back-projection
+    (Irani and Peleg 1991). Cubic convolution with a = -0.75 moves a ramp by up to 0.047 px, to
+    alternating sides between two pixels. In a crop enlarged by MAX_UNFILTERED to MAX_RIPPLED these
+    waves are aliased to longer ones, which the filter cannot tell from the picture's own; their
+    trace in smooth skin is subtracted here. Other crops are returned as they are.
     """
     if not MAX_UNFILTERED < scale_of(matrix) < MAX_RIPPLED:
         return crop

@@ -1,4 +1,4 @@
-"""A picture in overlapping parts."""
+"""Splits a picture into overlapping tiles."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import math
 
 
 def tile_spans(length: int, tile: int, shared: int) -> list[tuple[int, int]]:
-    """Evenly spread parts of range(length), each at most `tile` long, overlapping by `shared`."""
+    """(start, stop) of evenly spread parts of range(length).
+
+    Each is at most `tile` long and overlaps the next by at least `shared`.
+    """
     if length <= tile:
         return [(0, length)]
     count = math.ceil((length - shared) / (tile - shared))

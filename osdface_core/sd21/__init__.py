@@ -1,1 +1,1 @@
-"""Stable Diffusion 2.1-base, whoever holds its networks: schedule, backbone, adapters, one step."""
+"""Stable Diffusion 2.1-base, in any host: schedule, backbone, adapters, one step, tiles."""

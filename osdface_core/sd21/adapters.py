@@ -1,7 +1,7 @@
 """Reads LoRA adapters in every spelling, as data: layer -> (down, up, scale).
 
-Files mix spellings (attention in one, the rest in another), and loaders drop what they do not know
-with a line in the log. Here every tensor lands on a layer or the file is refused.
+Files mix spellings (attention in one, the rest in another), and common loaders drop what they do
+not know with a line in the log. Here every tensor lands on a layer or the file is refused.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _PREFIXES = (
     "unet.",
     "lora_unet_",
 )
-# A tensor's name: its layer, and which part of the adapter it is. peft puts the adapter's own name
-# between `lora_A` and `weight`.
+# A tensor's name: its layer, and the part of the adapter. peft puts the adapter's own name between
+# `lora_A` and `weight`.
 _PART = re.compile(
     r"^(?P<layer>.+?)[._](?:"
     r"(?P<down>lora_A(?:\.\w+)?\.weight|lora\.down\.weight|lora_down\.weight)|"
@@ -36,7 +36,7 @@ _PART = re.compile(
 
 @dataclass(frozen=True)
 class Adapter:
-    """The adapter of one layer: its weight gains scale * up @ down.
+    """The adapter of one layer: it adds scale * up @ down to the weight.
 
     ldm: the layer's name in the LDM layout.
     down: (r,in[,kH,kW]).
@@ -58,8 +58,7 @@ class Adapter:
         return self.scale * self.rank
 
 
-# By the layers' diffusers names. Several on one network are several of these, added one after the
-# other.
+# Adapters by their layers' diffusers names. Each LoRA on a network is one of these.
 Lora = dict[str, Adapter]
 
 
@@ -74,11 +73,11 @@ def parse_lora(
     """The adapters of exactly these layers, by their diffusers names.
 
     Accepted: `lora_A/lora_B` (peft, with an adapter's name or without), `lora.down/lora.up`
-    (diffusers), `lora_down/lora_up` (kohya, with `lora_unet_` and underscores), mixed as they come.
+    (diffusers), `lora_down/lora_up` (kohya, with `lora_unet_` and underscores), in any mixture.
     Raises OSDFaceError that names what is left over, missing, misshapen or not finite.
 
-    tensors: of the file.
-    layers: that must each have an adapter, and no other may.
+    tensors: of the file, by name.
+    layers: the layers that must each have an adapter; no other may.
     source: the file's name.
     whose: what the file should be, such as "OSDFace's LoRA".
     remedy: the end of an error's sentence.
@@ -130,7 +129,7 @@ def parse_lora(
 
 
 def kohya_tensors(lora: Lora, key: Callable[[str], str]) -> dict[str, Tensor]:
-    """The LoRA's tensors in kohya's layout; `key` makes a layer's key of its diffusers name."""
+    """The LoRA's tensors in kohya's layout; `key` turns a diffusers name into a layer's key."""
     tensors = {}
     for name, adapter in lora.items():
         tensors[f"{key(name)}.lora_down.weight"] = adapter.down.contiguous()
@@ -140,13 +139,14 @@ def kohya_tensors(lora: Lora, key: Callable[[str], str]) -> dict[str, Tensor]:
 
 
 def some(names: list[str]) -> str:
-    """The first three of a list, for a sentence."""
+    """The first three names of a list and the number of the rest, for a sentence."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _spellings(layers: Mapping[str, Layer]) -> dict[str, str]:
-    """Every way a layer's name is written -> its diffusers name: with dots or with kohya's
-    underscores, of diffusers or of LDM.
+    """Every spelling of a layer's name -> its diffusers name.
+
+    diffusers' or LDM's names, with dots or with kohya's underscores.
     """
     names = {}
     for name, layer in layers.items():
@@ -176,9 +176,7 @@ def _fits(down: Tensor, up: Tensor, rank: int, shape: tuple[int, ...]) -> bool:
 
 
 def _is_shape(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Equal but for trailing ones: a linear layer may be written as a 1x1 convolution, and the
-    other way round.
-    """
+    """Whether the shapes agree but for trailing ones: a linear layer may be stored as a 1x1 one."""
     mine, wanted = list(tensor.shape), list(shape)
     for dims in (mine, wanted):
         while len(dims) > 2 and dims[-1] == 1:

@@ -1,4 +1,4 @@
-"""What a host supplies: Stable Diffusion 2.1-base's VAE and UNet, wherever it keeps them."""
+"""What a host supplies: the VAE and UNet of Stable Diffusion 2.1-base."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 LATENT_CHANNELS = 4
-# Pixels a side for each latent, and of the pictures that the model was trained on.
+# Pixels a side: of a latent, and of the pictures that the model was trained on.
 STRIDE = 8
 SIDE = 512
 # Tokens of a prompt, and the width of each.
@@ -19,13 +19,14 @@ TEXT_WIDTH = 1024
 class Backbone(Protocol):
     """The networks of one diffusion step. Tensors are fp32 on a device of the host's choice.
 
-    Each method loads what it needs and may raise the error that `out_of_memory` knows, after which
-    a smaller batch is tried.
+    Each method loads what it needs and may raise the error that `out_of_memory` recognises, after
+    which a smaller batch is tried.
     """
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels (B,3,H,W) in [0,1], sides multiples of 8 -> the posterior's mean (B,4,H/8,W/8),
-        scaled by 0.18215.
+        """pixels (B,3,H,W) in [0,1] -> the posterior's mean (B,4,H/8,W/8), scaled by 0.18215.
+
+        H and W are multiples of 8.
         """
 
     def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
@@ -35,11 +36,12 @@ class Backbone(Protocol):
         """latents (B,4,h,w) scaled -> (B,3,8h,8w) in [0,1]."""
 
     def max_batch(self, height: int, width: int) -> int:
-        """Pictures of this size in pixels that the free memory takes at once; at least 1."""
+        """How many pictures of height x width px the free memory takes at once; at least 1."""
 
     def fp32_fallback(self) -> AbstractContextManager[bool]:
-        """Within, what can overflow in half precision computes in fp32. Gives whether anything did
-        not before.
+        """A context in which what can overflow in half precision computes in fp32.
+
+        Gives whether anything computed in half precision before.
         """
 
     def out_of_memory(self, error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Refuses what is not Stable Diffusion 2.1-base, in one sentence, whoever loaded it."""
+"""Refuses models that are not Stable Diffusion 2.1-base, in one sentence, for every host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .backbone import LATENT_CHANNELS, STRIDE, TEXT_WIDTH
 from .schedule import TIMESTEPS, alphas_cumprod
 
 WANTED = "Stable Diffusion 2.1-base (512 px, epsilon)"
-# Timesteps at which a host's sigmas are compared with the schedule: of OSDFace and of OSEDiff.
+# Timesteps at which a host's sigmas are compared with the schedule: those of OSDFace and OSEDiff.
 COMPARED = (399, 999)
 
 
@@ -19,9 +19,9 @@ COMPARED = (399, 999)
 class BaseFacts:
     """What a host knows of a model.
 
-    given: what the sentence calls it, such as "`model` is SDXL".
-    text_width: of the prompts that its UNet takes, None where the host does not tell.
-    in_channels: of its UNet.
+    given: how the sentence names it, such as "`model` is SDXL".
+    text_width: width of the prompts that its UNet takes; None where the host does not tell.
+    in_channels: input channels of its UNet.
     is_variant: whether its UNet takes anything beside latents, timestep and prompts, or is built
         otherwise (unCLIP, video, SDXL, ...).
     prediction: what its UNet predicts; "epsilon" is right.
@@ -82,5 +82,5 @@ def check_autoencoder(given: str, channels: int, stride: int, remedy: str) -> No
 
 
 def refusal(given: str, what: str, remedy: str) -> OSDFaceError:
-    """The error for a model that is another than the one wanted."""
+    """The error for a model that is not the one wanted."""
     return OSDFaceError(f"{given} {what}; {WANTED} is wanted: {remedy}")

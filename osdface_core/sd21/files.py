@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..weights.catalogue import WeightFile
 
-# Folder of the host's models folder.
+# Folder inside the host's models folder.
 FOLDER = "checkpoints"
 SEARCHED: dict[str, tuple[str, ...]] = {FOLDER: (FOLDER,)}
 

@@ -1,4 +1,4 @@
-"""The layers of Stable Diffusion 2.1's networks under the names of both layouts, with their shapes.
+"""Names and shapes of the layers of Stable Diffusion 2.1's networks, in both layouts.
 
 A LoRA names layers as diffusers does or as the original (LDM) code does; a host keeps one of the
 two. tests/golden/sd21_names.json is the truth that these tables are held against.
@@ -20,7 +20,11 @@ VAE_WIDTHS = (128, 256, 512, 512)
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with weights. ldm: its name in the LDM layout. shape: of its weight in diffusers."""
+    """A layer with weights.
+
+    ldm: its name in the LDM layout.
+    shape: of its weight in diffusers.
+    """
 
     ldm: str
     shape: tuple[int, ...]
@@ -73,10 +77,9 @@ def unet_layers() -> dict[str, Layer]:
 
 @cache
 def vae_encoder_layers() -> dict[str, Layer]:
-    """The layers of the VAE between a picture and its latents by their diffusers names."""
-    width = VAE_WIDTHS[-1]
+    """The layers of the VAE from the picture to its latents, by their diffusers names."""
     found = {"encoder.conv_in": Layer("encoder.conv_in", (VAE_WIDTHS[0], 3, 3, 3))}
-    inside = VAE_WIDTHS[0]
+    inside = width = VAE_WIDTHS[0]
     for i, width in enumerate(VAE_WIDTHS):
         for j in range(BLOCKS):
             name = f"encoder.down_blocks.{i}.resnets.{j}"

@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Restored:
-    """What one step gave.
+    """The result of one step.
 
     pictures: (N,H,W,3) in [0,1].
     failed: indices of the pictures that came out as NaN and are returned as they were.
-    recomputed: indices of those that came out as NaN in half precision, and as numbers when they
-        were computed again in fp32.
+    recomputed: indices of those that came out as NaN in half precision and were right when computed
+        again in fp32.
     """
 
     pictures: Tensor
@@ -43,10 +43,10 @@ def check_timestep(timestep: int, trained: int) -> None:
 
 
 def padded(pixels: Tensor) -> Tensor:
-    """(B,3,H,W), the edge repeated below and to the right up to multiples of 8."""
+    """(B,3,H,W) -> (B,3,H',W'): the edge repeated below and to the right up to multiples of 8."""
     height, width = pixels.shape[-2:]
-    # Contiguous, for torch's group norm on the CPU loses four digits in channels-last order, which
-    # is how a picture arrives.
+    # Contiguous: a picture arrives channels-last, in which torch's group norm on the CPU loses four
+    # digits.
     return F.pad(pixels, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate").contiguous()
 
 

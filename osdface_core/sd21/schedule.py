@@ -16,8 +16,9 @@ def alphas_cumprod() -> Tensor:
 
 
 def x0_of(latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-    """x0 (B,4,h,w) fp32 of latents x_t and the predicted noise at timestep t, computed in fp64:
-    (x_t - sqrt(1 - abar_t) noise) / sqrt(abar_t) (DDIM, Song et al. 2021, equation 9).
+    """x0 (B,4,h,w) fp32 of latents x_t and the predicted noise at timestep t.
+
+    (x_t - sqrt(1 - abar_t) noise) / sqrt(abar_t) (DDIM, Song et al. 2021, equation 9), in fp64.
     """
     abar = alphas_cumprod()[timestep]
     return ((latents.double() - (1 - abar).sqrt() * noise) / abar.sqrt()).float()

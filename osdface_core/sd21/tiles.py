@@ -10,14 +10,15 @@ from torch import Tensor
 from ..chunks import Progress, no_progress
 from .backbone import Backbone
 
-# Latents a side of a tile, and how many of them two neighbours share, as OSEDiff was released.
+# Latents a side of a tile, and latents that two neighbours share, as OSEDiff was released.
 TILE, OVERLAP = 96, 32
 VARIANCE = 0.01
 
 
 def tile_weights(height: int, width: int) -> Tensor:
-    """The Gaussian weights (height,width) fp64 of a tile, as OSEDiff was released: centred at
-    (width - 1) / 2 across and, half a latent off, at height / 2 down.
+    """The Gaussian weights (height,width) fp64 of a tile, as OSEDiff was released.
+
+    Centred at (width - 1) / 2 across and, half a latent off, at height / 2 down.
     """
 
     def weights(length: int, centre: float) -> Tensor:
@@ -43,7 +44,7 @@ def denoise_in_tiles(
     overlap: int = OVERLAP,
     progress: Progress | None = None,
 ) -> Tensor:
-    """x0 (B,4,h,w) of latents (B,4,h,w), the UNet seeing tiles; whole where one tile has room.
+    """x0 (B,4,h,w) of latents (B,4,h,w), denoised tile by tile, or whole where one tile holds them.
 
     Overlapping tiles are averaged by Gaussian weights. x0 is linear in the predicted noise, so that
     is the same as averaging the noise, as the released code of OSEDiff does.

@@ -1,3 +1,1 @@
-"""Weight files: which there are, how they are fetched and checked, and how pickled ones are read
-without running them.
-"""
+"""Weight files: their catalogue, fetching, checking, and reading pickled ones as data."""

@@ -1,7 +1,7 @@
 """What is known of weight files: name, place, addresses, and how each is recognised.
 
-Each method lists its own files (osdface/files.py, faces/files.py, sd21/files.py); here is only the
-form of such a list.
+Each method lists its own files (osdface/files.py, faces/files.py, sd21/files.py); here is the form
+of such a list.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 HUB = "hub:"
 RELEASES = "https://github.com/"
 
-# What menus offer beside files: a network that comes with this project, and none.
+# What menus offer beside files: the network that comes with this project, and none.
 BUILTIN, NONE = "builtin", "none"
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file.
+    """One weight file.
 
     name: under which it is looked for and written.
     purpose: what it is, in a few words.
@@ -31,14 +31,14 @@ class WeightFile:
         under any name.
     addresses: in the order in which they are tried; `hub:OWNER/REPOSITORY/FILE` on the Hugging Face
         hub, or a URL.
-    size: bytes, where it is known to the byte.
-    about: bytes, roughly, where it is not.
+    size: bytes, where known exactly.
+    about: bytes, roughly, where not.
     sha256: None where only the hub's own metadata tells it.
     made_from: names of the files that it is converted from, for one that cannot be downloaded.
-    convert: makes it, at the path given last, of those files.
-    check: raises OSDFaceError for a file that has the right layout and does not do its work, else
-        says what it was seen to do.
-    needed: False for what is fetched only when asked, or only to be converted.
+    convert: makes it from those files, at the path given last.
+    check: raises OSDFaceError for a file with the right layout that does not do its work, else says
+        what it was seen to do.
+    needed: False for a file that is fetched only when asked, or only to be converted.
     """
 
     name: str
@@ -58,7 +58,7 @@ class WeightFile:
 
     @property
     def expected_size(self) -> int:
-        """Bytes, as far as they are known."""
+        """Bytes, exact or rough."""
         return self.size or self.about
 
 
@@ -67,8 +67,8 @@ class Catalogue:
     """All files that a host may want.
 
     files: in the order in which they are reported.
-    searched: for each folder of the host's models folder the folders that are searched for its
-        files; the first is where a file is put.
+    searched: for each folder of the host's models folder, the folders that are searched for its
+        files; files are put into the first.
     """
 
     files: tuple[WeightFile, ...]

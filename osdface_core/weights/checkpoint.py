@@ -1,10 +1,9 @@
-"""A pickled torch checkpoint taken as data: which tensors it holds and where their bytes lie.
-Nothing in it is ever called.
+"""Reads a pickled torch checkpoint as data: its tensors and where their bytes lie.
 
-Neither torch nor numpy is imported here, so that a conversion of 1.8 GB costs no more memory than
-the tensors it keeps. torch.load(weights_only=True) is not used because it refuses the foreign
-classes that Lightning writes into callbacks and hyper-parameters; here every class that a pickle
-names is a record of its name.
+Nothing in it is ever called. Neither torch nor numpy is imported here, so that a conversion of
+1.8 GB costs no more memory than the tensors it keeps. torch.load(weights_only=True) is not used
+because it refuses the foreign classes that Lightning writes into callbacks and hyper-parameters;
+here every class that a pickle names is only a record of its name.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from ..errors import OSDFaceError
 
-# bytes an element takes, by the name of the storage class in the pickle
+# Bytes of an element, by the name of the storage class in the pickle.
 ITEM_SIZES = {
     "FloatStorage": 4,
     "HalfStorage": 2,
@@ -38,8 +37,8 @@ ITEM_SIZES = {
     "BoolStorage": 1,
 }
 
-# What may be named out of the standard library. Everything is inert here, so this protects nobody:
-# it tells a user that a file which names os.system was made by somebody who meant it to be run.
+# What a pickle may name of the standard library. Nothing is run here, so this protects nobody: it
+# tells a user that a file which names os.system was made by somebody who meant it to be run.
 _PLAIN_MODULES = {
     "collections",
     "typing",
@@ -83,13 +82,18 @@ _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = pickle.dumps(_LEGACY_MAGIC, protocol=2)
 _LEGACY_PROTOCOL = 1001
-_PICKLE_LIMIT = 16 * 2**20  # the part without the tensors' bytes; real ones take less than 1 MiB
+_PICKLE_LIMIT = 16 * 2**20  # bytes without those of the tensors; real ones take less than 1 MiB
 _DEEPEST_TUPLE = 100
 _CHUNK = 2**20
 
 
 class Storage(NamedTuple):
-    """A run of elements of one type in the file: `kind` is a key of ITEM_SIZES."""
+    """A run of elements of one type in the file.
+
+    kind: a key of ITEM_SIZES.
+    key: its name in the file.
+    elements: how many.
+    """
 
     kind: str
     key: str
@@ -103,8 +107,9 @@ class Storage(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A view of a storage; offset and strides in elements. It lies within its storage and is not
-    larger than it.
+    """A view of a storage; offset and strides in elements.
+
+    It lies within its storage and has no more elements than it.
     """
 
     storage: Storage
@@ -114,8 +119,7 @@ class StoredTensor:
 
 
 class _Inert(dict[Any, Any]):
-    """Stands for whatever a pickle makes of a class or function: the name, the arguments, the
-    items. It does nothing.
+    """Stands for what a pickle makes of a class or function: name, arguments, items. Does nothing.
 
     A dict, because an OrderedDict arrives as a call followed by items.
     """
@@ -132,14 +136,14 @@ class _Inert(dict[Any, Any]):
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
-        """Left out: an attribute could shadow what is recorded here."""
+        """Ignored: an attribute could shadow what is recorded here."""
 
     def append(self, item: Any) -> None:
-        """Left out: no list of a foreign class holds weights."""
+        """Ignored: no list of a foreign class holds weights."""
 
     extend = add = append
 
-    # By identity: comparing nested records could take for ever.
+    # By identity: comparing nested records could take forever.
     def __eq__(self, other: object) -> bool:
         return self is other
 
@@ -165,7 +169,7 @@ class _Reader(pickle.Unpickler):
         ):
             raise OSDFaceError(
                 f"{self._name} is refused: it is made to run {module}.{name} when loaded, which "
-                f"weights have no use for; nothing of it "
+                "weights have no use for; nothing of it "
                 "was run, delete it and fetch the file from its official page."
             )
         return type("_Inert", (_Inert,), {"path": f"{module}.{name}"})
@@ -198,16 +202,16 @@ def _damaged(name: str, why: str, cause: BaseException | None = None) -> NoRetur
 
 
 def _walk(data: io.BytesIO) -> None:
-    """Goes through a pickle's opcodes without doing them. Raises UnpicklingError for what would
-    hang or crash the unpickler.
+    """Reads a pickle's opcodes without running them, before the unpickler does.
 
-    That is a memo slot far beyond what was written, for which it would allocate gigabytes, and
-    tuples nested so deep, or repeated so often within one another, that to hash one as a key of a
-    dict overflows the stack or takes for ever.
+    Raises UnpicklingError for what would hang or crash the unpickler: a memo slot far beyond what
+    was written, for which it would allocate gigabytes; and tuples nested so deep, or repeated so
+    often within one another, that hashing one as a key of a dict overflows the stack or takes
+    forever.
     """
     stack: list[
         tuple[int, int] | None
-    ] = []  # depth and number of items of each value, were it hashed; None for a mark
+    ] = []  # depth and items that hashing each value would visit; None for a mark
     memo: dict[object, tuple[int, int] | None] = {}
     for opcode, arg, _ in pickletools.genops(data):
         name = opcode.name
@@ -240,8 +244,9 @@ def _walk(data: io.BytesIO) -> None:
 
 
 def _unpickle(data: io.BytesIO, name: str) -> tuple[Any, dict[str, Storage]]:
-    """The pickle that starts where `data` stands, and the storages it names; leaves `data` standing
-    behind it.
+    """The pickle that starts at the position of `data`, and the storages it names.
+
+    Leaves `data` at the end of the pickle.
     """
     try:
         start = data.tell()
@@ -256,7 +261,7 @@ def _unpickle(data: io.BytesIO, name: str) -> tuple[Any, dict[str, Storage]]:
         raise
     except (
         Exception
-    ) as error:  # the pickle module documents that a damaged pickle may raise anything
+    ) as error:  # a damaged pickle may raise anything, as the pickle module documents
         _damaged(name, f"its pickle is damaged: {str(error) or type(error).__name__:.120}", error)
 
 
@@ -304,19 +309,16 @@ def _is_sizes(value: Any) -> bool:
 
 
 class Checkpoint:
-    """An open checkpoint; close it, or use it in a `with`.
+    """An open checkpoint; close it by leaving its `with`.
 
-    tensors: those of the state dict (the top level, or what lies under its "state_dict") whose name
-    starts with one of `prefixes`; all if there are none. Their bytes are read by `read`, and no
-    others ever.
+    tensors: those of the state dict (the top level, or its "state_dict") whose name starts with one
+        of `prefixes`; all if there are none. Only their bytes are ever read, by `read`.
     """
 
     tensors: dict[str, StoredTensor]
 
     def __init__(self, path: Path, prefixes: tuple[str, ...] = ()) -> None:
-        """Raises OSDFaceError, in one sentence, for a file that is no checkpoint, is damaged, or is
-        made to run code.
-        """
+        """Raises OSDFaceError for a file that is no checkpoint, damaged, or made to run code."""
         self._name = path.name
         self._file = path.open("rb")
         try:
@@ -374,7 +376,7 @@ class Checkpoint:
             wanted = f" whose names start with {' or '.join(prefixes)}" if prefixes else ""
             raise OSDFaceError(
                 f"{self._name} holds no tensors{wanted}: it is another file than the one wanted, "
-                f"fetch that one."
+                "fetch that one."
             )
 
     def _open_zip(self) -> tuple[Any, Callable[[Storage, memoryview], None]]:
@@ -422,7 +424,7 @@ class Checkpoint:
         if len(pickles) != 1:
             raise OSDFaceError(
                 f"{self._name} is a zip archive but no torch checkpoint: give the .ckpt or .pth "
-                f"file itself."
+                "file itself."
             )
         root = pickles[0].removesuffix("data.pkl")
         if entries[pickles[0]].file_size > _PICKLE_LIMIT:
@@ -467,7 +469,7 @@ class Checkpoint:
         if start != _LEGACY_START:
             raise OSDFaceError(
                 f"{self._name} is {_looks_like(start, self._size)}: fetch the file again from its "
-                f"official page."
+                "official page."
             )
         self._file.seek(0)
         head = io.BytesIO(self._file.read(_PICKLE_LIMIT))

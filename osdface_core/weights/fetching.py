@@ -1,9 +1,9 @@
-"""Brings one file of the catalogue into its folder, whole and verified, or leaves the folder as it
-was.
+"""Downloads a file of the catalogue into its folder, whole and verified.
 
-huggingface_hub, which every host has with transformers, does the transfers: from the hub and, by
-the same function, from release pages. It retries, resumes, waits as Retry-After says, and respects
-HF_ENDPOINT, HF_HUB_DOWNLOAD_TIMEOUT and the proxy variables.
+If that fails, the folder stays as it was. huggingface_hub, which every host has with transformers,
+does the transfers, from the hub and, by the same function, from release pages. It retries, resumes,
+waits as Retry-After says, and respects HF_ENDPOINT, HF_HUB_DOWNLOAD_TIMEOUT and the proxies'
+variables.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# (bytes there, bytes in all); what it raises stops the download and is passed on
+# Called with the bytes there and the bytes in all; what it raises stops the download.
 Progress = Callable[[int, int], None]
 
 INCOMPLETE = ".incomplete"
@@ -64,11 +64,11 @@ class _NextAddress(Exception):
 
 
 class _NotReached(_NextAddress):
-    """Its server did not answer, and need not be asked again."""
+    """The server did not answer and is not asked again."""
 
 
 class _Failed(Exception):
-    """What huggingface_hub raised, apart from what `progress` raises."""
+    """An error of huggingface_hub, as opposed to one that `progress` raises."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
@@ -99,7 +99,7 @@ def sha256_of(path: Path) -> str:
 
 
 def recorded_sha256(path: Path) -> str | None:
-    """The digest recorded beside the file when it was placed, in the format of sha256sum."""
+    """The digest recorded beside the file when it was placed, as sha256sum writes it; else None."""
     record = path.with_name(path.name + RECORD)
     if not record.is_file():
         return None
@@ -110,7 +110,7 @@ def recorded_sha256(path: Path) -> str | None:
 
 
 def record_sha256(path: Path, digest: str) -> None:
-    """Writes the digest beside the file."""
+    """Writes the digest beside the file, in the format of sha256sum."""
     record = path.with_name(path.name + RECORD)
     fresh = record.with_name(record.name + ".part")
     fresh.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
@@ -118,11 +118,10 @@ def record_sha256(path: Path, digest: str) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], str]) -> Path:
-    """Makes the file `path` by `write`, which fills the temporary name it is given and returns the
-    content's SHA-256.
+    """Makes the file `path`, whole or not at all, and records its digest beside it.
 
-    The file is there whole or not at all; its digest is recorded beside it. Raises OSDFaceError for
-    a full or read-only disk.
+    write: fills the temporary file it is given and returns the content's SHA-256. Raises
+    OSDFaceError for a full or read-only disk.
     """
     from filelock import FileLock
 
@@ -143,16 +142,16 @@ def write_whole(path: Path, write: Callable[[Path], str]) -> Path:
 
 
 def disk_error(path: Path, error: OSError) -> OSDFaceError:
-    """The sentence for a disk that does not take a file."""
+    """The error for a disk that does not take a file."""
     if error.errno in _DISK_FULL:
         return OSDFaceError(
             f"The disk of {path.parent} is full: {path.name} was not written; make room and run "
-            f"this again."
+            "this again."
         )
     if error.errno in _NOT_WRITABLE:
         return OSDFaceError(
             f"{path.parent} cannot be written to: {path.name} was not written; allow it, or name "
-            f"another models folder."
+            "another models folder."
         )
     return OSDFaceError(f"{path} cannot be written ({error.strerror or error}).")
 
@@ -165,10 +164,10 @@ def fetch(
 ) -> Path:
     """Downloads `entry` into `folder` unless it is there, and returns its path.
 
-    The content is checked against the catalogue's SHA-256, else against the one recorded here
-    before, else the hub's. A broken download is resumed, in this run or the next. Two processes do
-    not hurt each other: the second waits for the first. progress: called several times a second, in
-    the caller's thread. unreachable: hosts that did not answer; filled and heeded. Raises
+    The content is checked against the catalogue's SHA-256, else the one recorded here before, else
+    the hub's. A broken download is resumed, in this run or the next. Of two processes the second
+    waits for the first. progress: called several times a second, in the caller's thread.
+    unreachable: hosts that did not answer; they are skipped, and further ones are added. Raises
     UnreachableError when no address gives the file, another OSDFaceError for what is wrong on this
     machine.
     """
@@ -233,8 +232,8 @@ def _fetch(
             why.append(f"{address}: {error}")
             continue
         finally:
-            # A transfer that was given up may still hold its file, which Windows then does not let
-            # go.
+            # A transfer that was given up may still hold its file open: Windows then refuses to
+            # delete it.
             with suppress(FileNotFoundError, PermissionError):
                 if not part.stat().st_size:
                     part.unlink()
@@ -248,9 +247,7 @@ def _fetch(
 
 
 def _release(address: str) -> str:
-    """The address, or its place on the mirror that OSDFACE_RELEASES names instead of
-    https://github.com.
-    """
+    """The address, on the mirror that OSDFACE_RELEASES names instead of https://github.com."""
     mirror = os.environ.get("OSDFACE_RELEASES")
     return (
         mirror.rstrip("/") + "/" + address.removeprefix(RELEASES)
@@ -260,7 +257,7 @@ def _release(address: str) -> str:
 
 
 def _source(address: str, entry: WeightFile, path: Path, progress: Progress | None) -> _Source:
-    """Where the bytes are, and what they must be."""
+    """Where the bytes are, and their size and digest."""
     known = entry.sha256 or recorded_sha256(path)
     if not address.startswith(HUB):
         return _Source(_release(address), entry.size, known)
@@ -297,7 +294,7 @@ def _check_space(path: Path, wanted: int) -> None:
 
 
 class _Part(io.BufferedRandom):
-    """The file under its temporary name, opened at its end; once stopped it takes no more."""
+    """The file under its temporary name, opened at its end; once stopped it refuses more bytes."""
 
     def __init__(self, path: Path) -> None:
         path.touch()
@@ -319,8 +316,9 @@ class _Part(io.BufferedRandom):
 
 
 def _transfer(entry: WeightFile, source: _Source, part: Path, progress: Progress | None) -> str:
-    """Fills `part` from where it stands and returns its SHA-256. A part that is not the wanted file
-    is removed.
+    """Fills `part` from where it stands and returns its SHA-256.
+
+    A part that is not the wanted file is removed.
     """
     resumed = part.is_file() and part.stat().st_size > 0
     if source.sha256 is None or (
@@ -351,8 +349,9 @@ def _describe_part(part: Path) -> str:
 def _get_resuming(
     entry: WeightFile, source: _Source, part: Path, progress: Progress | None
 ) -> None:
-    """Transfers, going on after each break for as long as more comes: only newer versions of
-    huggingface_hub do so themselves.
+    """Transfers, and resumes after each break as long as more comes.
+
+    Only newer versions of huggingface_hub do so themselves.
     """
     for _ in range(MOST_BREAKS):
         before = part.stat().st_size if part.is_file() else 0
@@ -370,9 +369,7 @@ def _get_resuming(
 
 
 def _get(entry: WeightFile, source: _Source, part: Path, progress: Progress | None) -> None:
-    """One transfer, in a thread of its own so that a server that stalls cannot keep the caller from
-    stopping.
-    """
+    """One transfer, in its own thread, so that a stalled server does not keep the caller."""
     from huggingface_hub.file_download import http_get
 
     file = _Part(part)
@@ -419,7 +416,7 @@ def _get(entry: WeightFile, source: _Source, part: Path, progress: Progress | No
 
 
 def _retry(work: Callable[[], _T], entry: WeightFile, progress: Progress | None) -> _T:
-    """What `work` returns; a server that asks for patience is tried again.
+    """The result of `work`, tried again while the server asks for patience.
 
     huggingface_hub has retried broken connections by then.
     """
@@ -439,7 +436,7 @@ def _retry(work: Callable[[], _T], entry: WeightFile, progress: Progress | None)
 def _wait(error: Exception, attempt: int) -> float:
     """Seconds to wait before the next attempt; raises where there is to be none.
 
-    huggingface_hub's exceptions differ from version to version: told apart are those with a
+    huggingface_hub's exceptions differ from version to version. Told apart are: those with a
     response, those of the disk, its check of the size (a bare OSError), and the rest, in which no
     server answered.
     """

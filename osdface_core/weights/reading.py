@@ -1,4 +1,4 @@
-"""Reads the tensors of a weight file: safetensors, or a pickled checkpoint, never executed."""
+"""Reads the tensors of a weight file: safetensors, or a pickled checkpoint, which is never run."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ _DTYPES = {
 
 
 def read_tensors(path: Path, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pth or .ckpt file by name, on the CPU; the format is told by
-    the content.
+    """The tensors of a .safetensors, .pth or .ckpt file by name, on the CPU.
 
-    A checkpoint's top-level "state_dict" is unwrapped. prefixes: keep only the names that start
-    with one of them, as they are spelt; the bytes of the others are not read. Tensors that share a
-    storage in the file share it here. Raises OSDFaceError, in one sentence, for a file that is
-    missing, damaged, of another kind, or made to run code.
+    The content decides the format. A checkpoint's top-level "state_dict" is unwrapped. prefixes:
+    keep only the names that start with one of them; the bytes of the others are not read. Tensors
+    that share a storage in the file share it here. Raises OSDFaceError for a file that is missing,
+    damaged, of another format, or made to run code.
     """
     if not path.is_file():
         raise OSDFaceError(
             f"There is no file {path}: run `python install.py` in the folder of this extension, "
-            f"or put the file there."
+            "or put the file there."
         )
     try:
         if is_safetensors(path):
@@ -52,7 +51,7 @@ def read_tensors(path: Path, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor
     except OSError as error:
         raise OSDFaceError(
             f"{path} cannot be read ({error.strerror or error}): check the disk and the file's "
-            f"permissions."
+            "permissions."
         ) from error
 
 
@@ -82,6 +81,6 @@ def _read_safetensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor
         wanted = f" whose names start with {' or '.join(prefixes)}" if prefixes else ""
         raise OSDFaceError(
             f"{path.name} holds no tensors{wanted}: it is another file than the one wanted, fetch "
-            f"that one."
+            "that one."
         )
     return tensors

@@ -1,6 +1,4 @@
-"""A catalogue's files on this machine: which are there, whether they are right, and how what is
-missing gets there.
-"""
+"""A catalogue's files on this machine: found, verified, copied, converted and downloaded."""
 
 from __future__ import annotations
 
@@ -23,12 +21,12 @@ from .fetching import (
     write_whole,
 )
 
-# Paths of each of the host's model folders, by the folder's name; the first is where files are put.
+# Paths of each of the host's model folders, by the folder's name; files are put into the first.
 Folders = Mapping[str, Sequence[Path]]
 
 
 class State(Enum):
-    """How a file stands. An accepted one is not the known file, but does its work."""
+    """The state of a file. An accepted one is not the known file, but does its work."""
 
     VERIFIED = "verified"
     ACCEPTED = "accepted"
@@ -38,7 +36,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One file of the catalogue on this machine, and in words why it stands as it does."""
+    """The state of one file of the catalogue on this machine, and the reason in words."""
 
     entry: WeightFile
     state: State
@@ -51,7 +49,7 @@ class Finding:
 
 
 def command(*options: str) -> str:
-    """The line that brings weights, ready to be pasted."""
+    """The command line that fetches weights, ready to be pasted."""
     script = Path(__file__).resolve().parents[2] / "install.py"
     return " ".join(
         f'"{part}"' if " " in part else part for part in (sys.executable, str(script), *options)
@@ -59,7 +57,7 @@ def command(*options: str) -> str:
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a file's tensors, which are not read. Raises OSDFaceError, or OSError."""
+    """Names and shapes of a file's tensors, which are not read. Raises OSDFaceError or OSError."""
     from .checkpoint import Checkpoint
     from .reading import is_safetensors
 
@@ -79,14 +77,16 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def fits(entry: WeightFile, held: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the shapes are those by which `entry` is recognised."""
+    """Whether `held`, names and shapes of tensors, contains the signature of `entry`."""
     held = {name.removeprefix("module."): shape for name, shape in held.items()}
     return all(held.get(name) == shape for name, shape in entry.signature.items())
 
 
 def judge(entry: WeightFile, path: Path) -> Finding:
-    """How a file at any place stands: its content against the known digest; without one, or where
-    it differs, whether it does its work.
+    """The state of the file at `path`, taken for `entry`.
+
+    Its content is compared with the known digest; without one, or where it differs, the file is
+    accepted if it has the layout and does its work.
     """
     try:
         known, digest = entry.sha256 or recorded_sha256(path), sha256_of(path)
@@ -118,7 +118,7 @@ class Store:
     folders: Folders
 
     def find(self, entry: WeightFile) -> Path | None:
-        """The file in the folders that are searched for it, by its name."""
+        """The file of that name in the folders that are searched for it; None if it is missing."""
         for name in self.catalogue.searched[entry.folder]:
             for folder in self.folders.get(name, ()):
                 if (folder / entry.name).is_file():
@@ -126,18 +126,18 @@ class Store:
         return None
 
     def target(self, entry: WeightFile) -> Path:
-        """Where the file is put."""
+        """The path at which the file is put."""
         return self.folders[entry.folder][0] / entry.name
 
     def inspect(self, entry: WeightFile) -> Finding:
-        """How the file stands."""
+        """The state of the file."""
         path = self.find(entry)
         if path is None:
             return Finding(entry, State.MISSING, f"wanted in {self.target(entry).parent}")
         return judge(entry, path)
 
     def recognise(self, path: Path) -> WeightFile | None:
-        """The file of the catalogue that `path` is, by its content; None for any other."""
+        """The catalogue's entry for the content of `path`; None if there is none."""
         try:
             held = shapes(path)
         except (OSDFaceError, OSError):
@@ -145,9 +145,7 @@ class Store:
         return next((entry for entry in self.catalogue.files if fits(entry, held)), None)
 
     def recognise_all(self, folder: Path) -> dict[str, Path]:
-        """Files of the catalogue that lie in or under `folder`, whatever they are called there, by
-        their names in the catalogue.
-        """
+        """Files of the catalogue in or under `folder`, under any name there, by catalogue name."""
         found: dict[str, Path] = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             if (entry := self.recognise(path)) is not None:
@@ -177,10 +175,10 @@ class Store:
 
         entry: the file.
         progress: see fetching.Progress; what it raises stops the download.
-        given: files that are at hand, by the catalogue's names.
+        given: paths of files at hand, by the catalogue's names.
         offline: download nothing.
         keep_original: keep what was downloaded only to be converted.
-        unreachable: hosts that did not answer; filled and heeded.
+        unreachable: hosts that did not answer; they are skipped, and further ones are added.
         """
         given = given or {}
         into = self.target(entry)
@@ -205,7 +203,7 @@ class Store:
         entry.convert(*parts, into)
         for path, name in zip(parts, entry.made_from, strict=True):
             is_kept = self.catalogue.by_name[name].needed or keep_original or name in given
-            # The record tells that it was downloaded here: what a user put there stays.
+            # Only a downloaded file has a record: what a user put there stays.
             if not is_kept and recorded_sha256(path):
                 path.unlink()
                 path.with_name(path.name + RECORD).unlink(missing_ok=True)
@@ -216,11 +214,8 @@ class Store:
     ) -> Path:
         """The path of a file of the catalogue, obtained first if it is missing and that is allowed.
 
-        Raises OSDFaceError that says how to get the file.
-
-        name: in the catalogue.
-        allow_download: whether it may be fetched.
-        progress: see fetching.Progress; what it raises stops the download.
+        Raises OSDFaceError that says how to get the file. name: in the catalogue. allow_download:
+        whether it may be fetched. progress: see fetching.Progress; what it raises stops it.
         """
         entry = self.catalogue.by_name.get(name)
         if entry is None:

@@ -1,12 +1,12 @@
-"""The small built-in model: OSDFace's pipeline at small size, a stand-in for where no weights are.
+"""The small built-in model: OSDFace's pipeline at small size, for use without weight files.
 
     autoencoder(operations)   pictures to latents and back
     embedder(operations)      the VisualEmbedder: crops -> (B,77,1024) prompts
-    UNET, UNET_CONFIG         the UNet's file, and what diffusers makes it of
-    ANNOUNCEMENT              a sentence for the log where nobody asked for the built-in model
+    UNET, UNET_CONFIG         the UNet's file, and its configuration for diffusers
+    ANNOUNCEMENT              a sentence for the log where the built-in model is taken unasked
 
-Each function reads its file of this folder, a few megabytes of fp16, and gives a network in fp32 on
-the CPU, ready to run. Nothing is fetched. Latents have about unit variance, so their scale is 1.
+Each function reads its file in this folder, a few megabytes of fp16, and gives a network in fp32 on
+the CPU, ready to run. Nothing is downloaded. Latents have about unit variance, so their scale is 1.
 docs/builtin.md tells how the files were made.
 """
 
@@ -50,16 +50,16 @@ UNET_CONFIG: dict[str, Any] = {
 
 
 def misfit(path: Path) -> str:
-    """The beginning of the sentence for a file that its network does not fit."""
+    """The beginning of the error's sentence for a file that does not fit its network."""
     return f"{path.name} of the built-in model does not fit"
 
 
 def autoencoder(operations: Operations = nn) -> Autoencoder:
-    """The autoencoder, made of the layers of `operations`."""
+    """The autoencoder, built of the layers in `operations`."""
     tensors = load_file(AUTOENCODER)
     return load_network(lambda: Autoencoder(operations), tensors, misfit(AUTOENCODER), REMEDY)
 
 
 def embedder(operations: Operations = nn) -> VisualEmbedder:
-    """The visual embedder, made of the layers of `operations`."""
+    """The visual embedder, built of the layers in `operations`."""
     return build_embedder(load_file(VRE), operations, VRE.name)

@@ -1,12 +1,12 @@
-"""A small autoencoder with the latents of Stable Diffusion's: 4 channels at an eighth of the size.
+"""A small autoencoder with latents like Stable Diffusion's: 4 channels at an eighth of the size.
 
 Most of the work is done at 1/8 and 1/4 of the size, so that a face of 512 px costs 6 GMAC, where
 TAESD takes 140. A linear path, set to the principal components of 8 x 8 px blocks before training,
 runs beside the convolutions of both halves.
 
-What is too fine to be told from a poor picture, such as skin and single hairs, the decoder puts in
-as grain, as video decoders do (AV1's film grain synthesis): a fixed tile of noise, as much of it at
-each pixel as the network says.
+Detail that is too fine to be told from a poor picture, such as skin and single hairs, is added by
+the decoder as grain, as in video decoders (AV1's film grain synthesis): a fixed tile of noise, in
+an amount that the network predicts for each pixel.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ...layers import Operations
 from ...sd21.backbone import LATENT_CHANNELS, STRIDE
 
 BLOCK = 3 * STRIDE**2
-# Pixels after which the grain repeats; any part of a picture that begins at a multiple of it
-# decodes as in the whole.
+# Pixels after which the grain repeats. A part of a picture that begins at a multiple of it gets the
+# same grain as in the whole.
 GRAIN = 64
 
 
@@ -55,7 +55,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B,4,h,w) -> (B,3,8h,8w) in [-1,1], or little beyond."""
+    """(B,4,h,w) -> (B,3,8h,8w) in [-1,1], or slightly beyond."""
 
     def __init__(self, width: int, depth: int, operations: Operations) -> None:
         super().__init__()
@@ -92,8 +92,9 @@ class Decoder(nn.Module):
 
 
 def blue_noise(generator: torch.Generator) -> Tensor:
-    """(1,1,GRAIN,GRAIN) of variance 1 that joins on at its edges: white noise less its blur, the
-    grain that the eye sees least.
+    """Noise (1,1,GRAIN,GRAIN) of variance 1 whose opposite edges join: white noise less its blur.
+
+    It is the grain that the eye sees least.
     """
     white = torch.randn(1, 1, GRAIN, GRAIN, generator=generator)
     taps = torch.tensor([1.0, 2.0, 1.0])
@@ -122,9 +123,10 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def start(self, pixels: Tensor) -> None:
-        """Sets the linear paths to the principal components of these pictures' blocks (B,3,H,W),
-        and what is added to them to 0, but for a little grain, since a loss of detail has no slope
-        at none.
+        """Sets the weights from which training starts, by the blocks of pictures (B,3,H,W).
+
+        The linear paths become the blocks' principal components. What is added to them becomes 0,
+        but for a little grain, since a loss of detail has no slope at none.
         """
         blocks = F.pixel_unshuffle(pixels, STRIDE).movedim(1, -1).reshape(-1, BLOCK).double()
         mean = blocks.mean(0)

@@ -1,4 +1,4 @@
-"""Visual Representation Embedder: encoder, code selection, projector; reading their weights."""
+"""The Visual Representation Embedder: encoder, code selection, projector, reading of weights."""
 
 from .embedder import VisualEmbedder, choose_codes, embed
 from .encoder import Shape

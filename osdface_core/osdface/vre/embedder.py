@@ -1,8 +1,7 @@
-"""Visual Representation Embedder: face crops -> 77 x 1024 visual prompts (OSDFace, section 3.2).
+"""The Visual Representation Embedder: face crops -> visual prompts (OSDFace, section 3.2).
 
-A VQ encoder describes the degraded face by the entries of a learned code book; the 77 best matched
-distinct entries, widened to the text width of Stable Diffusion 2.1, take the place of the text
-prompt.
+A VQ encoder describes the degraded face by the entries of a learned code book. The 77 best matched
+distinct entries, widened to the text width of Stable Diffusion 2.1, replace the text prompt.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from .encoder import FULL, Encoder, Shape
 
 
 class Projector(nn.Module):
-    """(B,77,features) -> (B,77,1024): two 1x1 convolutions, each followed by SiLU (the last one
-    too, as released).
+    """Codes (B,77,features) -> prompts (B,77,1024): two 1x1 convolutions.
+
+    SiLU follows each, the last one too, as released.
     """
 
     def __init__(self, operations: Operations = nn, shape: Shape = FULL) -> None:
@@ -42,15 +42,17 @@ class CodeBook(nn.Module):
         self.embedding = operations.Embedding(shape.codes, shape.features)
 
     def entries(self, device: torch.device) -> Tensor:
-        """All code vectors, (codes,features) fp32; through the layer, so that a host may cast or
-        page it.
+        """All code vectors (codes,features) fp32.
+
+        Taken through the layer, so that a host may cast or page it.
         """
         return self.embedding(torch.arange(self.codes, device=device)).float()
 
 
 class VisualEmbedder(nn.Module):
-    """Face crops to visual prompts. Names of parameters: `encoder.*`, `quant_conv.*`,
-    `quantize.embedding.weight`, `projector.*`.
+    """Face crops -> visual prompts.
+
+    Names of parameters: `encoder.*`, `quant_conv.*`, `quantize.embedding.weight`, `projector.*`.
     """
 
     def __init__(self, operations: Operations = nn, shape: Shape = FULL) -> None:
@@ -62,14 +64,12 @@ class VisualEmbedder(nn.Module):
         self.projector = Projector(operations, shape)
 
     def codes(self, crops: Tensor) -> Tensor:
-        """The code book rows chosen for each crop. crops (B,3,H,W) in [0,1], any size;
-        (B,77,features) fp32.
-        """
+        """Crops (B,3,H,W) in [0,1], any size -> the codes chosen for each, (B,77,features) fp32."""
         features = self.quant_conv(self.encoder(encoder_input(crops, self.side)))
         return choose_codes(features.float(), self.quantize.entries(crops.device))
 
     def forward(self, crops: Tensor) -> Tensor:
-        """crops (B,3,H,W) in [0,1], any size; the prompts (B,77,1024), fp32."""
+        """Crops (B,3,H,W) in [0,1], any size -> prompts (B,77,1024) fp32."""
         return self.projector(self.codes(crops))
 
 
@@ -84,8 +84,8 @@ def embed(
     """The visual prompts (N,77,1024) fp32 of N crops, on their device.
 
     crops: (N,H,W,3) in [0,1].
-    network: called before each chunk with its number of crops; gives the embedder, ready, and the
-        device that it computes on.
+    network: called before each chunk with its number of crops; gives the embedder, ready to run,
+        and the device that it computes on.
     at_once: crops in a chunk.
     out_of_memory: tells whether an error says that fewer crops at once may work.
     progress: called with 1 and the crop (3,H,W) for each crop; what it raises ends the job.
@@ -105,15 +105,14 @@ def embed(
 
 
 def encoder_input(crops: Tensor, side: int = SIDE) -> Tensor:
-    """(B,3,H,W) in [0,1] -> (B,3,side,side) in [-3,1], fp32, as the released code feeds its
-    encoder, whose side is 512.
+    """Crops (B,3,H,W) in [0,1] -> (B,3,side,side) in [-3,1] fp32, prepared as in the released code.
 
-    A square goes to 512 with corners aligned, anything else is squashed without; [-1,1] is then
-    normalised once more, as if it were [0,1]. The released weights were trained on prompts made
-    that way, so the range must stay.
+    A square is resized to 512 with corners aligned, any other crop is squashed to it without;
+    [-1,1] is then normalised once more, as if it were [0,1]. The released weights were trained on
+    prompts made so, so the range must stay. OSDFace's side is 512.
     """
-    # Contiguous: torch's group norm on the CPU is less exact in the channels-last order in which a
-    # picture arrives.
+    # Contiguous: a picture arrives channels-last, in which torch's group norm on the CPU is less
+    # exact.
     x = crops.float().contiguous() * 2 - 1
     if x.shape[-2:] != (SIDE, SIDE):
         x = F.interpolate(
@@ -125,12 +124,11 @@ def encoder_input(crops: Tensor, side: int = SIDE) -> Tensor:
 
 
 def choose_codes(features: Tensor, book: Tensor, tokens: int = TOKENS) -> Tensor:
-    """For each picture the `tokens` distinct code vectors with the smallest quantisation error,
-    best first.
+    """The `tokens` distinct code vectors of each picture with the smallest error, best first.
 
-    features (B,C,H,W), book (K,C), both fp32; (B,tokens,C). Pictures that use fewer codes keep rows
-    of zeros, as the released code leaves them. Each position proposes its nearest code; a code
-    counts with its best position.
+    features (B,C,H,W), book (K,C), both fp32 -> (B,tokens,C). Each position proposes its nearest
+    code; the error of a code is that of its best position. A picture that uses fewer codes keeps
+    rows of zeros, as in the released code.
     """
     z = features.flatten(2).transpose(1, 2)
     distance = z.square().sum(2, keepdim=True) + book.square().sum(1) - 2 * z @ book.T

@@ -1,7 +1,7 @@
 """The convolutional encoder of the Visual Representation Embedder.
 
 A VQGAN encoder (Esser et al. 2021) in the shape that OSDFace trained: 512 px in, 16 x 16 features
-of 512 channels out, self-attention at the last level. Parameter names are those of
+of 512 channels out, self-attention at the last level. Parameters have the names of
 `associate_2.ckpt`, so that its tensors load strictly.
 """
 
@@ -22,11 +22,15 @@ NORM_GROUPS = 32
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of an embedder's networks; the defaults are OSDFace's. Every level but the last
-    halves, and 16 x 16 positions remain.
+    """Widths of an embedder's networks; the defaults are OSDFace's.
 
-    channels: of the first layer; multipliers: of each level's width, in these; features: of a code;
-    codes: in the code book; hidden: between the projector's layers.
+    Every level but the last halves the size, and 16 x 16 positions remain.
+
+    channels: of the first layer.
+    multipliers: of each level's width, in `channels`.
+    features: of a code.
+    codes: in the code book.
+    hidden: channels between the projector's layers.
     """
 
     channels: int = 64
@@ -49,8 +53,9 @@ def _norm(channels: int, operations: Operations) -> nn.Module:
 
 
 class ResnetBlock(nn.Module):
-    """(B,C,H,W) -> (B,out,H,W): two convolutions behind group norm and SiLU, and a 1x1 shortcut
-    where the width changes.
+    """(B,C,H,W) -> (B,out,H,W): two convolutions after group norm and SiLU each, and a shortcut.
+
+    The shortcut is a 1x1 convolution where the width changes.
     """
 
     def __init__(self, channels: int, out: int, operations: Operations) -> None:
@@ -76,7 +81,7 @@ class Attention(nn.Module):
         self.norm1 = _norm(channels, operations)
         self.norm2 = _norm(
             channels, operations
-        )  # in the checkpoint, for a second input that inference never gives
+        )  # in the checkpoint, for a second input that inference never uses
         self.q = operations.Conv2d(channels, channels, 1)
         self.k = operations.Conv2d(channels, channels, 1)
         self.v = operations.Conv2d(channels, channels, 1)
@@ -92,9 +97,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(B,C,H,W) -> (B,C,H/2,W/2): stride 2 over a picture padded by one row below and one column to
-    the right.
-    """
+    """(B,C,H,W) -> (B,C,H/2,W/2): stride 2, padded by one row below and one column to the right."""
 
     def __init__(self, channels: int, operations: Operations) -> None:
         super().__init__()
@@ -105,8 +108,9 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: two blocks, each followed by attention at the last level, then a downsampling
-    except there.
+    """One resolution: two blocks, then a downsampling.
+
+    The last level has attention after each block instead of the downsampling.
     """
 
     def __init__(self, channels: int, out: int, last: bool, operations: Operations) -> None:

@@ -1,4 +1,4 @@
-"""Reads the embedder's weights from the released files or from one safetensors file, strictly."""
+"""Reads the embedder's weights, strictly, from the released files or from one safetensors file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from .embedder import VisualEmbedder
 from .encoder import FULL, NORM_GROUPS, Shape
 
 BARE_PREFIXES = (*ENCODER_PREFIXES, PROJECTOR_PREFIX)
-# Names of the projector's own file: the one on the hub, and the one of the released code.
+# Names of the projector's own file: on the hub, and in the released code.
 PROJECTOR_FILES = (PROJECTOR.name, "embedding_change.pth")
 
 
 def embedder_files(path: Path) -> tuple[Path, ...]:
-    """The files that `read_embedder` reads: `path`, and the projector's file beside a checkpoint
-    that does not hold it.
-    """
+    """The files that `read_embedder` reads: `path`, and a checkpoint's projector file beside it."""
     beside = (path.with_name(name) for name in PROJECTOR_FILES)
     return (
         path,
@@ -30,8 +28,9 @@ def embedder_files(path: Path) -> tuple[Path, ...]:
 
 
 def read_parts(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the encoder and code book, and those of the projector, under the embedder's
-    own names; none where neither the file nor one beside it holds a projector.
+    """The tensors of encoder and code book, and those of the projector, by the embedder's names.
+
+    The latter are none where neither the file nor one beside it holds a projector.
     """
     tensors = read_tensors(path, (LQ_PREFIX, *BARE_PREFIXES))
     state = {name.removeprefix(LQ_PREFIX): t for name, t in tensors.items()}
@@ -44,9 +43,9 @@ def read_parts(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def read_embedder(path: Path) -> dict[str, Tensor]:
-    """The embedder's tensors under their own names.
+    """The embedder's tensors by its own names.
 
-    Raises OSDFaceError if a file cannot be read, or its projector is not there.
+    Raises OSDFaceError if a file cannot be read or the projector is missing.
 
     path: one safetensors file that holds both parts, or `associate_2.ckpt` with the projector's
         file beside it.
@@ -61,9 +60,7 @@ def read_embedder(path: Path) -> dict[str, Tensor]:
 
 
 def shape_of(state: dict[str, Tensor]) -> Shape:
-    """The widths of the networks that these tensors were taken from; OSDFace's where they do not
-    tell.
-    """
+    """The widths of the networks that these tensors belong to; OSDFace's where they cannot tell."""
     levels = 1 + max(
         (int(name.split(".")[2]) for name in state if name.startswith("encoder.down.")), default=-1
     )
@@ -87,8 +84,9 @@ def shape_of(state: dict[str, Tensor]) -> Shape:
 def build_embedder(
     state: dict[str, Tensor], operations: Operations = nn, source: str = "The file"
 ) -> VisualEmbedder:
-    """A network in fp32, ready to run; tensors without a place in it are left aside. Raises
-    OSDFaceError that names what does not fit.
+    """A VisualEmbedder in fp32, ready to run; tensors without a place in it are ignored.
+
+    Raises OSDFaceError that names what does not fit. source: names the file in it.
     """
     return load_network(
         lambda: VisualEmbedder(operations, shape_of(state)),
