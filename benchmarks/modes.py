@@ -27,6 +27,7 @@ from benchmarks.fuzz import START, populate
 from tests.conftest import comfyui_path
 from tests.frontend import server
 from tests.prompts import Prompts
+from tests.widgets import RESTORE
 
 # All run with --cpu, beside which the host takes no --lowvram or --novram: FUZZ_VRAM makes
 # fuzz_nodes.py imitate these.
@@ -58,24 +59,6 @@ MODES = (
         "--use-split-cross-attention",
     ),
 )
-WIDGETS = {
-    "vre_name": "builtin",
-    "lora_name": "none",
-    "detector": "retinaface_mobile0.25",
-    "select": "all",
-    "order": "left to right",
-    "indices": "0",
-    "max_faces": 0,
-    "min_size": 24,
-    "confidence": 0.9,
-    "any_angle": False,
-    "crop_size": 512,
-    "smoothing": 0.0,
-    "strength": 1.0,
-    "mask_type": "ellipse",
-    "feather": 0.1,
-    "color_match": "none",
-}
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -87,7 +70,7 @@ def small_graph(name: str, compiled: bool = False) -> dict[str, Any]:
         "load": node("LoadImage", image="two.png"),
         "model": node("OSDFaceBuiltinModel"),
         "work": node(
-            "OSDFaceRestore", image=["load", 0], model=["model", 0], vae=["model", 1], **WIDGETS
+            "OSDFaceRestore", image=["load", 0], model=["model", 0], vae=["model", 1], **RESTORE
         ),
         "save": node("SaveImage", images=["work", 0], filename_prefix=name),
         "keep": node("FuzzKeep", image=["work", 0], name=name),

@@ -34,6 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.widgets import FIND, PASTE
+
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = "v2-1_512-ema-pruned.safetensors"
 LORA, VRE, DETECTOR = (
@@ -310,31 +312,9 @@ class Ours:
         self.without = not networks
         self.seconds.update(dict.fromkeys(STAGES, 0.0))
         self.vae.__dict__.pop("osdface_latents", None)
-        settings = {
-            "select": "all",
-            "order": "left to right",
-            "indices": "0",
-            "max_faces": 0,
-            "min_size": 24,
-            "max_size": 0,
-        }
-        settings |= {
-            "detector": "retinaface_mobile0.25",
-            "confidence": 0.9,
-            "any_angle": False,
-            "crop_size": 512,
-            "smoothing": 0.0,
-        }
-        faces, pictures, *_ = self.call("FaceDetectAlign", image=picture, **settings)
-        look = {
-            "strength": 1.0,
-            "mask_type": "ellipse",
-            "feather": 0.1,
-            "color_match": "none",
-            "keep_detail": 0.0,
-        }
+        faces, pictures, *_ = self.call("FaceDetectAlign", image=picture, **FIND)
         self.call(
-            "FacePasteBack", image=picture, faces=faces, restored=self.restored(pictures), **look
+            "FacePasteBack", image=picture, faces=faces, restored=self.restored(pictures), **PASTE
         )
         self.without = False
         return len(faces), dict(self.seconds)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,6 +226,17 @@ def small_server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     populate(base)
     with server(comfyui, base) as address:
         yield Prompts(address, base)
+
+
+@pytest.fixture
+def group(photographs: Path, load_picture: Callable[[Path], torch.Tensor]) -> torch.Tensor:
+    """Two faces side by side, at (1,270,640,3)."""
+    picture = load_picture(photographs / "group.png")
+    return (
+        F.interpolate(picture[:, :540, :1280].movedim(-1, 1), scale_factor=0.5, mode="area")
+        .movedim(1, -1)
+        .contiguous()
+    )
 
 
 @pytest.fixture(scope="session")

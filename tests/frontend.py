@@ -35,6 +35,17 @@ READY = (
 )
 
 
+def over(base: Path) -> list[str]:
+    """Arguments of a ComfyUI on the CPU that keeps everything in the folder."""
+    return [
+        "--cpu",
+        "--disable-api-nodes",
+        *("--base-directory", str(base)),
+        *("--user-directory", str(base / "user")),
+        *("--database-url", f"sqlite:///{base}/user/t.db"),
+    ]
+
+
 @contextmanager
 def server(
     comfyui: Path, base: Path, seconds: float = 120, arguments: Sequence[str] = ()
@@ -48,19 +59,12 @@ def server(
     command = [
         sys.executable,
         "main.py",
-        "--cpu",
         "--disable-auto-launch",
         "--listen",
         "127.0.0.1",
         "--port",
         str(port),
-        "--disable-api-nodes",
-        "--base-directory",
-        str(base),
-        "--user-directory",
-        str(base / "user"),
-        "--database-url",
-        f"sqlite:///{base}/user/t.db",
+        *over(base),
         *arguments,
     ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}

@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from osdface_core.faces.detect import DetectOptions
 from tests.frontend import SIZE, Frontend, chromium
+from tests.widgets import FIND
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
@@ -806,23 +807,9 @@ def with_faces(address: str, picture: Image.Image, **choice: Any) -> Image.Image
     name = requests.post(
         f"{address}/upload/image", files=files, data={"overwrite": "true"}, timeout=60
     ).json()["name"]
-    inputs = {
-        "image": ["1", 0],
-        "detector": "retinaface_mobile0.25",
-        "confidence": 0.9,
-        "select": "all",
-        "order": "left to right",
-        "indices": "0",
-        "max_faces": 0,
-        "min_size": 24,
-        "max_size": 0,
-        "any_angle": False,
-        "crop_size": 512,
-        "smoothing": 0.0,
-    }
     prompt = {
         "1": {"class_type": "LoadImage", "inputs": {"image": name}},
-        "2": {"class_type": "FaceDetectAlign", "inputs": inputs | choice},
+        "2": {"class_type": "FaceDetectAlign", "inputs": FIND | {"image": ["1", 0]} | choice},
         "3": {"class_type": "PreviewImage", "inputs": {"images": ["2", 2]}},
     }
     number = requests.post(f"{address}/prompt", json={"prompt": prompt}, timeout=60).json()[

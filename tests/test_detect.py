@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.detection import turned
 from osdface_core.errors import OSDFaceError
 from osdface_core.faces.align import TEMPLATE
 from osdface_core.faces.candidates import detect_once
@@ -25,9 +26,8 @@ from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.faces.find import find_faces
 from osdface_core.faces.preview import draw_faces
 from osdface_core.faces.retinaface import RetinaFace, anchors, build_retinaface
-from osdface_core.pictures.geometry import Affine, apply, inverse
+from osdface_core.pictures.geometry import apply, inverse
 from osdface_core.pictures.picture import finite
-from osdface_core.pictures.resampling import warp
 from osdface_core.weights.reading import read_tensors
 from tests import photographs
 
@@ -62,19 +62,6 @@ def portraits(data: Path, step: int) -> list[Path]:
 
 def halved(image: Tensor) -> Tensor:
     return F.avg_pool2d(image.movedim(-1, 1), 2).movedim(1, -1)
-
-
-def turned(image: Tensor, degrees: float) -> tuple[Tensor, Affine]:
-    """The picture turned clockwise, none of it lost, and the map from the one to the other."""
-    height, width = image.shape[1:3]
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    w = math.ceil(abs(width * cos) + abs(height * sin) - 1e-6)
-    h = math.ceil(abs(width * sin) + abs(height * cos) - 1e-6)
-    matrix = (
-        (cos, -sin, w / 2 - cos * width / 2 + sin * height / 2),
-        (sin, cos, h / 2 - sin * width / 2 - cos * height / 2),
-    )
-    return warp(image[0].movedim(-1, 0), matrix, h, w).movedim(0, -1)[None].clamp(0, 1), matrix
 
 
 def iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:

@@ -13,22 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = [pytest.mark.host, pytest.mark.full]
+from tests.widgets import FIND, PASTE
 
-FOUND = {
-    "detector": "builtin",
-    "confidence": 0.9,
-    "select": "all",
-    "order": "left to right",
-    "indices": "0",
-    "max_faces": 0,
-    "min_size": 24,
-    "max_size": 0,
-    "any_angle": False,
-    "crop_size": 512,
-    "smoothing": 0.0,
-}
-PASTED = {"strength": 1.0, "mask_type": "ellipse", "feather": 0.1, "color_match": "none"}
+FOUND = FIND | {"detector": "builtin"}
+
+pytestmark = [pytest.mark.host, pytest.mark.full]
 
 
 def find(host: Any, **changed: Any) -> Any:
@@ -188,7 +177,7 @@ def test_model_and_vae_that_were_swapped(
     model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
     widgets = (
         {name: value for name, value in FOUND.items() if name != "max_size"}
-        | PASTED
+        | PASTE
         | {"vre_name": "builtin", "lora_name": "none"}
     )
     with pytest.raises(host.error, match=r"^`model` is VAE"), torch.inference_mode():
@@ -202,7 +191,7 @@ def test_a_picture_of_another_shape_in_the_one_node(shape: tuple[int, ...], host
     model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
     widgets = (
         {name: value for name, value in FOUND.items() if name != "max_size"}
-        | PASTED
+        | PASTE
         | {"vre_name": "builtin", "lora_name": "none"}
     )
     with pytest.raises(
@@ -222,7 +211,7 @@ def test_faces_that_are_none(host: Any) -> None:
                 for n in ("select", "order", "indices", "max_faces", "min_size", "max_size")
             },
         ),
-        ("FacePasteBack", PASTED | {"image": torch.rand(1, 40, 40, 3)}),
+        ("FacePasteBack", PASTE | {"image": torch.rand(1, 40, 40, 3)}),
     ):
         with pytest.raises(host.error, match=r"^`faces` is nothing; faces are wanted"):
             host.nodes[node].execute(faces=None, **given)
@@ -235,7 +224,7 @@ def test_what_is_optional_or_lazy_may_be_missing(host: Any) -> None:
     faces = find(host, image=image)[0]
     after, mask = (
         host.nodes["FacePasteBack"]
-        .execute(image=image, faces=faces, restored=None, keep=None, **PASTED)
+        .execute(image=image, faces=faces, restored=None, keep=None, **PASTE)
         .args
     )
     assert after is image

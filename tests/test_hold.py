@@ -26,28 +26,10 @@ from benchmarks import modes
 from benchmarks.fuzz import populate
 from tests.frontend import server
 from tests.prompts import Prompts
+from tests.widgets import FIND, PASTE, RESTORE, STEP
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
 
-WIDGETS = {
-    "vre_name": "builtin",
-    "lora_name": "none",
-    "detector": "retinaface_mobile0.25",
-    "select": "all",
-    "order": "left to right",
-    "indices": "0",
-    "max_faces": 0,
-    "min_size": 24,
-    "confidence": 0.9,
-    "any_angle": False,
-    "crop_size": 512,
-    "smoothing": 0.0,
-    "strength": 1.0,
-    "mask_type": "ellipse",
-    "feather": 0.1,
-    "color_match": "none",
-}
-STEP = {"lora_name": "none", "lora_strength": 1.0, "timestep": 399, "faces_per_batch": 0}
 LORA_FILE = "of_the_small_model.safetensors"
 
 
@@ -56,17 +38,6 @@ def no_gradients() -> Any:
     """ComfyUI runs every node so."""
     with torch.inference_mode():
         yield
-
-
-@pytest.fixture
-def group(photographs: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
-    """Two faces side by side, at (1,270,640,3)."""
-    picture = load_picture(photographs / "group.png")
-    return (
-        F.interpolate(picture[:, :540, :1280].movedim(-1, 1), scale_factor=0.5, mode="area")
-        .movedim(1, -1)
-        .contiguous()
-    )
 
 
 @pytest.fixture
@@ -108,7 +79,7 @@ def restored(host: Any, image: Tensor, **changed: Any) -> Tensor:
     # Another tensor each time: what was found on one is not looked for again.
     return (
         host.nodes["OSDFaceRestore"]
-        .execute(image=image.clone(), model=model, vae=vae, **WIDGETS | changed)
+        .execute(image=image.clone(), model=model, vae=vae, **RESTORE | changed)
         .args[0]
     )
 
@@ -174,38 +145,17 @@ def test_memory_that_is_freed_between_the_nodes(host: Any, group: Tensor) -> Non
 
     def run(free: Callable[[], object]) -> Tensor:
         model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args[:2]
-        widgets = {
-            name: WIDGETS[name]
-            for name in (
-                "detector",
-                "select",
-                "order",
-                "indices",
-                "max_faces",
-                "min_size",
-                "confidence",
-            )
-        }
         free()
-        faces, crops = (
-            host.nodes["FaceDetectAlign"]
-            .execute(
-                image=group, **widgets, max_size=0, any_angle=False, crop_size=512, smoothing=0.0
-            )
-            .args[:2]
-        )
+        faces, crops = host.nodes["FaceDetectAlign"].execute(image=group, **FIND).args[:2]
         free()
         prompts = host.nodes["OSDFaceVRE"].execute(crops=crops, vre_name="builtin").args[0]
         free()
         given = {"model": model, "vae": vae, "crops": crops, "conditioning": prompts}
         result = host.nodes["OSDFaceOneStep"].execute(**given, **STEP).args[0]
         free()
-        paste = {
-            name: WIDGETS[name] for name in ("strength", "mask_type", "feather", "color_match")
-        }
         return (
             host.nodes["FacePasteBack"]
-            .execute(image=group, faces=faces, restored=result, **paste)
+            .execute(image=group, faces=faces, restored=result, **PASTE)
             .args[0]
         )
 
@@ -241,25 +191,7 @@ def test_the_detector_halves_its_chunk_when_memory_runs_out(
 ) -> None:
     images = torch.cat([group, group.flip(2), group, group.flip(2)])[:, :, :320]
     find = host.nodes["FaceDetectAlign"].execute
-    widgets = {
-        name: WIDGETS[name]
-        for name in (
-            "detector",
-            "select",
-            "order",
-            "indices",
-            "max_faces",
-            "min_size",
-            "confidence",
-        )
-    }
-    widgets |= {
-        "max_size": 0,
-        "any_angle": False,
-        "crop_size": 512,
-        "smoothing": 0.0,
-        "image": images,
-    }
+    widgets = FIND | {"image": images}
     wanted = find(**widgets).args
     network = host.networks.load_network(
         host.files.find("detection_mobilenet0.25_Final.pth", "facedetection"),
@@ -630,7 +562,7 @@ def test_two_prompts_in_the_queue_with_different_models(
             "model": {"class_type": "OSDFaceBuiltinModel", "inputs": {}},
             "work": {
                 "class_type": "OSDFaceRestore",
-                "inputs": WIDGETS | {"image": ["load", 0], "model": model, "vae": ["model", 1]},
+                "inputs": RESTORE | {"image": ["load", 0], "model": model, "vae": ["model", 1]},
             },
             "keep": {"class_type": "FuzzKeep", "inputs": {"image": ["work", 0], "name": name}},
         }

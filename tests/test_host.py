@@ -22,28 +22,13 @@ import skimage.data
 import torch
 from safetensors.torch import save_file
 
+from tests import widgets
+
 pytestmark = [pytest.mark.host, pytest.mark.full]
 
 INPUTS = ("astronaut_lq", "portrait_severe_lq", "portrait_128", "portrait_512x640", "many_codes")
 LORA = "pytorch_lora_weights.safetensors"
-RESTORE = {
-    "vre_name": "associate_2.ckpt",
-    "detector": "builtin",
-    "select": "all",
-    "order": "left to right",
-    "indices": "0",
-    "max_faces": 0,
-    "min_size": 24,
-    "confidence": 0.9,
-    "any_angle": False,
-    "crop_size": 512,
-    "smoothing": 0.0,
-    "strength": 1.0,
-    "mask_type": "ellipse",
-    "feather": 0.1,
-    "color_match": "none",
-}
-STEP = {"lora_name": LORA, "lora_strength": 1.0, "timestep": 399, "faces_per_batch": 0}
+STEP = widgets.STEP | {"lora_name": LORA}
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +49,13 @@ def run(host: Any, node: str, **inputs: Any) -> Any:
 
 def prompts_of(host: Any, crops: torch.Tensor) -> Any:
     return run(host, "OSDFaceVRE", crops=crops, vre_name="associate_2.ckpt")
+
+
+def step_inputs(host: Any, checkpoint: tuple[Any, Any], crops: torch.Tensor) -> dict[str, Any]:
+    """The step node's inputs for the crops."""
+    model, vae = checkpoint
+    conditioning = prompts_of(host, crops)
+    return {"model": model, "vae": vae, "crops": crops, "conditioning": conditioning} | STEP
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -338,7 +330,7 @@ def test_a_lora_that_is_not_there_is_named_before_a_network_runs(
             image=picture,
             model=model,
             vae=vae,
-            **RESTORE | {"lora_name": "gone.safetensors"},
+            **widgets.RESTORE | {"vre_name": "associate_2.ckpt", "lora_name": "gone.safetensors"},
         )
 
 
@@ -650,14 +642,9 @@ def test_another_projector_beside_the_checkpoint_is_noticed(host: Any, seeded: M
 def test_faces_that_come_out_as_nan_are_told(
     host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, vae = checkpoint
+    _, vae = checkpoint
     crops = torch.rand(2, 64, 72, 3)
-    given = {
-        "model": model,
-        "vae": vae,
-        "crops": crops,
-        "conditioning": prompts_of(host, crops),
-    } | STEP
+    given = step_inputs(host, checkpoint, crops)
     decode, broken = vae.decode, [True, False]
 
     def decode_to_nan(latents: torch.Tensor) -> torch.Tensor:
@@ -733,14 +720,9 @@ def test_memory_that_runs_out_in_the_vae_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """ComfyUI then works in tiles by itself, which is near what the whole gives."""
-    model, vae = checkpoint
+    _, vae = checkpoint
     crops = crop("astronaut_lq")[:, 100:300, 100:308]
-    given = {
-        "model": model,
-        "vae": vae,
-        "crops": crops,
-        "conditioning": prompts_of(host, crops),
-    } | STEP
+    given = step_inputs(host, checkpoint, crops)
     wanted = run(host, "OSDFaceOneStep", **given)
     vae.osdface_latents.clear()
     network, failed = vae.first_stage_model, []
@@ -762,14 +744,9 @@ def test_memory_that_runs_out_in_the_vae_does_not_end_the_run(
 def test_the_same_crops_are_encoded_once(
     host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, vae = checkpoint
+    _, vae = checkpoint
     crops = torch.rand(2, 64, 72, 3)
-    given = {
-        "model": model,
-        "vae": vae,
-        "crops": crops,
-        "conditioning": prompts_of(host, crops),
-    } | STEP
+    given = step_inputs(host, checkpoint, crops)
     usual, encoded = vae.encode, []
     monkeypatch.setattr(vae, "encode", lambda pixels: encoded.append(len(pixels)) or usual(pixels))
     first = run(host, "OSDFaceOneStep", **given)

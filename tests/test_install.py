@@ -25,7 +25,7 @@ from osdface_core.faces.retinaface import RetinaFace
 from osdface_core.osdface.vre import build_embedder, read_embedder
 from osdface_core.weights.fetching import sha256_of
 from osdface_core.weights.store import Store
-from tests.weight_server import Server, running, stall
+from tests.weight_server import PROXIES, Server, running, stall
 
 ROOT = Path(install.__file__).parent
 HUB = "alecccdd/OSDFace"
@@ -61,15 +61,7 @@ def untrained_detector(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for variable in (
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        *install.MANAGER_VARIABLES,
-    ):
+    for variable in (*PROXIES, *install.MANAGER_VARIABLES):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     with running() as state:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.frontend import over
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -87,19 +89,7 @@ def test_installing_changes_no_package_and_the_pack_loads(comfyui: Path, tmp_pat
         ).stdout
     )
 
-    command = [
-        python,
-        "main.py",
-        "--cpu",
-        "--quick-test-for-ci",
-        "--disable-api-nodes",
-        "--base-directory",
-        str(base),
-        "--user-directory",
-        str(base / "user"),
-        "--database-url",
-        f"sqlite:///{base / 'user' / 'test.db'}",
-    ]
+    command = [python, "main.py", "--quick-test-for-ci", *over(base)]
     started = subprocess.run(
         command, capture_output=True, text=True, cwd=comfyui, check=False, timeout=180
     )

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.widgets import RESTORE
+
 pytestmark = [pytest.mark.host, pytest.mark.full]
 
 NODES = (
@@ -28,24 +30,6 @@ NODES = (
     "OSDFaceRestore",
     "OSDFaceBuiltinModel",
 )
-BUILTIN = {
-    "vre_name": "builtin",
-    "lora_name": "none",
-    "detector": "retinaface_mobile0.25",
-    "select": "all",
-    "order": "left to right",
-    "indices": "0",
-    "max_faces": 0,
-    "min_size": 24,
-    "confidence": 0.9,
-    "any_angle": False,
-    "crop_size": 512,
-    "smoothing": 0.0,
-    "strength": 1.0,
-    "mask_type": "ellipse",
-    "feather": 0.1,
-    "color_match": "none",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +208,7 @@ def restored(host: Any, image: Tensor, **changed: Any) -> Any:
     model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
     return (
         host.nodes["OSDFaceRestore"]
-        .execute(image=image, model=model, vae=vae, **BUILTIN | changed)
+        .execute(image=image, model=model, vae=vae, **RESTORE | changed)
         .args
     )
 
@@ -278,7 +262,7 @@ def test_pictures_and_latents_of_half_precision(host: Any, portrait: Tensor) -> 
         assert [latent.dtype for latent in latents] == [torch.float16] * 2
         out, mask, both, _ = (
             host.nodes["OSDFaceRestore"]
-            .execute(image=portrait.half(), model=model, vae=vae, **BUILTIN)
+            .execute(image=portrait.half(), model=model, vae=vae, **RESTORE)
             .args
         )
     finally:

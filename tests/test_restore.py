@@ -18,29 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from osdface_core.faces.preview import before_after, draw_faces
+from tests.widgets import CHOICE, RESTORE
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
 
 VRE, LORA, PARSER = "associate_2.ckpt", "pytorch_lora_weights.safetensors", "parsing_parsenet.pth"
-WIDGETS = {
-    "vre_name": VRE,
-    "lora_name": LORA,
-    "detector": "retinaface_mobile0.25",
-    "select": "all",
-    "order": "left to right",
-    "indices": "0",
-    "max_faces": 0,
-    "min_size": 24,
-    "confidence": 0.9,
-    "any_angle": False,
-    "crop_size": 512,
-    "smoothing": 0.0,
-    "strength": 1.0,
-    "mask_type": "ellipse",
-    "feather": 0.1,
-    "color_match": "none",
-}
-CHOICE = ("select", "order", "indices", "max_faces", "min_size")
+WIDGETS = RESTORE | {"vre_name": VRE, "lora_name": LORA}
 
 
 class Model:
@@ -116,17 +99,6 @@ def small(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.fixture
 def portrait(photographs: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
     return load_picture(photographs / "astronaut.png")
-
-
-@pytest.fixture
-def group(photographs: Path, load_picture: Callable[[Path], Tensor]) -> Tensor:
-    """Two faces side by side, at (1,270,640,3)."""
-    picture = load_picture(photographs / "group.png")
-    return (
-        F.interpolate(picture[:, :540, :1280].movedim(-1, 1), scale_factor=0.5, mode="area")
-        .movedim(1, -1)
-        .contiguous()
-    )
 
 
 @pytest.fixture

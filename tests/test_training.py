@@ -672,9 +672,7 @@ def test_a_full_size_step_of_stage_2_fits_in_20_gib(
     """
     base = stand_ins / "sd21-diffusers"
     if not base.is_dir():
-        pytest.skip(
-            f"no stand-in weights in diffusers' layout at {base}: make them with make_weights.py"
-        )
+        pytest.skip("no sd21-diffusers among the stand-in weights: make_weights.py writes it")
     command = [
         sys.executable,
         "-m",

@@ -17,7 +17,17 @@ from osdface_core.errors import OSDFaceError
 from osdface_core.weights import fetching
 from osdface_core.weights.catalogue import WeightFile
 from osdface_core.weights.fetching import UnreachableError, fetch, recorded_sha256, sha256_of
-from tests.weight_server import Answer, Server, cut, other, running, stall, status, web_page
+from tests.weight_server import (
+    PROXIES,
+    Answer,
+    Server,
+    cut,
+    other,
+    running,
+    stall,
+    status,
+    web_page,
+)
 
 CONTENT = random.Random(0).randbytes(1_000_000)
 NAME = "detector.pth"
@@ -30,14 +40,7 @@ REPOSITORY = "somebody/faces"
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     from huggingface_hub import constants
 
-    for variable in (
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-    ):
+    for variable in PROXIES:
         monkeypatch.delenv(variable, raising=False)
     with running() as state:
         monkeypatch.setenv("HF_ENDPOINT", state.url)

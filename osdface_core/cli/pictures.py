@@ -21,6 +21,7 @@ from PIL import Image, ImageCms
 from torch import Tensor
 
 from ..errors import OSDFaceError
+from ..pictures.color import LUMA
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp")
 JPEG, TIFF = (".jpg", ".jpeg", ".jpe", ".jfif"), (".tif", ".tiff")
@@ -283,7 +284,7 @@ def read_mask(path: Path) -> Tensor:
     return (
         pixels[..., :1]
         if pixels.shape[2] < 3
-        else pixels[..., :3] @ pixels.new_tensor((0.299, 0.587, 0.114))[:, None]
+        else pixels[..., :3] @ pixels.new_tensor(LUMA)[:, None]
     )[None, ..., 0]
 
 

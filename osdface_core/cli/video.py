@@ -135,15 +135,12 @@ def _windows(frames: Iterable[av.VideoFrame]) -> Iterator[list[av.VideoFrame]]:
     window: list[av.VideoFrame] = []
     for frame in frames:
         window.append(frame)
-        if _is_full(window):
+        pixels = len(window) * frame.width * frame.height
+        if len(window) >= MAX_FRAMES or pixels >= WINDOW:
             yield window
             window = []
     if window:
         yield window
-
-
-def _is_full(window: list[av.VideoFrame]) -> bool:
-    return len(window) >= MAX_FRAMES or len(window) * window[-1].width * window[-1].height >= WINDOW
 
 
 def _transcode(
@@ -176,7 +173,16 @@ def _transcode(
                 )
     time_base = stream.time_base
 
-    def encode(window: list[av.VideoFrame]) -> None:
+    def frames() -> Iterator[av.VideoFrame]:
+        """Decodes the frames, and copies the packets of other streams that lie between them."""
+        for packet in container.demux(stream, *(container.streams[index] for index in copies)):
+            if packet.stream.index not in copies:
+                yield from packet.decode()
+            elif packet.dts is not None:
+                packet.stream = copies[packet.stream.index]
+                out.mux(packet)
+
+    for window in _windows(frames()):
         for frame in restored(window):
             frame.time_base = time_base
             frame.pict_type = 0
@@ -187,20 +193,6 @@ def _transcode(
             )
             for packet in encoded.encode(fits):
                 out.mux(packet)
-
-    window: list[av.VideoFrame] = []
-    for packet in container.demux(stream, *(container.streams[index] for index in copies)):
-        if packet.stream.index in copies:
-            if packet.dts is not None:
-                packet.stream = copies[packet.stream.index]
-                out.mux(packet)
-            continue
-        for frame in packet.decode():
-            window.append(frame)
-            if _is_full(window):
-                encode(window)
-                window = []
-    encode(window)
     for packet in encoded.encode(None):
         out.mux(packet)
     return str(encoded.codec_context.name)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..chunks import Progress, no_progress
 from ..errors import OSDFaceError
-from ..pictures.color import COLOR_MATCHES, match_color
+from ..pictures.color import COLOR_MATCHES, LUMA, match_color
 from ..pictures.geometry import Affine, bounds, compose, inverse, scale_of, scaling, translated
 from ..pictures.picture import check_pictures, rgb_of
 from ..pictures.resampling import back_project, sample_affine, warp
@@ -29,7 +29,6 @@ MASK_TYPES = ("parsing", "ellipse", "box")
 # crop's border outside.
 ELLIPSE_CENTRE = (0.5, 0.52)
 ELLIPSE_RADII = (0.42, 0.47)
-LUMA = (0.299, 0.587, 0.114)
 PARSED_AT_ONCE = 8
 # Limits of a crop's side in the picture, in pixels and in multiples of the picture's longer side:
 # no face lies beyond them, and a larger crop would not fit into memory.

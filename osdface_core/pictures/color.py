@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COLOR_MATCHES = ("none", "mean-std", "wavelet")
+# Shares of red, green and blue in grey (ITU-R BT.601).
+LUMA = (0.299, 0.587, 0.114)
 
 # Linear sRGB (IEC 61966-2-1) to CIE XYZ divided by the white point D65.
 _XYZ = (
