@@ -478,9 +478,9 @@ def test_a_wrong_checkpoint_is_named_in_our_sentence(site: Site) -> None:
     site.press_run()
     kind, message = site.ended()
     sentence = (
-        "`model` is SD15 (text width 768, UNet width 320); OSDFace needs Stable Diffusion "
-        "2.1-base (512 px, epsilon). "
-        "Load Stable Diffusion 2.1-base (v2-1_512-ema-pruned.safetensors) with Load Checkpoint."
+        "`model` is SD15 with a text width of 768 instead of 1024; Stable Diffusion 2.1-base "
+        "(512 px, epsilon) is wanted: load Stable Diffusion 2.1-base "
+        "(v2-1_512-ema-pruned.safetensors) with Load Checkpoint."
     )
     assert (kind, message) == ("execution_error", sentence)
     dialog = site.ui.page.locator(".p-dialog:visible")

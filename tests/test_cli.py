@@ -658,7 +658,7 @@ def test_weights_that_are_missing_or_wrong_stop_the_run_with_a_sentence(
                 "--detector",
                 "builtin",
             ],
-            "predicts v_prediction",
+            "wrong is a model that predicts v, as",
         ),
         (
             ["--models-dir", models, "--model", "builtin", "--mask-type", "parsing"],
