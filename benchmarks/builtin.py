@@ -242,7 +242,13 @@ def ceiling(data: Path, limit: int, share: float = 0.7) -> None:
             table(f"{len(pictures)} portraits", kind, f"{what}, and grain", grainy, pictures)
 
 
-def table(pictures: str, kind: str, what: str, given: list[Tensor], right: list[Tensor]) -> None:
+def table(
+    pictures: str,
+    kind: str,
+    what: str,
+    given: list[Tensor],
+    right: list[Tensor],
+) -> None:
     """Prints a row: the mean PSNR, SSIM and gradient energy of `given`.
 
     pictures: their name.

@@ -886,7 +886,11 @@ def stem(sentence: str) -> str:
 
 
 def outcome(
-    address: str, link: websocket.WebSocket, client: str, made: Made, tally: Tally
+    address: str,
+    link: websocket.WebSocket,
+    client: str,
+    made: Made,
+    tally: Tally,
 ) -> tuple[str, bool]:
     """The result of a graph, and whether it is a violation.
 
@@ -1027,7 +1031,11 @@ def run(
 
 
 def graphs(
-    count: Iterable[int], seed: int, info: dict[str, Any], pictures: list[str], faces: list[str]
+    count: Iterable[int],
+    seed: int,
+    info: dict[str, Any],
+    pictures: list[str],
+    faces: list[str],
 ) -> Iterator[tuple[int, Made]]:
     """The random graphs of these numbers, each the same for the same seed.
 

@@ -109,7 +109,13 @@ class FuzzImage(Node):
     RETURN_TYPES = ("IMAGE",)
 
     def run(
-        self, frames: int, height: int, width: int, channels: int, values: str, seed: int
+        self,
+        frames: int,
+        height: int,
+        width: int,
+        channels: int,
+        values: str,
+        seed: int,
     ) -> tuple[Tensor]:
         rng = torch.Generator().manual_seed(seed)
         picture = torch.rand(frames, height, width, channels, generator=rng)
@@ -179,7 +185,14 @@ class FuzzMask(Node):
     }
     RETURN_TYPES = ("MASK",)
 
-    def run(self, frames: int, height: int, width: int, values: str, seed: int) -> tuple[Tensor]:
+    def run(
+        self,
+        frames: int,
+        height: int,
+        width: int,
+        values: str,
+        seed: int,
+    ) -> tuple[Tensor]:
         rng = torch.Generator().manual_seed(seed)
         mask = torch.rand(frames, height, width, generator=rng)
         if values == "two dimensions":

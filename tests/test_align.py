@@ -163,7 +163,11 @@ def test_crop_is_cut_where_facexlib_cuts_it(name: str, size: int) -> None:
     st.sampled_from([512, 640, 1024]),
 )
 def test_a_template_moved_turned_and_scaled_is_found_exactly(
-    scale: float, degrees: float, x: float, y: float, size: int
+    scale: float,
+    degrees: float,
+    x: float,
+    y: float,
+    size: int,
 ) -> None:
     truth = turn(scale, degrees, (256, 256), (x, y))
     landmarks = tuple(apply(truth, *point) for point in ours(FACEXLIB_TEMPLATE))
@@ -294,7 +298,12 @@ def test_beyond_the_edge_the_picture_goes_on() -> None:
     st.integers(1, 65),
 )
 def test_any_shape_is_cut(
-    height: int, width: int, channels: int, scale: float, degrees: float, size: int
+    height: int,
+    width: int,
+    channels: int,
+    scale: float,
+    degrees: float,
+    size: int,
 ) -> None:
     picture = torch.full((height, width, channels), 3.5)
     crop = crop_face(

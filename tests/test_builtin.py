@@ -213,7 +213,11 @@ def test_nothing_is_read_anew_from_run_to_run(host: Any, given: Any) -> None:
     ("what", "wants"), [("prompts", "vre_name"), ("lora", "lora_name"), ("vae", "vae")]
 )
 def test_mixing_is_refused(
-    what: str, wants: str, host: Any, given: Any, portrait: Image.Image
+    what: str,
+    wants: str,
+    host: Any,
+    given: Any,
+    portrait: Image.Image,
 ) -> None:
     crops = tensor(portrait)
     conditioning = run(host, "OSDFaceVRE", crops=crops, vre_name="builtin")

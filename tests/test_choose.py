@@ -172,7 +172,11 @@ def test_ranges_mean_the_numbers_between_them(ranges: list[list[int]]) -> None:
     st.integers(0, 3),
 )
 def test_no_choice_ever_means_more_than_it_says(
-    places: list[tuple[float, float, float, int]], select: str, order: str, indices: str, most: int
+    places: list[tuple[float, float, float, int]],
+    select: str,
+    order: str,
+    indices: str,
+    most: int,
 ) -> None:
     faces = number_faces(
         [face(x, y, size, frame=f, number=i, shot=f) for i, (x, y, size, f) in enumerate(places)],

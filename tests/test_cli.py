@@ -799,7 +799,12 @@ def test_a_video_keeps_its_times_its_sound_and_all_but_its_faces(
     [("libx264", "yuv420p", "a.mp4"), ("libvpx-vp9", "yuv420p", "a.webm")],
 )
 def test_a_video_keeps_its_codec_and_looks(
-    codec: str, pix_fmt: str, name: str, run: Run, clip: list[np.ndarray], tmp_path: Path
+    codec: str,
+    pix_fmt: str,
+    name: str,
+    run: Run,
+    clip: list[np.ndarray],
+    tmp_path: Path,
 ) -> None:
     made_video(tmp_path / name, clip[3:], [0, 40, 80], codec, pix_fmt, sound=False)
     assert run(tmp_path / name, tmp_path / f"out_{name}") == 0

@@ -32,7 +32,12 @@ def last(x: Tensor) -> Tensor:
     st.integers(0, 99),
 )
 def test_a_convolution_of_an_enlarged_picture_is_done_before_it(
-    batch: int, channels: int, height: int, width: int, biased: bool, seed: int
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    biased: bool,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     x, weight, bias = (

@@ -165,7 +165,11 @@ def rewritten(folder: Path, part: str, file: str, **changes: Any) -> None:
     ],
 )
 def test_a_wrong_base_is_refused(
-    part: str, changes: dict[str, Any], says: str, small_model: Path, tmp_path: Path
+    part: str,
+    changes: dict[str, Any],
+    says: str,
+    small_model: Path,
+    tmp_path: Path,
 ) -> None:
     folder = tmp_path / "base"
     shutil.copytree(small_model, folder)

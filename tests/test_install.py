@@ -151,7 +151,11 @@ def test_what_the_user_put_there_is_used_and_stays(
 
 
 def test_files_downloaded_by_hand_are_known_by_content(
-    server: Server, models: Path, released: Path, untrained_detector: Path, tmp_path: Path
+    server: Server,
+    models: Path,
+    released: Path,
+    untrained_detector: Path,
+    tmp_path: Path,
 ) -> None:
     downloads = tmp_path / "Downloads"
     downloads.mkdir()

@@ -225,7 +225,12 @@ def test_a_face_of_2000_px_comes_back_no_worse_than_through_opencv(portrait: Ten
     st.sampled_from([0.5, 1, 1.5]),
 )
 def test_any_similarity_comes_back(
-    portrait: Tensor, side: float, degrees: float, x: float, y: float, scale: float
+    portrait: Tensor,
+    side: float,
+    degrees: float,
+    x: float,
+    y: float,
+    scale: float,
 ) -> None:
     ours, theirs, shift = there_and_back(portrait[0].numpy(), placed(side, degrees, (x, y)), scale)
     assert ours > theirs - 0.01

@@ -59,7 +59,12 @@ def small(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     class Backbone:
         def __init__(
-            self, model: Any, vae: Any, options: Any, lora_name: str, strength: float = 1.0
+            self,
+            model: Any,
+            vae: Any,
+            options: Any,
+            lora_name: str,
+            strength: float = 1.0,
         ) -> None:
             assert (model, vae) == (seen.model, seen.vae)
             self.strength = strength
@@ -188,7 +193,11 @@ def four_nodes(
     ],
 )
 def test_the_picture_is_that_of_the_four_nodes(
-    changed: dict[str, Any], host: Any, small: Any, group: Tensor, parser: Path
+    changed: dict[str, Any],
+    host: Any,
+    small: Any,
+    group: Tensor,
+    parser: Path,
 ) -> None:
     """A video of three frames with an alpha channel, part of which is kept."""
     alpha = torch.rand(3, *group.shape[1:3], 1, generator=torch.Generator().manual_seed(1))
@@ -306,7 +315,11 @@ def test_values_that_are_no_numbers_are_laid_to_the_picture(
     ],
 )
 def test_what_does_not_fit_is_named_before_a_network_runs(
-    changed: dict[str, Any], says: str, host: Any, small: Any, portrait: Tensor
+    changed: dict[str, Any],
+    says: str,
+    host: Any,
+    small: Any,
+    portrait: Tensor,
 ) -> None:
     with pytest.raises(host.error, match=says):
         restore(host, small, portrait, **changed)
@@ -341,7 +354,11 @@ def test_one_bar_runs_over_all_stages_and_shows_each_crop(
 
 @pytest.mark.parametrize("stage", ["embed", "encode", "denoise", "decode", "parse"])
 def test_a_stop_is_heeded_within_a_face_and_the_next_run_works(
-    stage: str, host: Any, small: Any, group: Tensor, parser: Path
+    stage: str,
+    host: Any,
+    small: Any,
+    group: Tensor,
+    parser: Path,
 ) -> None:
     management = host.comfy.model_management
     image = group.expand(2, -1, -1, -1).clone()

@@ -107,7 +107,11 @@ def test_a_cut_connection_is_resumed(server: Server, tmp_path: Path) -> None:
     ],
 )
 def test_an_address_that_fails_leaves_nothing_and_the_next_is_tried(
-    answer: Answer, reason: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answer: Answer,
+    reason: str,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fetching, "LONGEST_SILENCE", 2.0)
     server.answers[server.release(FIRST, CONTENT)] = [answer] * 20

@@ -302,7 +302,12 @@ def check_target(picture: Picture, path: Path) -> None:
 
 
 def write(
-    picture: Picture, pixels: Tensor, mask: Tensor, path: Path, kind: str, quality: int = 95
+    picture: Picture,
+    pixels: Tensor,
+    mask: Tensor,
+    path: Path,
+    kind: str,
+    quality: int = 95,
 ) -> None:
     """Writes the restored picture to `path`. All formats but JPEG are lossless.
 

@@ -45,7 +45,11 @@ QUARTER = 90
 
 
 def restore(
-    source: Path, target: Path, restorer: Restorer, crf: int, progress: Callable[[int, int], None]
+    source: Path,
+    target: Path,
+    restorer: Restorer,
+    crf: int,
+    progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Restores the video `source` into `target` and returns its part of the report.
 

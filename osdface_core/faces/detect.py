@@ -87,7 +87,11 @@ class Detection:
 
 
 def detect_all_sizes(
-    network: RetinaFace, pixels: Tensor, confidence: float, smallest: float, report: Progress
+    network: RetinaFace,
+    pixels: Tensor,
+    confidence: float,
+    smallest: float,
+    report: Progress,
 ) -> Candidates:
     """Faces from `smallest` px to the picture's size, in pictures (B,3,H,W) in [0,1].
 
@@ -156,7 +160,11 @@ def detect_in_tiles(
 
 
 def detect_all_angles(
-    network: RetinaFace, pixels: Tensor, confidence: float, smallest: float, report: Progress
+    network: RetinaFace,
+    pixels: Tensor,
+    confidence: float,
+    smallest: float,
+    report: Progress,
 ) -> Candidates:
     """Faces of any roll, from four passes over the picture turned by quarters.
 

@@ -91,7 +91,11 @@ def find_faces(
 
 
 def place_faces(
-    found: list[list[Detection]], small: Tensor, width: int, height: int, options: DetectOptions
+    found: list[list[Detection]],
+    small: Tensor,
+    width: int,
+    height: int,
+    options: DetectOptions,
 ) -> tuple[tuple[Face, ...], tuple[str, ...]]:
     """All faces, followed and numbered, and for each "chosen" or why not.
 

@@ -379,7 +379,13 @@ def _ramp(x: Tensor) -> Tensor:
     return x * x * (3 - 2 * x)
 
 
-def _blend(image: Tensor, out: Tensor, mask: Tensor, total: Tensor, patches: list[_Patch]) -> None:
+def _blend(
+    image: Tensor,
+    out: Tensor,
+    mask: Tensor,
+    total: Tensor,
+    patches: list[_Patch],
+) -> None:
     """Blends the patches of one picture.
 
     Where faces overlap, their pixels are averaged by weight, and the average has the weight that

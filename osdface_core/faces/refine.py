@@ -41,7 +41,11 @@ def cut_window(picture: Tensor, matrix: Affine) -> Tensor:
 
 
 def refine(
-    network: RetinaFace, pixels: Tensor, found: Candidates, confidence: float, report: Progress
+    network: RetinaFace,
+    pixels: Tensor,
+    found: Candidates,
+    confidence: float,
+    report: Progress,
 ) -> tuple[Candidates, Tensor]:
     """The n faces with landmarks and scores of a second pass, and which of them (n,) it confirmed.
 

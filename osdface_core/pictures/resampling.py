@@ -30,7 +30,13 @@ SAMPLES_AT_ONCE = 2**22
 MIN_STRIP = 32
 
 
-def warp(source: Tensor, matrix: Affine, height: int, width: int, grain: float = 1.0) -> Tensor:
+def warp(
+    source: Tensor,
+    matrix: Affine,
+    height: int,
+    width: int,
+    grain: float = 1.0,
+) -> Tensor:
     """Resamples `source` through an affine map: (C,H,W) -> (C,height,width) fp32.
 
     Cubic convolution (Keys 1981, a = -0.75 as in OpenCV) where the result is as large or larger.
@@ -95,7 +101,11 @@ def _span(low: float, high: float, size: int) -> tuple[int, int]:
 
 
 def sample_affine(
-    source: Tensor, back: Affine, height: int, width: int, mode: str = "bicubic"
+    source: Tensor,
+    back: Affine,
+    height: int,
+    width: int,
+    mode: str = "bicubic",
 ) -> Tensor:
     """Interpolates `source` at the result's pixel centres: (C,H,W) -> (C,height,width) fp32.
 

@@ -209,7 +209,12 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
 
 
 def training_and_held_out(
-    pictures: Pictures, degradation: Degradation, seed: int, shown: int, *, with_face: bool = True
+    pictures: Pictures,
+    degradation: Degradation,
+    seed: int,
+    shown: int,
+    *,
+    with_face: bool = True,
 ) -> tuple[Samples, Samples]:
     """(samples to train on, samples to measure): the latter are the pictures held out, or the first
     `shown` training pictures where none is.

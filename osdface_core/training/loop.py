@@ -344,7 +344,11 @@ def _averaged(averages: dict[str, Average]) -> Iterator[None]:
 
 
 def _show(
-    task: Task, run: Run, own: dict[str, nn.Module], averages: dict[str, Average], step: int
+    task: Task,
+    run: Run,
+    own: dict[str, nn.Module],
+    averages: dict[str, Average],
+    step: int,
 ) -> None:
     """Writes and logs held-out samples."""
     if task.accelerator.is_main_process:

@@ -81,7 +81,11 @@ def load_unet(unet: UNetConfig) -> Any:
 
 
 def _load(
-    kind: Any, folder: Path | None, config: dict[str, Any], weights: Path | None, name: str
+    kind: Any,
+    folder: Path | None,
+    config: dict[str, Any],
+    weights: Path | None,
+    name: str,
 ) -> Any:
     """A network of diffusers in fp32. Raises OSDFaceError where it cannot be made.
 

@@ -277,7 +277,12 @@ class Stage2Task:
             return generator.vae.encode(pictures)
 
     def _verdict(
-        self, network: nn.Module, pixels: Tensor, latents: Tensor, numbers: list[int], salt: int
+        self,
+        network: nn.Module,
+        pixels: Tensor,
+        latents: Tensor,
+        numbers: list[int],
+        salt: int,
     ) -> Tensor:
         """What the discriminator says of pictures of the faces whose codes are `self.codes`.
 
