@@ -243,7 +243,7 @@ class Ours:
         self.portraits, self.without = given.data / "images" / "portraits", False
         pack_name = str(pack).replace(".", "_x_") + ".nodes"
         backbone = sys.modules[f"{pack_name}.comfy.backbone"].HostBackbone
-        vre = sys.modules[f"{pack_name}.osdface_vre"]
+        networks = sys.modules[f"{pack_name}.comfy.networks"]
         self._time(
             backbone,
             "encode",
@@ -258,7 +258,7 @@ class Ours:
             lambda of, latents: torch.full((len(latents), 3, 512, 512), 0.5),
         )
         self._time(
-            vre,
+            networks,
             "embed",
             "prompts",
             lambda pictures, *_, **__: torch.zeros(len(pictures), 77, 1024),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
@@ -21,7 +20,7 @@ from ..osdface_core.faces.preview import before_after
 from ..osdface_core.osdface.files import FOLDER as OSDFACE
 from ..osdface_core.osdface.files import LORAS
 from ..osdface_core.osdface.restore import restore
-from ..osdface_core.osdface.vre import embed, embedder_files
+from ..osdface_core.osdface.vre import embedder_files
 from ..osdface_core.pictures.picture import check_pictures
 from ..osdface_core.sd21.one_step import Restored
 from .comfy import backbone, files, networks
@@ -176,13 +175,7 @@ class OSDFaceRestore(io.ComfyNode):
 
             def step() -> Restored:
                 host = backbone.HostBackbone(model, vae, prompt_options(vre_name), lora_name)
-                prompts = embed(
-                    faces.crops,
-                    partial(networks.load_embedder, vre_name),
-                    at_once=networks.max_batch(networks.EMBEDDER_BYTES),
-                    out_of_memory=networks.is_out_of_memory,
-                    progress=stage("prompts", len(faces)),
-                )
+                prompts = networks.embed_crops(faces.crops, vre_name, stage("prompts", len(faces)))
                 progress = stage("step", len(faces))
                 return restore(faces.crops, prompts, host, progress=progress)
 

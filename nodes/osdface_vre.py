@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from comfy_api.latest import io
 
 from ..osdface_core.osdface.files import FOLDER, VRE, VRE_CHECKPOINT
 from ..osdface_core.osdface.restore import check_crops
-from ..osdface_core.osdface.vre import embed, embedder_files
+from ..osdface_core.osdface.vre import embedder_files
 from ..osdface_core.weights.catalogue import BUILTIN
 from .comfy import files, networks
 from .comfy.base_model import prompt_options
@@ -56,11 +55,5 @@ class OSDFaceVRE(io.ComfyNode):
     @classmethod
     def execute(cls, crops: torch.Tensor, vre_name: str) -> io.NodeOutput:
         check_crops(crops)
-        prompts = embed(
-            crops,
-            partial(networks.load_embedder, vre_name),
-            at_once=networks.max_batch(networks.EMBEDDER_BYTES),
-            out_of_memory=networks.is_out_of_memory,
-            progress=progress_bar(len(crops)),
-        )
+        prompts = networks.embed_crops(crops, vre_name, progress_bar(len(crops)))
         return io.NodeOutput([[prompts, prompt_options(vre_name)]])

@@ -489,6 +489,8 @@ BASES = {
         "transformer_depth": [0, 0, 2, 2, 10, 10],
     },
     "SD20": UNET | {"context_dim": 1024, "use_linear_in_transformer": True},
+    "narrow": UNET
+    | {"context_dim": 1024, "use_linear_in_transformer": True, "model_channels": 256},
     "inpainting": UNET | {"context_dim": 1024, "use_linear_in_transformer": True, "in_channels": 9},
     "Lotus": UNET
     | {
@@ -526,6 +528,12 @@ def patched_to_v(host: Any) -> Any:
     return ModelSamplingDiscrete().patch(base_model(host, "SD20"), "v_prediction", False)[0]
 
 
+def patched_to_flow(host: Any) -> Any:
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    return ModelSamplingSD3().patch(base_model(host, "SD20"), 3.0)[0]
+
+
 def with_zero_terminal_snr(host: Any) -> Any:
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
@@ -533,42 +541,58 @@ def with_zero_terminal_snr(host: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "says", "patched"),
     [
         (
             lambda host: base_model(host, "SD15"),
             "`model` is SD15 with a text width of 768 instead of 1024",
+            False,
         ),
         (
             lambda host: base_model(host, "SDXL"),
             "`model` is SDXL with a text width of 2048 instead of 1024",
+            False,
         ),
         (
             lambda host: base_model(host, "SD20", "V_PREDICTION"),
             "`model` is SD20 that predicts v, as Stable Diffusion 2.1 768-v does",
+            True,
         ),
         (
             lambda host: base_model(host, "inpainting"),
             "`model` is SD20 with 9 input channels, such as an inpainting",
+            False,
         ),
         (
             lambda host: base_model(host, "Lotus"),
             "`model` is LotusD, a variant with another UNet",
+            False,
         ),
         (
             patched_to_v,
             "`model` is SD20 that predicts v, as Stable Diffusion 2.1 768-v does",
+            True,
         ),
-        (with_zero_terminal_snr, "`model` is SD20 with a changed noise schedule"),
+        (with_zero_terminal_snr, "`model` is SD20 with a changed noise schedule", True),
+        (patched_to_flow, "`model` is SD20 that predicts something else and not noise", True),
+        (
+            lambda host: base_model(host, "narrow"),
+            "`model` is SD20 with a UNet of width 256, a",
+            False,
+        ),
     ],
 )
 def test_a_wrong_base_is_refused(
-    make: Callable[[Any], Any], says: str, host: Any, checkpoint: tuple[Any, Any]
+    make: Callable[[Any], Any],
+    says: str,
+    patched: bool,
+    host: Any,
+    checkpoint: tuple[Any, Any],
 ) -> None:
+    remedy = "take away the node that patches it, or " if patched else ""
     with pytest.raises(
         host.error,
-        match=says
-        + ".*Stable Diffusion 2.1-base.* is wanted: (take away the node that patches it, or )?"
+        match=f"{says}.*Stable Diffusion 2.1-base.* is wanted: {remedy}"
         "load .*v2-1_512-ema-pruned.safetensors",
     ):
         run(

@@ -9,6 +9,7 @@ import comfy.model_sampling
 
 from ...osdface_core.errors import OSDFaceError
 from ...osdface_core.osdface import builtin
+from ...osdface_core.osdface.restore import TIMESTEP
 from ...osdface_core.sd21 import base_model
 from ...osdface_core.sd21.base_model import BaseFacts, check_autoencoder, check_base
 from ...osdface_core.sd21.modules import WIDTHS
@@ -30,20 +31,23 @@ def check_model(model: Any) -> None:
     config = getattr(network, "model_config", None)
     unet = getattr(config, "unet_config", None) or {}
     given = f"`model` is {type(config if config is not None else model).__name__}"
-    widths = (builtin.WIDTHS if is_builtin(network) else WIDTHS)[:1]
+    named, width = given, unet.get("model_channels")
+    other_width = width != (builtin.WIDTHS if is_builtin(network) else WIDTHS)[0]
+    if other_width:
+        named += f" with a UNet of width {'unknown' if width is None else width}"
     is_variant = (
-        (unet.get("model_channels"),) != widths
+        other_width
         or unet.get("adm_in_channels") is not None
         or not unet.get("use_linear_in_transformer")
         or bool(unet.get("use_temporal_attention"))
     )
-    facts = BaseFacts(given, unet.get("context_dim"), unet.get("in_channels"), is_variant)
+    facts = BaseFacts(named, unet.get("context_dim"), unet.get("in_channels"), is_variant)
     check_base(facts, CHECKPOINT)
     sampling = model.get_model_object("model_sampling")
     # The checkpoint's own sampling, or what a node in between has patched in.
     remedy = f"take away the node that patches it, or {CHECKPOINT}"
     check_base(replace(facts, prediction=_prediction(sampling)), remedy)
-    base_model.check_schedule(given, getattr(sampling, "sigmas", None), remedy)
+    base_model.check_schedule(given, getattr(sampling, "sigmas", None), TIMESTEP, remedy)
 
 
 def _prediction(sampling: Any) -> str:
@@ -53,7 +57,7 @@ def _prediction(sampling: Any) -> str:
     for name in ("V_PREDICTION", "X0", "EDM"):
         if hasattr(kinds, name) and isinstance(sampling, getattr(kinds, name)):
             return {"V_PREDICTION": "v"}.get(name, name)
-    return "epsilon" if isinstance(sampling, kinds.EPS) else type(sampling).__name__
+    return "epsilon" if isinstance(sampling, kinds.EPS) else "something else"
 
 
 def check_vae(vae: Any) -> None:

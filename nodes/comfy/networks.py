@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ...osdface_core.osdface.files import FOLDER as OSDFACE
 from ...osdface_core.osdface.vre import (
     VisualEmbedder,
     build_embedder,
+    embed,
     embedder_files,
     read_embedder,
 )
@@ -112,6 +114,17 @@ def load_embedder(vre_name: str, faces: int) -> tuple[VisualEmbedder, torch.devi
         network = load_network(path, build_embedder, memory, read_embedder, embedder_files)
     assert isinstance(network, VisualEmbedder)
     return network, mm.get_torch_device()
+
+
+def embed_crops(crops: Tensor, vre_name: str, progress: chunks.Progress) -> Tensor:
+    """The prompts (N,77,1024) of crops (N,H,W,3) in [0,1], by an embedder's file."""
+    return embed(
+        crops,
+        partial(load_embedder, vre_name),
+        at_once=max_batch(EMBEDDER_BYTES),
+        out_of_memory=is_out_of_memory,
+        progress=progress,
+    )
 
 
 def parse_crops(crops: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def _check_report(options: argparse.Namespace, items: list[Any]) -> None:
 def _write_report(
     path: Path, options: argparse.Namespace, entries: list[dict[str, Any]], seconds: float
 ) -> None:
-    from .pictures import write_whole
+    from .pictures import replace_file
     from .restorer import versions
 
     settings = {
@@ -177,7 +177,7 @@ def _write_report(
         fresh.write_text(text, encoding="utf-8")
 
     try:
-        write_whole(path, fill)
+        replace_file(path, fill)
     except OSError as error:
         raise OSDFaceError(
             f"--report is {path}, which cannot be written ({error.strerror or error}): name "

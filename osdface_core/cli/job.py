@@ -193,7 +193,7 @@ def _picture(item: Item, restorer: Restorer) -> dict[str, Any]:
         else:
             pictures.write(given, after, mask, fresh, kind, restorer.options.quality)
 
-    pictures.write_whole(item.target, fill)
+    pictures.replace_file(item.target, fill)
     height, width = after.shape[:2]
     return {"width": width, "height": height, "faces": faces}
 
@@ -215,7 +215,7 @@ def _video(item: Item, restorer: Restorer) -> dict[str, Any]:
         def fill(fresh: Path) -> None:
             says.update(video.restore(item.source, fresh, restorer, restorer.options.crf, progress))
 
-        pictures.write_whole(item.target, fill)
+        pictures.replace_file(item.target, fill)
     return says
 
 

@@ -404,7 +404,7 @@ def _write_tiff(path: Path, array: np.ndarray, picture: Picture) -> None:
         )
 
 
-def write_whole(path: Path, fill: Callable[[Path], None]) -> None:
+def replace_file(path: Path, fill: Callable[[Path], None]) -> None:
     """Makes the file `path`, whole or not at all, by `fill`, which writes a temporary file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.stem}.partial{path.suffix}")

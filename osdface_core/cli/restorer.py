@@ -154,9 +154,7 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
                 "it with --download."
             )
     detector = DETECTORS[options.detector]
-    options.detector_file = (
-        str(BUILTIN_DETECTOR) if detector == BUILTIN else ensure(CATALOGUE.by_name[detector])
-    )
+    options.detector_file = BUILTIN if detector == BUILTIN else ensure(CATALOGUE.by_name[detector])
     if options.mask_type is None:
         parser_there = options.download or store.find(PARSER)
         options.mask_type = "parsing" if parser_there else "ellipse"
@@ -214,9 +212,12 @@ class Restorer:
             options.color_match,
             options.keep_detail,
         )
-        finder, vre = Path(options.detector_file), Path(options.vre)
-        build = build_retinaface if finder == BUILTIN_DETECTOR else build_detector
-        self.detector = build(read_tensors(finder)).to(self.device)
+        vre = Path(options.vre)
+        self.detector = (
+            build_retinaface(read_tensors(BUILTIN_DETECTOR))
+            if options.detector_file == BUILTIN
+            else build_detector(read_tensors(Path(options.detector_file)))
+        ).to(self.device)
         self.embedder = (
             builtin.embedder()
             if options.vre == BUILTIN
@@ -231,10 +232,15 @@ class Restorer:
         if options.model == BUILTIN:
             self.backbone = load_backbone(self.device, dtype)
         else:
-            file = None if options.lora == NONE else Path(options.lora)
-            lora = None if file is None else parse_lora(read_tensors(file), file.name)
+            strength = 0.0 if options.lora == NONE else options.lora_strength
+            file = Path(options.lora)
             self.backbone = DiffusersBackbone.from_files(
-                Path(options.model), lora, options.lora_strength, device=self.device, dtype=dtype
+                Path(options.model),
+                parse_lora(read_tensors(file), file.name) if strength else None,
+                strength,
+                lora_name=file.name,
+                device=self.device,
+                dtype=dtype,
             )
 
     @torch.inference_mode()

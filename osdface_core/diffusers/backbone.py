@@ -75,6 +75,7 @@ class DiffusersBackbone:
         lora: Lora | None = None,
         strength: float = 1.0,
         *,
+        lora_name: str = "the LoRA",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> DiffusersBackbone:
@@ -85,12 +86,13 @@ class DiffusersBackbone:
         model: the folder or file.
         lora: merged into the UNet.
         strength: factor of the LoRA.
+        lora_name: for errors.
         device: the best there is, if None.
         dtype: the best for the device, if None.
         """
         unet, vae = load(model)
         if lora is not None and strength:
-            merge_lora(unet, lora, strength, "the LoRA")
+            merge_lora(unet, lora, strength, lora_name)
         return cls(unet, vae, device=device, dtype=dtype)
 
     def to(self, dtype: torch.dtype) -> None:

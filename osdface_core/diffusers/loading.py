@@ -168,8 +168,10 @@ def check_unet(config: dict[str, Any], source: str, prediction: str = "epsilon")
 def check_vae(config: dict[str, Any], source: str) -> None:
     """Raises OSDFaceError unless an autoencoder makes 4 channels at an eighth of the size."""
     stride = 2 ** (len(config.get("block_out_channels", ())) - 1)
-    channels = 0 if config.get("shift_factor") else config.get("latent_channels", 0)
+    channels = config.get("latent_channels", 0)
     check_autoencoder(f"The autoencoder of {source}", channels, stride, REMEDY)
+    if config.get("shift_factor"):
+        raise refusal(source, "is a model whose autoencoder shifts its latents", REMEDY)
 
 
 def check_scheduler(config: dict[str, Any], source: str) -> None:

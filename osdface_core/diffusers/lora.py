@@ -11,7 +11,7 @@ from ..errors import OSDFaceError
 from ..sd21.adapters import Lora, some
 from .loading import REMEDY
 
-ADAPTER = "osdface"
+ADAPTER = "merged"
 
 
 def merge_lora(network: nn.Module, lora: Lora, strength: float, source: str) -> None:

@@ -11,8 +11,6 @@ from .backbone import LATENT_CHANNELS, STRIDE, TEXT_WIDTH
 from .schedule import TIMESTEPS, alphas_cumprod
 
 WANTED = "Stable Diffusion 2.1-base (512 px, epsilon)"
-# Timesteps at which a host's sigmas are compared with the schedule: those of OSDFace and OSEDiff.
-COMPARED = (399, 999)
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,8 @@ class BaseFacts:
     in_channels: input channels of its UNet.
     is_variant: whether its UNet takes anything beside latents, timestep and prompts, or is built
         otherwise (unCLIP, video, SDXL, ...).
-    prediction: what its UNet predicts; "epsilon" is right.
+    prediction: what its UNet predicts, "epsilon" where it is right, "something else" where the host
+        has no word for it.
     """
 
     given: str
@@ -55,20 +54,25 @@ def check_base(facts: BaseFacts, remedy: str) -> None:
         raise refusal(facts.given, f"that predicts {facts.prediction} and not noise", remedy)
 
 
-def check_schedule(given: str, sigmas: Tensor | None, remedy: str) -> None:
-    """Raises OSDFaceError unless sigmas (1000,), sqrt((1 - abar) / abar), are the schedule's."""
-    if sigmas is None or len(sigmas) != TIMESTEPS:
+def check_schedule(given: str, sigmas: object, timestep: int, remedy: str) -> None:
+    """Raises OSDFaceError unless sigmas (1000,), sqrt((1 - abar) / abar), are the schedule's.
+
+    given: as in BaseFacts.
+    sigmas: what the host samples the model with.
+    timestep: at which they are compared: the method's own.
+    remedy: the end of the sentence.
+    """
+    if not isinstance(sigmas, Tensor) or len(sigmas) != TIMESTEPS:
         what = f"sampled without the {TIMESTEPS} discrete timesteps of Stable Diffusion"
         raise refusal(given, what, remedy)
-    abar = alphas_cumprod()
-    for timestep in COMPARED:
-        wanted = float(((1 - abar[timestep]) / abar[timestep]) ** 0.5)
-        if abs(float(sigmas[timestep]) / wanted - 1) > 1e-3:
-            what = (
-                f"with a changed noise schedule (sigma {float(sigmas[timestep]):.3f} at step "
-                f"{timestep} instead of {wanted:.3f})"
-            )
-            raise refusal(given, what, remedy)
+    abar = alphas_cumprod()[timestep]
+    sigma, wanted = float(sigmas[timestep]), float(((1 - abar) / abar) ** 0.5)
+    if abs(sigma - wanted) > 1e-3:
+        what = (
+            f"with a changed noise schedule (sigma {sigma:.3f} at step {timestep} instead of "
+            f"{wanted:.3f})"
+        )
+        raise refusal(given, what, remedy)
 
 
 def check_autoencoder(given: str, channels: int, stride: int, remedy: str) -> None:

@@ -104,8 +104,10 @@ def one_step(
                 again = tuple(failed)
                 failed.clear()
                 for i in again:
-                    log.warning("Picture %d came out as NaN and is computed again in fp32.", i)
+                    log.warning(
+                        "Number %d of the batch came out as NaN and is computed again in fp32.", i
+                    )
                     work(slice(i, i + 1), 0)
     for i in failed:
-        log.warning("Picture %d came out as NaN and is left as it was.", i)
+        log.warning("Number %d of the batch came out as NaN and is left as it was.", i)
     return Restored(out, tuple(failed), tuple(i for i in again if i not in failed))
