@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from safetensors.torch import save_file
 
 pytest.importorskip("diffusers", reason="no diffusers: pip install -r requirements-dev.txt")
 pytest.importorskip("av", reason="no PyAV: pip install -r requirements-dev.txt")
@@ -628,6 +629,23 @@ def test_nan_in_half_precision_is_computed_again_in_fp32(
     assert seen == [torch.float16, torch.float32]
     assert entries(tmp_path / "r.json")["in.png"]["faces"][0]["note"] == "computed again in fp32"
     assert changed(face, np.asarray(Image.open(tmp_path / "out.png"))).any()
+
+
+def test_a_lora_of_no_strength_is_not_read_and_another_is_named(
+    run: Run, face: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.fromarray(face).save(tmp_path / "in.png")
+    save_file(
+        {
+            "unet.elsewhere.lora_A.weight": torch.zeros(2, 8),
+            "unet.elsewhere.lora_B.weight": torch.zeros(8, 2),
+        },
+        lora := tmp_path / "another.safetensors",
+    )
+    given = ["--lora", lora, "--lora-strength"]
+    assert run(tmp_path / "in.png", tmp_path / "out.png", *given, "0") == 0
+    assert run(tmp_path / "in.png", tmp_path / "again.png", *given, "1") == 2
+    assert "another.safetensors" in caplog.text
 
 
 def test_weights_that_are_missing_or_wrong_stop_the_run_with_a_sentence(

@@ -489,8 +489,6 @@ BASES = {
         "transformer_depth": [0, 0, 2, 2, 10, 10],
     },
     "SD20": UNET | {"context_dim": 1024, "use_linear_in_transformer": True},
-    "narrow": UNET
-    | {"context_dim": 1024, "use_linear_in_transformer": True, "model_channels": 256},
     "inpainting": UNET | {"context_dim": 1024, "use_linear_in_transformer": True, "in_channels": 9},
     "Lotus": UNET
     | {
@@ -526,6 +524,12 @@ def patched_to_v(host: Any) -> Any:
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
     return ModelSamplingDiscrete().patch(base_model(host, "SD20"), "v_prediction", False)[0]
+
+
+def narrow(host: Any) -> Any:
+    model = base_model(host, "SD20")
+    model.model.model_config.unet_config["model_channels"] = 256
+    return model
 
 
 def patched_to_flow(host: Any) -> Any:
@@ -576,7 +580,7 @@ def with_zero_terminal_snr(host: Any) -> Any:
         (with_zero_terminal_snr, "`model` is SD20 with a changed noise schedule", True),
         (patched_to_flow, "`model` is SD20 that predicts something else and not noise", True),
         (
-            lambda host: base_model(host, "narrow"),
+            narrow,
             "`model` is SD20 with a UNet of width 256, a",
             False,
         ),
