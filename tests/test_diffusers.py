@@ -272,7 +272,13 @@ def test_neither_diffusers_nor_peft_is_imported_before_it_is_used() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("model", ["sd21-diffusers", "v2-1_512-seeded.safetensors"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("sd21-diffusers", marks=pytest.mark.repeat),
+        "v2-1_512-seeded.safetensors",
+    ],
+)
 def test_the_released_code_s_numbers(
     model: str,
     stand_ins: Path,

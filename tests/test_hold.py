@@ -494,6 +494,7 @@ def test_weights_of_fewer_bits(dtype: str, host: Any, given: SimpleNamespace) ->
     assert (float(error) > 0) == (dtype != "float16")
 
 
+@pytest.mark.repeat
 def test_a_checkpoint_in_fp8_with_our_lora(host: Any) -> None:
     """Full size, from ComfyUI's own loader, as its weight_dtype fp8_e4m3fn asks."""
     path = host.folder_paths.get_full_path_or_raise(

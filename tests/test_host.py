@@ -80,7 +80,9 @@ def test_latent_prompts_and_x0_are_the_released_codes(
     assert (x0 - truth(f"{name}.x0")).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["astronaut_lq", "portrait_severe_lq"])
+@pytest.mark.parametrize(
+    "name", ["astronaut_lq", pytest.param("portrait_severe_lq", marks=pytest.mark.repeat)]
+)
 def test_the_restored_picture_is_the_released_codes(
     name: str,
     host: Any,
@@ -101,19 +103,11 @@ def test_the_restored_picture_is_the_released_codes(
     assert (restored.movedim(-1, 1) - truth(f"{name}.image")).abs().max() < 1e-4
 
 
-def test_four_crops_at_once_are_each_alone_and_again_the_same(
+def test_crops_at_once_are_each_alone_and_again_the_same(
     host: Any, checkpoint: tuple[Any, Any], crop: Callable[[str], torch.Tensor]
 ) -> None:
     model, vae = checkpoint
-    faces = torch.cat(
-        [
-            crop("astronaut_lq"),
-            crop("astronaut_lq").flip(1),
-            crop("many_codes"),
-            crop("astronaut_lq").flip(2),
-        ]
-    )
-    crops = faces[:, 120:312, 150:350]
+    crops = torch.cat([crop("astronaut_lq"), crop("many_codes")])[:, 120:312, 150:350]
 
     def restored(crops: torch.Tensor, at_once: int) -> tuple[torch.Tensor, torch.Tensor]:
         conditioning = prompts_of(host, crops)
@@ -122,13 +116,13 @@ def test_four_crops_at_once_are_each_alone_and_again_the_same(
             host, "OSDFaceOneStep", **given, **STEP | {"faces_per_batch": at_once}
         )
 
-    prompts, together = restored(crops, 4)
-    for i in range(4):
+    prompts, together = restored(crops, 2)
+    for i in range(2):
         prompts_alone, alone = restored(crops[i : i + 1], 1)
         assert (sorted_rows(prompts_alone[0]) - sorted_rows(prompts[i])).abs().max() < 1e-5
         assert (alone[0] - together[i]).abs().max() < 1e-5
     host.comfy.model_management.unload_all_models()
-    assert torch.equal(restored(crops, 4)[1], together)
+    assert torch.equal(restored(crops, 2)[1], together)
 
 
 def test_no_crops_give_no_restored(host: Any, checkpoint: tuple[Any, Any]) -> None:
