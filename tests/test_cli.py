@@ -39,6 +39,7 @@ from osdface_core.cli.options import parser
 from osdface_core.cli.restorer import resolve
 from osdface_core.diffusers.backbone import DiffusersBackbone
 from osdface_core.errors import OSDFaceError
+from osdface_core.osdface.lora import adapted_layers
 from tests.photographs import write_detector
 
 ROOT = Path(__file__).parents[1]
@@ -635,17 +636,17 @@ def test_a_lora_of_no_strength_is_not_read_and_another_is_named(
     run: Run, face: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     Image.fromarray(face).save(tmp_path / "in.png")
-    save_file(
-        {
-            "unet.elsewhere.lora_A.weight": torch.zeros(2, 8),
-            "unet.elsewhere.lora_B.weight": torch.zeros(8, 2),
-        },
-        lora := tmp_path / "another.safetensors",
-    )
+    # Complete, and of full size: it has no place in the small UNet.
+    tensors = {}
+    for name, layer in adapted_layers().items():
+        out, *into = layer.shape
+        tensors[f"unet.{name}.lora_A.weight"] = torch.zeros(1, *into)
+        tensors[f"unet.{name}.lora_B.weight"] = torch.zeros(out, 1, *(1 for _ in into[1:]))
+    save_file(tensors, lora := tmp_path / "another.safetensors")
     given = ["--lora", lora, "--lora-strength"]
     assert run(tmp_path / "in.png", tmp_path / "out.png", *given, "0") == 0
     assert run(tmp_path / "in.png", tmp_path / "again.png", *given, "1") == 2
-    assert "another.safetensors" in caplog.text
+    assert "278 layers of another.safetensors" in caplog.text
 
 
 def test_weights_that_are_missing_or_wrong_stop_the_run_with_a_sentence(
