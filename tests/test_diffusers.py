@@ -160,6 +160,7 @@ def rewritten(folder: Path, part: str, file: str, **changes: Any) -> None:
         ("unet", {"in_channels": 9}, "9 input channels"),
         ("unet", {"class_embed_type": "projection"}, "another UNet"),
         ("vae", {"latent_channels": 16}, "16 channels at 1/8"),
+        ("vae", {"shift_factor": 0.1}, "autoencoder shifts its latents"),
         ("scheduler", {"prediction_type": "v_prediction"}, "predicts v"),
         ("scheduler", {"beta_end": 0.02}, "another noise schedule"),
     ],
