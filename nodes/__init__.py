@@ -12,6 +12,7 @@ from .osdface_builtin import OSDFaceBuiltinModel
 from .osdface_one_step import OSDFaceOneStep
 from .osdface_restore import OSDFaceRestore
 from .osdface_vre import OSDFaceVRE
+from .osediff_upscale import OSEDiffUpscale
 
 # The name and the literal form are for tools that read the source: those that look for the pack of
 # a missing node, and comfy-test's coverage. ComfyUI itself looks for the name only in the root, and
@@ -24,6 +25,7 @@ NODE_CLASS_MAPPINGS = {
     "OSDFaceOneStep": OSDFaceOneStep,
     "FacePasteBack": FacePasteBack,
     "OSDFaceBuiltinModel": OSDFaceBuiltinModel,
+    "OSEDiffUpscale": OSEDiffUpscale,
 }
 
 

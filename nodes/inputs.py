@@ -1,11 +1,13 @@
-"""Inputs that several nodes have."""
+"""Inputs that several nodes have, and how they are read."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..osdface_core.errors import OSDFaceError
 from ..osdface_core.faces.choose import ORDER, SELECT
 
 FACES = io.Custom("OSDFACE_FACES")
@@ -57,3 +59,17 @@ def choice_inputs() -> dict[str, Any]:
         ),
     ]
     return {item.id: item for item in inputs}
+
+
+def single_prompt(conditioning: list[Any], origin: str) -> tuple[Tensor, dict[str, Any]]:
+    """The prompts of a CONDITIONING, and the sampler options that nodes in between added.
+
+    Raises OSDFaceError for prompts that were combined. origin: the node that should be connected.
+    """
+    if len(conditioning) != 1:
+        raise OSDFaceError(
+            f"`conditioning` holds {len(conditioning)} prompts that were combined; exactly one is "
+            f"wanted: connect the conditioning of {origin} directly."
+        )
+    prompts, options = conditioning[0]
+    return prompts, options

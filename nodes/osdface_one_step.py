@@ -7,22 +7,15 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..osdface_core.errors import OSDFaceError
 from ..osdface_core.osdface.files import LORA, LORAS
 from ..osdface_core.osdface.restore import TIMESTEP, restore
 from ..osdface_core.sd21.schedule import TIMESTEPS
 from ..osdface_core.weights.catalogue import NONE
 from .comfy import backbone, files
-from .comfy.backbone import NAN_REMEDY, check_restored
+from .comfy.backbone import check_restored, nan_notes
 from .comfy.progress import progress_bar, show_text
 from .comfy.schema import with_newer_features
-
-# Ends of the note about crops that came out as NaN.
-RECOMPUTED = (
-    "in half precision and were computed again in fp32; --fp32-vae as an option of ComfyUI's start "
-    "spares that time."
-)
-LEFT = f"and are left as they were: {NAN_REMEDY}"
+from .inputs import single_prompt
 
 
 class OSDFaceOneStep(io.ComfyNode):
@@ -108,7 +101,7 @@ class OSDFaceOneStep(io.ComfyNode):
         timestep: int,
         faces_per_batch: int,
     ) -> io.NodeOutput:
-        prompts, options = _prompts(conditioning)
+        prompts, options = single_prompt(conditioning, "OSDFace Visual Prompts")
         result = restore(
             crops,
             prompts,
@@ -118,21 +111,5 @@ class OSDFaceOneStep(io.ComfyNode):
             progress=progress_bar(len(crops)),
         )
         check_restored(result)
-        fates = (result.recomputed, RECOMPUTED), (result.failed, LEFT)
-        notes = [
-            f"Crops {', '.join(map(str, which))} came out as NaN {fate}"
-            for which, fate in fates
-            if which
-        ]
-        return io.NodeOutput(result.pictures, ui=show_text("\n".join(notes)) if notes else None)
-
-
-def _prompts(conditioning: list[Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The visual prompts of a CONDITIONING, and the sampler options that nodes in between added."""
-    if len(conditioning) != 1:
-        raise OSDFaceError(
-            f"`conditioning` holds {len(conditioning)} prompts that were combined; exactly one is "
-            "wanted: connect the conditioning of OSDFace Visual Prompts directly."
-        )
-    prompts, options = conditioning[0]
-    return prompts, options
+        notes = nan_notes(result, "Crops", "and are left as they were")
+        return io.NodeOutput(result.pictures, ui=show_text(notes) if notes else None)

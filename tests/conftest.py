@@ -88,6 +88,15 @@ def more_golden() -> Path:
     return _folder("OSDFACE_TEST_GOLDEN", ROOT.parent / "shared" / "golden", "golden outputs")
 
 
+@pytest.fixture(scope="session")
+def osediff_pickle(more_golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stand-in for the released osediff.pkl, from its maker beside the golden outputs."""
+    path = tmp_path_factory.mktemp("osediff_pickle") / "osediff.pkl"
+    maker = str(more_golden / "osediff" / "make_pkl.py")
+    subprocess.run([sys.executable, maker, "--out", str(path)], check=True)
+    return path
+
+
 def picture(path: Path) -> torch.Tensor:
     """(1,H,W,3) in [0,1], as ComfyUI's Load Image gives it."""
     return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).float()[None] / 255

@@ -99,16 +99,16 @@ def test_an_input_that_its_schema_does_not_allow(
             {"samples": 1},
             "`vae` is a dict; a VAE is wanted: connect one of Stable Diffusion 2.1-base.",
         ),
-        ("conditioning", None, "`conditioning` is nothing; visual prompts are wanted"),
+        ("conditioning", None, "`conditioning` is nothing; prompts are wanted"),
         (
             "conditioning",
             [[None, {}]],
-            "`conditioning` is a list of other things than prompts; visual prompts are wanted",
+            "`conditioning` is a list of other things than prompts; prompts are wanted",
         ),
         (
             "conditioning",
             [[torch.zeros(1, 77, 1024)]],
-            "`conditioning` is a list of other things than prompts; visual prompts are wanted",
+            "`conditioning` is a list of other things than prompts; prompts are wanted",
         ),
         ("faces_per_batch", -1, "`faces_per_batch` is -1; a whole number from 0 to 1024 is wanted"),
         (

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...osdface_core.cpu import optimized
 from ...osdface_core.errors import OSDFaceError
 from ...osdface_core.osdface.files import LORAS
+from ...osdface_core.osdface.restore import TIMESTEP
 from ...osdface_core.sd21.backbone import LATENT_CHANNELS, STRIDE
 from ...osdface_core.sd21.one_step import Restored
 from ...osdface_core.weights.catalogue import NONE
@@ -30,6 +31,10 @@ from .networks import clamp_batch, free_memory, is_out_of_memory
 # Crops whose latents are cached with a VAE: 64 KB each at 512 px, 256 KB at 1024.
 MAX_LATENTS = 128
 NAN_REMEDY = "start ComfyUI with --fp32-vae, or with --force-fp32."
+RECOMPUTED = (
+    "in half precision and were computed again in fp32; --fp32-vae as an option of ComfyUI's start "
+    "spares that time."
+)
 
 
 def _with_fused_attention(model: Any, model_options: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +67,7 @@ class HostBackbone:
     options: what nodes have added to the conditioning (hooks and the like), passed to the sampler.
     lora_name: of a file of models/osdface or models/loras, or "none".
     lora_strength: factor of the LoRA.
+    timestep: the method's own, at which the MODEL's schedule is compared.
     """
 
     def __init__(
@@ -71,8 +77,9 @@ class HostBackbone:
         options: dict[str, Any] | None = None,
         lora_name: str = NONE,
         lora_strength: float = 1.0,
+        timestep: int = TIMESTEP,
     ) -> None:
-        check_model(model)
+        check_model(model, timestep)
         check_vae(vae)
         self.options = dict(options or {})
         has_lora = lora_name != NONE and lora_strength != 0
@@ -163,11 +170,24 @@ class HostBackbone:
         return is_out_of_memory(error)
 
 
-def check_restored(result: Restored) -> None:
-    """Raises OSDFaceError where every face came out as NaN."""
+def check_restored(result: Restored, each: str = "face", several: str = "crops") -> None:
+    """Raises OSDFaceError where everything came out as NaN."""
     if result.failed and len(result.failed) == len(result.pictures):
-        crops = ", ".join(map(str, result.failed))
-        raise OSDFaceError(f"Every face (crops {crops}) came out as NaN: {NAN_REMEDY}")
+        which = ", ".join(map(str, result.failed))
+        raise OSDFaceError(f"Every {each} ({several} {which}) came out as NaN: {NAN_REMEDY}")
+
+
+def nan_notes(result: Restored, several: str, left: str) -> str:
+    """What to tell of those that came out as NaN; empty if none did.
+
+    several: what they are. left: what became of those that fp32 has no numbers for either.
+    """
+    fates = (result.recomputed, RECOMPUTED), (result.failed, f"{left}: {NAN_REMEDY}")
+    return "\n".join(
+        f"{several} {', '.join(map(str, which))} came out as NaN {fate}"
+        for which, fate in fates
+        if which
+    )
 
 
 def _one_by_one(work: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ CHECKPOINT = (
 )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, timestep: int = TIMESTEP) -> None:
     """Raises OSDFaceError unless MODEL is Stable Diffusion 2.1-base, sampled as it was trained.
 
-    A fine-tune of it is accepted.
+    A fine-tune of it is accepted. timestep: the method's own.
     """
     network = getattr(model, "model", None)
     config = getattr(network, "model_config", None)
@@ -47,7 +47,7 @@ def check_model(model: Any) -> None:
     # The checkpoint's own sampling, or what a node in between has patched in.
     remedy = f"take away the node that patches it, or {CHECKPOINT}"
     check_base(replace(facts, prediction=_prediction(sampling)), remedy)
-    base_model.check_schedule(given, getattr(sampling, "sigmas", None), TIMESTEP, remedy)
+    base_model.check_schedule(given, getattr(sampling, "sigmas", None), timestep, remedy)
 
 
 def _prediction(sampling: Any) -> str:

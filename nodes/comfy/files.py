@@ -21,6 +21,7 @@ from ...osdface_core.faces.files import FOLDER as FACES
 from ...osdface_core.osdface import builtin
 from ...osdface_core.osdface.files import FOLDER as OSDFACE
 from ...osdface_core.osdface.files import LORAS
+from ...osdface_core.osediff.files import FOLDER as OSEDIFF
 from ...osdface_core.weights.catalogue import BUILTIN, NONE
 from ...osdface_core.weights.store import Store
 
@@ -32,7 +33,7 @@ SEARCHED = {
     LORAS: (OSDFACE, LORAS),
     FACES: (*CATALOGUE.searched[FACES], "detection"),
 }
-EXTENSIONS = {".safetensors", ".ckpt", ".pth"}
+EXTENSIONS = {".safetensors", ".ckpt", ".pth", ".pkl"}
 # Downloads are allowed by this setting in ComfyUI's settings file (web/osdface.js) or by this
 # environment variable.
 DOWNLOAD_SETTING, DOWNLOAD_VARIABLE = "OSDFace.download", "OSDFACE_DOWNLOAD"
@@ -49,11 +50,11 @@ def naming_input(given: str) -> Iterator[None]:
 
 
 def register_folders() -> None:
-    """Adds models/osdface and models/facedetection to ComfyUI's folders.
+    """Adds models/osdface, models/osediff and models/facedetection to ComfyUI's folders.
 
     Folders that extra_model_paths.yaml names for them stay.
     """
-    for name in (OSDFACE, FACES):
+    for name in (OSDFACE, OSEDIFF, FACES):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
         paths, extensions = folder_paths.folder_names_and_paths[name]
         folder_paths.folder_names_and_paths[name] = (

@@ -28,12 +28,13 @@ KINDS: dict[str, tuple[type, str]] = {
     ),
     "CONDITIONING": (
         list,
-        "visual prompts are wanted: connect the conditioning of OSDFace Visual Prompts",
+        "prompts are wanted: connect OSDFace Visual Prompts to OSDFace One Step, CLIP Text Encode "
+        "to OSEDiff Upscale",
     ),
     "STRING": (str, "a text is wanted"),
     "COMBO": (str, "one of the menu's texts is wanted"),
 }
-# Restrictions that core nodes put on a prompt. The rest of the crop would come out as something
+# Restrictions that core nodes put on a prompt. The rest of the picture would come out as something
 # that the networks have not made.
 RESTRICTIONS = {
     "area": "an area",
@@ -86,7 +87,7 @@ def check(item: Any, value: Any) -> None:
                 for _, options in value
             ):
                 raise OSDFaceError(
-                    f"`{item.id}` is confined to {what}; a visual prompt is of the whole crop: "
+                    f"`{item.id}` is confined to {what}; a prompt is of the whole picture here: "
                     "take that node away."
                 )
     if kind == "IMAGE" and not value.is_floating_point():

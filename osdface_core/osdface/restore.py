@@ -7,13 +7,18 @@ from torch import Tensor
 
 from ..chunks import Progress
 from ..errors import OSDFaceError
-from ..sd21.backbone import SIDE, STRIDE, TEXT_WIDTH, TOKENS, Backbone
+from ..sd21.backbone import (
+    SIDE,
+    STRIDE,
+    TEXT_WIDTH,
+    TOKENS,
+    VISUAL_MINIMUM,
+    Backbone,
+)
 from ..sd21.one_step import Restored, check_timestep, one_step, padded
 
 # The timestep that the weights were trained at.
 TIMESTEP = 399
-# SiLU's minimum: no value of a visual prompt is below it, and some value of any text prompt is.
-SILU_MINIMUM = -0.28
 
 
 def check_crops(crops: Tensor, name: str = "crops") -> None:
@@ -50,7 +55,7 @@ def check_prompts(prompts: Tensor, count: int) -> None:
             f"`conditioning` is {tuple(prompts.shape)}; OSDFace's visual prompts "
             f"(N,{TOKENS},{TEXT_WIDTH}) are wanted: {remedy}"
         )
-    if len(prompts) and not float(prompts.min()) >= SILU_MINIMUM:  # NaN too
+    if len(prompts) and not float(prompts.min()) >= VISUAL_MINIMUM:  # NaN too
         raise OSDFaceError(
             "`conditioning` was not made by OSDFace's visual embedder (a text prompt, perhaps); "
             f"{remedy}"

@@ -62,15 +62,21 @@ def match_wavelet(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
     confined to the mask. restored, original (H,W,3), weight (H,W) -> (H,W,3).
     """
     difference = (original - restored).movedim(-1, 0)
-    stack = torch.cat([difference * weight, weight[None]])[:, None]
-    kernel = torch.tensor([0.25, 0.5, 0.25], device=stack.device)
+    stack = torch.cat([difference * weight, weight[None]])
     levels = WAVELET_LEVELS + max(0, round(math.log2(max(stack.shape[-1], 1) / WAVELET_SIDE)))
+    stack = coarse_part(stack, levels)
+    return restored + (stack[:3] / stack[3:].clamp_min(1e-6)).movedim(0, -1)
+
+
+def coarse_part(pictures: Tensor, levels: int = WAVELET_LEVELS) -> Tensor:
+    """What is left of (C,H,W) after the details of so many levels of the a-trous wavelet."""
+    stack = pictures[:, None]
+    kernel = torch.tensor([0.25, 0.5, 0.25], device=stack.device)
     for level in range(levels):
         gap = 2**level
         stack = F.conv2d(_pad(stack, gap), kernel.view(1, 1, 1, 3), dilation=gap)
         stack = F.conv2d(_pad(stack, gap, down=True), kernel.view(1, 1, 3, 1), dilation=gap)
-    coarse, reached = stack[:3, 0], stack[3:, 0]
-    return restored + (coarse / reached.clamp_min(1e-6)).movedim(0, -1)
+    return stack[:, 0]
 
 
 def _pad(stack: Tensor, gap: int, down: bool = False) -> Tensor:

@@ -14,6 +14,8 @@ SIDE = 512
 # Tokens of a prompt, and the width of each.
 TOKENS = 77
 TEXT_WIDTH = 1024
+# SiLU's minimum: no value of a visual prompt is below it, and some value of any text prompt is.
+VISUAL_MINIMUM = -0.28
 
 
 class Backbone(Protocol):

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class Restored:
     """The result of one step.
 
-    pictures: (N,H,W,3) in [0,1].
+    pictures: (N,H,W,C) in [0,1].
     failed: indices of the pictures that came out as NaN and are returned as they were.
     recomputed: indices of those that came out as NaN in half precision and were right when computed
         again in fp32.

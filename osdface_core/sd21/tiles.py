@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,6 +35,45 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     return [min(i * (tile - overlap), length - tile) for i in range(count)]
 
 
+def in_tiles(
+    work: Callable[[slice, slice], Tensor],
+    height: int,
+    width: int,
+    *,
+    tile: int,
+    overlap: int,
+) -> Tensor:
+    """What `work` gives for all of height x width latents: tile by tile, or at once where one tile
+    has their area.
+
+    Overlapping tiles are averaged by Gaussian weights, as the released code of OSEDiff does.
+
+    work: takes rows and columns of latents, gives (B,C,n,m), any whole number of values a latent.
+    height: in latents.
+    width: in latents.
+    tile: latents a side.
+    overlap: latents that two neighbours share.
+    """
+    if height * width <= tile * tile:
+        return work(slice(0, height), slice(0, width))
+    side = min(tile, height, width)
+    total = share = weights = torch.empty(0)
+    for top in tile_starts(height, side, overlap):
+        for left in tile_starts(width, side, overlap):
+            part = work(slice(top, top + side), slice(left, left + side))
+            scale = part.shape[-1] // side
+            if not total.numel():
+                # fp32, which every device has.
+                size = height * scale, width * scale
+                total = torch.zeros(*part.shape[:2], *size, device=part.device)
+                share = torch.zeros(size, device=part.device)
+                weights = tile_weights(side * scale, side * scale).float().to(part.device)
+            down, across = (slice(at * scale, (at + side) * scale) for at in (top, left))
+            total[..., down, across] += weights * part
+            share[down, across] += weights
+    return total / share
+
+
 def denoise_in_tiles(
     backbone: Backbone,
     latents: Tensor,
@@ -44,10 +84,9 @@ def denoise_in_tiles(
     overlap: int = OVERLAP,
     progress: Progress | None = None,
 ) -> Tensor:
-    """x0 (B,4,h,w) of latents (B,4,h,w), denoised tile by tile, or whole where one tile holds them.
+    """x0 (B,4,h,w) of latents (B,4,h,w), denoised as `in_tiles` does it.
 
-    Overlapping tiles are averaged by Gaussian weights. x0 is linear in the predicted noise, so that
-    is the same as averaging the noise, as the released code of OSEDiff does.
+    x0 is linear in the predicted noise, so that its average over tiles is that of the noise.
 
     backbone: the networks.
     latents: scaled.
@@ -58,19 +97,9 @@ def denoise_in_tiles(
     progress: called with 0 before each tile; what it raises ends the job.
     """
     report = progress or no_progress
-    height, width = latents.shape[-2:]
-    if height * width <= tile * tile:
+
+    def work(rows: slice, columns: slice) -> Tensor:
         report(0)
-        return backbone.denoise(latents, prompts, timestep)
-    side = min(tile, height, width)
-    weights = tile_weights(side, side).to(latents.device)
-    total = torch.zeros(latents.shape, dtype=torch.float64, device=latents.device)
-    share = torch.zeros(height, width, dtype=torch.float64, device=latents.device)
-    for top in tile_starts(height, side, overlap):
-        for left in tile_starts(width, side, overlap):
-            report(0)
-            place = slice(top, top + side), slice(left, left + side)
-            x0 = backbone.denoise(latents[..., place[0], place[1]], prompts, timestep)
-            total[..., place[0], place[1]] += weights * x0.to(latents.device)
-            share[place] += weights
-    return (total / share).float()
+        return backbone.denoise(latents[..., rows, columns], prompts, timestep)
+
+    return in_tiles(work, *latents.shape[-2:], tile=tile, overlap=overlap)

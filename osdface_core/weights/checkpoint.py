@@ -302,6 +302,17 @@ def _tensor(value: Any, name: str, key: str) -> StoredTensor | None:
     _damaged(name, f"{key:.80} is a {value.path:.80} and no tensor")
 
 
+def _flat(top: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """The named entries of a dict; those of a dict within it by both names, as `part.name`."""
+    for key, value in top.items():
+        if isinstance(key, str):
+            is_plain = not isinstance(value, _Inert) or value.path == "collections.OrderedDict"
+            if isinstance(value, dict) and is_plain:
+                yield from ((f"{key}.{k}", v) for k, v in value.items() if isinstance(k, str))
+            else:
+                yield key, value
+
+
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(
         isinstance(size, int) and size >= 0 for size in value
@@ -312,7 +323,8 @@ class Checkpoint:
     """An open checkpoint; close it by leaving its `with`.
 
     tensors: those of the state dict (the top level, or its "state_dict") whose name starts with one
-        of `prefixes`; all if there are none. Only their bytes are ever read, by `read`.
+        of `prefixes`; all if there are none. Those of a dict within it are `part.name`. Only their
+        bytes are ever read, by `read`.
     """
 
     tensors: dict[str, StoredTensor]
@@ -366,8 +378,8 @@ class Checkpoint:
                 )
             }
         found = False
-        for key, value in top.items() if isinstance(top, dict) else ():
-            if isinstance(key, str) and key.startswith(prefixes or ""):
+        for key, value in _flat(top) if isinstance(top, dict) else ():
+            if key.startswith(prefixes or ""):
                 tensor = _tensor(value, self._name, key)
                 if tensor is not None:
                     found = True

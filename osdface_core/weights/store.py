@@ -137,12 +137,18 @@ class Store:
         return judge(entry, path)
 
     def recognise(self, path: Path) -> WeightFile | None:
-        """The catalogue's entry for the content of `path`; None if there is none."""
+        """The catalogue's entry for the content of `path`; None if there is none.
+
+        Of entries with one layout, the name tells which it is.
+        """
         try:
             held = shapes(path)
         except (OSDFaceError, OSError):
             return None
-        return next((entry for entry in self.catalogue.files if fits(entry, held)), None)
+        found = [entry for entry in self.catalogue.files if fits(entry, held)]
+        if len(found) > 1:
+            found = [entry for entry in found if entry.name == path.name]
+        return found[0] if found else None
 
     def recognise_all(self, folder: Path) -> dict[str, Path]:
         """Files of the catalogue in or under `folder`, under any name there, by catalogue name."""
