@@ -23,6 +23,7 @@ from pathlib import Path
 from osdface_core.catalogue import CATALOGUE
 from osdface_core.errors import OSDFaceError
 from osdface_core.osdface.files import KOHYA_LORA
+from osdface_core.osediff.files import FACES, PICTURES
 from osdface_core.sd21.files import BASE
 from osdface_core.weights.catalogue import WeightFile
 from osdface_core.weights.store import Store, command
@@ -174,12 +175,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help=f"also Stable Diffusion 2.1-base ({megabytes(BASE.expected_size)})",
     )
     parser.add_argument(
+        "--osediff",
+        action="store_true",
+        help="also OSEDiff's weights, which enlarge whole pictures, and those for faces "
+        f"({megabytes(PICTURES.expected_size + FACES.expected_size)})",
+    )
+    parser.add_argument(
         "--offline", action="store_true", help="no network: only --from and conversions"
     )
     parser.add_argument(
         "--keep-original",
         action="store_true",
-        help="keep the 1.8 GB checkpoint after its conversion",
+        help="keep what was fetched only to be converted, such as the 1.8 GB checkpoint",
     )
     parser.add_argument(
         "--models-dir", metavar="DIR", type=Path, help="the models folder of ComfyUI"
@@ -220,6 +227,8 @@ def run_by_hand(options: argparse.Namespace) -> int:
     )
     if options.checkpoint and BASE not in wanted:
         wanted.append(BASE)
+    if options.osediff:
+        wanted += [entry for entry in (PICTURES, FACES) if entry not in wanted]
     given = store.recognise_all(options.given) if options.given else {}
     for name, path in given.items():
         print(f"{path} is {name}")

@@ -286,6 +286,48 @@ def test_two_at_once_fetch_a_file_once(server: Server, models: Path, released: P
     assert (models / "osdface" / LORA).read_bytes() == (released / LORA).read_bytes()
 
 
+OSEDIFF = ("osediff", "osediff_face")
+
+
+def test_osediff_is_fetched_from_its_authors_and_converted(
+    server: Server, models: Path, osediff_pickle: Path
+) -> None:
+    content = osediff_pickle.read_bytes()
+    for name in OSEDIFF:
+        server.release(f"cswry/OSEDiff/raw/main/preset/models/{name}.pkl", content)
+    # Beside what --osediff adds, one file alone, so that the others are not asked for.
+    arguments = ["--models-dir", str(models), "--osediff", "--only", "osediff.safetensors"]
+    assert install.main(arguments) == 0
+    assert held(models) == {f"{name}.safetensors" for name in OSEDIFF}
+    for name in OSEDIFF:
+        with safe_open(models / "osediff" / f"{name}.safetensors", framework="pt") as file:
+            assert file.metadata()[f"sha256 of {name}.pkl"] == sha256_of(osediff_pickle)
+    asked = len(server.gets)
+    assert install.main([*arguments, "--check"]) == 0
+    assert install.main(arguments) == 0
+    assert len(server.gets) == asked
+
+
+def test_osediff_by_hand_is_known_by_name_and_a_page_in_its_place_is_told(
+    server: Server,
+    models: Path,
+    osediff_pickle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    downloads = tmp_path / "Downloads"
+    downloads.mkdir()
+    shutil.copyfile(osediff_pickle, downloads / "osediff_face.pkl")
+    (downloads / "osediff.pkl").write_text("<!DOCTYPE html><html></html>")
+    only = ["--only", "osediff_face.safetensors", "--offline", "--from", str(downloads)]
+    assert install.main(["--models-dir", str(models), *only]) == 0
+    assert held(models) == {"osediff_face.safetensors"} and server.gets == []
+    (models / "osediff" / "osediff.pkl").write_text("<!DOCTYPE html><html></html>")
+    assert install.main(["--models-dir", str(models), "--only", "osediff.safetensors"]) == 1
+    assert "osediff.pkl is a web page and no checkpoint" in capsys.readouterr().err
+    assert held(models) == {"osediff_face.safetensors", "osediff.pkl"}
+
+
 # Run by a host
 
 

@@ -21,3 +21,4 @@ STEP = {"lora_name": "none", "lora_strength": 1.0, "timestep": 399, "faces_per_b
 PASTE = {"strength": 1.0, "mask_type": "ellipse", "feather": 0.1, "color_match": "none"}
 RESTORE = {"vre_name": "builtin", "lora_name": "none"} | FIND | PASTE
 del RESTORE["max_size"]  # which the one node does not have
+UPSCALE = {"upscale": 4.0, "tile": 768, "overlap": 256, "color_match": "adain"}

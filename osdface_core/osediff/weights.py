@@ -61,6 +61,11 @@ def parse_weights(tensors: Mapping[str, Tensor], source: str) -> Weights:
             f"{source} does not hold OSEDiff's weights: {some(left_over)} belongs to no part of "
             f"them; {REMEDY}"
         )
+    if not all(parts.values()):
+        raise OSDFaceError(
+            f"{source} does not hold OSEDiff's weights, which are of the UNet and of the VAE; "
+            f"{REMEDY}"
+        )
     weight, bias = (
         _base(parts[UNET].pop(f"{FIRST}.base_layer.{name}", None), name, shape, source)
         for name, shape in (("weight", unet_layers()[FIRST].shape), ("bias", (320,)))
