@@ -1,4 +1,4 @@
-"""Makes workflows/*.json, their thumbnails, and the blueprint, in ComfyUI's real frontend: `python
+"""Makes workflows/*.json, their thumbnails, and the blueprints, in ComfyUI's real frontend: `python
 -m tests.make_workflows [NAME ...]`.
 
 The frontend creates the nodes, links them and writes the file, so the format is its own. Here is
@@ -25,7 +25,6 @@ from urllib.parse import quote
 import requests
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from osdface_core.faces.detect import DetectOptions
 from tests.frontend import SIZE, Frontend, chromium
 from tests.widgets import FIND
 
@@ -36,6 +35,7 @@ HUB = "https://huggingface.co/"
 CHECKPOINT = "v2-1_512-ema-pruned.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 KOHYA = "osdface_lora_kohya.safetensors"
+OSEDIFF, OSEDIFF_FACE = "osediff.safetensors", "osediff_face.safetensors"
 UPSCALER = "RealESRGAN_x4plus.safetensors"
 MODELS = {
     CHECKPOINT: (
@@ -124,6 +124,20 @@ def read(source: str, title: str = "Report") -> Node:
     return Node("PreviewAny", {"source": source}, title=title, size=(300, 140))
 
 
+def text(words: str = "", title: str = "An empty text is right") -> Node:
+    return Node("CLIPTextEncode", {"clip": "checkpoint.CLIP"}, {"text": words}, title, (300, 90))
+
+
+def enlarge(image: str = "load.IMAGE", title: str = "", **widgets: Any) -> Node:
+    links = {
+        "image": image,
+        "model": "checkpoint.MODEL",
+        "vae": "checkpoint.VAE",
+        "conditioning": "text.CONDITIONING",
+    }
+    return Node("OSEDiffUpscale", links, widgets, title, (320, 0))
+
+
 NEEDS = """Files it needs, under `ComfyUI/models`:
 
 - `checkpoints/v2-1_512-ema-pruned.safetensors`: Stable Diffusion 2.1-**base** (512 px)
@@ -132,6 +146,9 @@ NEEDS = """Files it needs, under `ComfyUI/models`:
 - `facedetection/parsing_parsenet.pth`: face parser, for `mask_type` *parsing*; *ellipse* needs no file
 """
 FETCH = "\nMissing some? In this pack's folder, with ComfyUI's Python: `python install.py --checkpoint`.\n"
+OSEDIFF_FETCH = """
+Missing some? In this pack's folder, with ComfyUI's Python: `python install.py --checkpoint --osediff`.
+"""
 SUBJECT = "`vre_name`, `lora_name` and `detector` need no change."
 
 GRAPHS = {
@@ -179,7 +196,7 @@ This model is a stand-in to show how the nodes go together. For what OSDFace can
                 {"image": "shrink.IMAGE"},
                 {"upscale_method": "bicubic", "scale_by": 4.0},
             ),
-            "detect": detect("enlarge.IMAGE", DetectOptions(confidence=0.7), detector="builtin"),
+            "detect": detect("enlarge.IMAGE", confidence=0.7, detector="builtin"),
             "builtin": Node("OSDFaceBuiltinModel", size=(300, 0)),
             "prompts": Node(
                 "OSDFaceVRE", {"crops": "detect.crops"}, {"vre_name": "builtin"}, size=(320, 0)
@@ -312,6 +329,40 @@ the size near 512: that is what this checkpoint was trained for.
     "osdface_old_photo": Graph(
         f"""## An old photograph, four times as large
 
+OSEDiff enlarges and restores the whole photograph four times, in one step. Then the faces are found in the **enlarged** picture,
+restored by OSDFace and put back. Both work on **one checkpoint**, which is loaded once.
+
+{NEEDS}- `osediff/osediff.safetensors`: OSEDiff
+{OSEDIFF_FETCH}
+**Large?** The result is made in tiles of 768 px; lower `tile` where memory is short. **Bolder detail?** Say in *CLIP Text Encode* what is
+seen, or connect the tags of a tagger node. `color_match` *wavelet* keeps a sepia face sepia. For scratches and tears mend the photograph
+first.
+""",
+        {
+            "load": load_image("The photograph"),
+            "checkpoint": checkpoint(),
+            "text": text(),
+            "enlarge": enlarge(),
+            "detect": detect("enlarge.image"),
+            "prompts": prompts(),
+            "step": step(),
+            "paste": paste("enlarge.image", color_match="wavelet"),
+            "save": save("paste.image", "osdface_old_photo"),
+        },
+        [
+            ["load", "checkpoint"],
+            ["text", "enlarge"],
+            ["detect"],
+            ["prompts", "step"],
+            ["paste"],
+            ["save"],
+        ],
+        {"1. Enlarge the picture": ["text", "enlarge"]},
+        note_width=720,
+    ),
+    "osdface_old_photo_upscaler": Graph(
+        f"""## An old photograph, enlarged by an upscale model
+
 An upscale model enlarges the photograph four times. Faces are found and cut out of the **original**, restored, and pasted into the
 **enlarged** picture: *Face Paste Back* takes the scale from the size of the picture that it is given. So the rest of the photograph
 is enlarged faithfully and the faces are restored.
@@ -343,6 +394,86 @@ Large scans: shrink them to about 1000 px before, since a face is worked at 512 
             ["save"],
         ],
         {"Enlarge the picture": ["upscaler", "enlarge"]},
+    ),
+    "osediff_faces": Graph(
+        """## Faces by OSEDiff
+
+OSEDiff has weights for faces too. *OSEDiff Upscale* with `osediff_face.safetensors` and an `upscale` of 1 takes the place of *OSDFace Visual
+Prompts* and *OSDFace One Step*: crops go in and come out, everything around them is the same.
+
+Files it needs, under `ComfyUI/models`:
+
+- `checkpoints/v2-1_512-ema-pruned.safetensors`: Stable Diffusion 2.1-**base** (512 px)
+- `osediff/osediff_face.safetensors`: OSEDiff for faces
+- `facedetection/detection_Resnet50_Final.pth`: face detector
+- `facedetection/parsing_parsenet.pth`: face parser, for `mask_type` *parsing*; *ellipse* needs no file
+"""
+        + OSEDIFF_FETCH,
+        {
+            "load": load_image(),
+            "checkpoint": checkpoint(),
+            "detect": detect(),
+            "text": text(),
+            "step": enlarge(
+                "detect.crops",
+                osediff_name=OSEDIFF_FACE,
+                upscale=1.0,
+                color_match="none",
+            ),
+            "paste": paste(restored="step.image"),
+            "save": save("paste.image", "osediff_faces"),
+        },
+        [["load"], ["detect", "checkpoint"], ["text", "step"], ["paste"], ["save"]],
+        note_width=720,
+    ),
+    "osediff_compare": Graph(
+        f"""## OSDFace and OSEDiff on the same face
+
+The largest face is cut out once and restored twice, on one checkpoint. The saved picture shows, from left to right: the crop as it was,
+OSDFace, and OSEDiff with its weights for faces.
+
+{NEEDS}- `osediff/osediff_face.safetensors`: OSEDiff for faces
+{OSEDIFF_FETCH}
+Choose your picture in *Load Image*, press Run. Other faces: set `select` in *Face Detect & Align*.
+""",
+        {
+            "load": load_image(),
+            "checkpoint": checkpoint(),
+            "detect": detect(select="largest"),
+            "prompts": prompts(),
+            "step": step(),
+            "text": text(),
+            "other": enlarge(
+                "detect.crops",
+                "OSEDiff for faces",
+                osediff_name=OSEDIFF_FACE,
+                upscale=1.0,
+                color_match="none",
+            ),
+            "left": Node(
+                "ImageStitch",
+                {"image1": "detect.crops", "image2": "step.restored"},
+                {"spacing_width": 8},
+                "Before | OSDFace",
+            ),
+            "all": Node(
+                "ImageStitch",
+                {"image1": "left.IMAGE", "image2": "other.image"},
+                {"spacing_width": 8},
+                "Side by side",
+            ),
+            "save": save("all.IMAGE", "osediff_compare", (640, 330)),
+        },
+        [
+            ["load", "checkpoint"],
+            ["detect"],
+            ["prompts", "step"],
+            ["text", "other"],
+            ["left", "all"],
+            ["save"],
+        ],
+        {"OSDFace": ["prompts", "step"], "OSEDiff": ["text", "other"]},
+        note_width=720,
     ),
     "osdface_one_person": Graph(
         f"""## One person out of a group
@@ -393,7 +524,7 @@ long videos in pieces of some ten seconds. One person only: `select` *largest*.
             "video": Node("LoadVideo", widgets={"file": "video.mp4"}, size=(300, 330)),
             "checkpoint": checkpoint(),
             "frames": Node("GetVideoComponents", {"video": "video.VIDEO"}),
-            "detect": detect("frames.images", DetectOptions(smoothing=0.5)),
+            "detect": detect("frames.images", smoothing=0.5),
             "prompts": prompts(),
             "step": step(),
             "paste": paste("frames.images"),
@@ -565,15 +696,47 @@ For whoever wants another sampler, a ControlNet or hooks on the way. To restore 
     ),
 }
 
-# The blueprint's own inputs, beside the picture, MODEL and VAE: the widgets that people turn most.
-PROMOTED = [
-    ("detect", "detector"),
-    ("detect", "select"),
-    ("detect", "min_size"),
-    ("paste", "strength"),
-    ("paste", "mask_type"),
-]
-OFFERED = [("paste", "mask"), ("detect", "report")]
+
+@dataclass
+class Blueprint:
+    """A subgraph to be offered as a node.
+
+    graph: the workflow that it is cut out of.
+    chain: the keys of its nodes.
+    promoted: its own inputs beside those that are connected: the widgets that people turn most.
+    offered: its own outputs beside those that are connected.
+    about: what the frontend says of it.
+    """
+
+    graph: str
+    chain: tuple[str, ...]
+    promoted: tuple[tuple[str, str], ...]
+    offered: tuple[tuple[str, str], ...]
+    about: str
+
+
+BLUEPRINTS = {
+    "OSDFace": Blueprint(
+        "osdface_basic",
+        ("detect", "prompts", "step", "paste"),
+        (
+            ("detect", "detector"),
+            ("detect", "select"),
+            ("detect", "min_size"),
+            ("paste", "strength"),
+            ("paste", "mask_type"),
+        ),
+        (("paste", "mask"), ("detect", "report")),
+        "Finds faces, restores them with OSDFace, puts them back.",
+    ),
+    "OSEDiff": Blueprint(
+        "osdface_old_photo",
+        ("text", "enlarge"),
+        (("text", "text"), ("enlarge", "upscale"), ("enlarge", "tile"), ("enlarge", "color_match")),
+        (),
+        "Enlarges and restores a whole picture with OSEDiff.",
+    ),
+}
 
 BUILD = """
 async ({nodes, columns, groups, note, noteWidth, versions, models}) => {
@@ -788,8 +951,13 @@ def illustration(address: str, name: str, folder: Path) -> Image.Image:
         )
     if name == "osdface_strengths":
         return captioned([portrait(folder, "male_003")] * 4, ["before", "0.35", "0.7", "1"])
-    if name == "osdface_old_photo":
-        return with_faces(address, sepia(portrait(folder, "male_012")))
+    if name in ("osdface_old_photo", "osdface_old_photo_upscaler"):
+        which = "male_012" if name == "osdface_old_photo_upscaler" else "female_008"
+        return with_faces(address, sepia(portrait(folder, which)))
+    if name == "osediff_faces":
+        return with_faces(address, portrait(folder, "male_006"))
+    if name == "osediff_compare":
+        return captioned([portrait(folder, "male_010")] * 3, ["before", "OSDFace", "OSEDiff"])
     if name == "osdface_try_it":
         return with_faces(address, portrait(folder, "female_006"), detector="builtin")
     if name == "osdface_all_in_one":
@@ -850,7 +1018,9 @@ def make_thumbnail(frontend: Frontend, name: str, folder: Path) -> None:
     """
     picture = illustration(frontend.address, name, folder)
     frontend.load(json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
-    graph = graph_picture(frontend, name not in ("osdface_strengths", "osdface_video"))
+    graph = graph_picture(
+        frontend, name not in ("osdface_strengths", "osdface_video", "osediff_compare")
+    )
     graph = graph.resize(
         (THUMBNAIL, round(THUMBNAIL * graph.height / graph.width)), Image.Resampling.LANCZOS
     )
@@ -864,19 +1034,20 @@ def make_thumbnail(frontend: Frontend, name: str, folder: Path) -> None:
     log.info("%s", path.relative_to(ROOT))
 
 
-def make_blueprint(frontend: Frontend) -> None:
-    """The four-node chain, as the frontend's own Convert to Subgraph and Publish Subgraph write it."""
-    file = "/api/userdata/" + quote("subgraphs/OSDFace.json", safe="")
+def make_blueprint(frontend: Frontend, name: str) -> None:
+    """The chain of nodes as the frontend's own Convert to Subgraph and Publish Subgraph write it."""
+    blueprint = BLUEPRINTS[name]
+    file = "/api/userdata/" + quote(f"subgraphs/{name}.json", safe="")
     requests.delete(frontend.address + file, timeout=60)
     frontend.open()
-    ids = build(frontend, GRAPHS["osdface_basic"])
+    ids = build(frontend, GRAPHS[blueprint.graph])
     frontend.js(
-        """async ({chain, promoted, offered}) => {
+        """async ({name, chain, promoted, offered}) => {
           const nodes = chain.map((id) => app.graph.getNodeById(id))
           app.canvas.selectItems(nodes)
           await app.extensionManager.command.execute('Comfy.Graph.ConvertToSubgraph')
           const made = app.graph._nodes.find((n) => n.subgraph)
-          made.title = made.subgraph.name = 'OSDFace'
+          made.title = made.subgraph.name = name
           for (const [id, widget] of promoted) {
             const node = made.subgraph.getNodeById(id), slot = node.inputs.find((i) => i.name === widget)
             made.subgraph.addInput(widget, slot.type).connect(slot, node)
@@ -890,20 +1061,19 @@ def make_blueprint(frontend: Frontend) -> None:
           void app.extensionManager.command.execute('Comfy.PublishSubgraph')
         }""",
         {
-            "chain": [ids[key] for key in ("detect", "prompts", "step", "paste")],
-            "promoted": [(ids[key], name) for key, name in PROMOTED],
-            "offered": [(ids[key], name) for key, name in OFFERED],
+            "name": name,
+            "chain": [ids[key] for key in blueprint.chain],
+            "promoted": [(ids[key], widget) for key, widget in blueprint.promoted],
+            "offered": [(ids[key], output) for key, output in blueprint.offered],
         },
     )
     dialog = frontend.page.locator(".p-dialog input")
-    dialog.fill("OSDFace")
+    dialog.fill(name)
     dialog.press("Enter")
     frontend.page.wait_for_timeout(1000)
     saved = requests.get(frontend.address + file, timeout=60).json()
-    saved.setdefault("extra", {})["BlueprintDescription"] = (
-        "Finds faces, restores them with OSDFace, puts them back."
-    )
-    write(ROOT / "subgraphs" / "OSDFace.json", saved)
+    saved.setdefault("extra", {})["BlueprintDescription"] = blueprint.about
+    write(ROOT / "subgraphs" / f"{name}.json", saved)
 
 
 def main() -> None:
@@ -917,7 +1087,9 @@ def main() -> None:
         type=Path,
         help="also thumbnails, with the test pictures in DIR",
     )
-    parser.add_argument("--blueprint", action="store_true", help="also the blueprint")
+    parser.add_argument(
+        "--blueprint", action="append", default=[], choices=list(BLUEPRINTS), help="also this one"
+    )
     parser.add_argument(
         "--address", default="http://127.0.0.1:8188", help="a running ComfyUI that has the pack"
     )
@@ -929,8 +1101,8 @@ def main() -> None:
             make_workflow(frontend, name)
             if options.thumbnails:
                 make_thumbnail(frontend, name, options.thumbnails)
-        if options.blueprint:
-            make_blueprint(frontend)
+        for name in options.blueprint:
+            make_blueprint(frontend, name)
 
 
 if __name__ == "__main__":

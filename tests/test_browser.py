@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from osdface_core.osediff.convert import convert
 from tests.frontend import CHROMIUM, Frontend, chromium, server
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
@@ -41,7 +42,7 @@ HERE = {"detector": "retinaface_mobile0.25", "mask_type": "ellipse"}
 LONG = 400_000
 
 # KeepTensor writes whatever comes in to a file, bit for bit. Hold keeps the queue waiting until it
-# is interrupted.
+# is interrupted. FixedText is a text encoder's output.
 TEST_NODES = """
 import os, time
 import torch, folder_paths
@@ -66,7 +67,14 @@ class Hold:
         while True:
             comfy.model_management.throw_exception_if_processing_interrupted()
             time.sleep(0.05)
-NODE_CLASS_MAPPINGS = {"KeepTensor": KeepTensor, "Hold": Hold}
+class FixedText:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "test"
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+    def make(self):
+        return ([[torch.randn(1, 77, 1024, generator=torch.Generator().manual_seed(0)), {}]],)
+NODE_CLASS_MAPPINGS = {"KeepTensor": KeepTensor, "Hold": Hold, "FixedText": FixedText}
 """
 
 # Ends with the run that is in progress: how it ended, and what was said.
@@ -227,6 +235,7 @@ def base(
     populate: Callable[[Path], None],
     comfyui: Path,
     photographs: Path,
+    osediff_pickle: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     pytest.importorskip(
@@ -250,6 +259,8 @@ def base(
         *wanted,
     ]
     subprocess.run(install, check=True, capture_output=True)
+    for name in ("osediff.safetensors", "osediff_face.safetensors"):
+        convert(osediff_pickle, models / "osediff" / name)
     (models / "upscale_models").mkdir()
     tiny_upscaler(models / "upscale_models" / "RealESRGAN_x4plus.safetensors")
     stable_diffusion_15(
@@ -357,12 +368,59 @@ def test_strengths_are_compared_and_changing_one_runs_no_network(site: Site) -> 
     assert step not in {node for node, _, _ in site.ui.js("() => window.steps")}
 
 
-def test_an_old_photo_is_enlarged_and_its_face_pasted_in(site: Site) -> None:
-    site.open("osdface_old_photo")
+def test_an_old_photo_is_enlarged_by_a_model_and_its_face_pasted_in(site: Site) -> None:
+    site.open("osdface_old_photo_upscaler")
     site.turn(image=PICTURE, **HERE)
     site.run()
     assert site.shown("SaveImage") == [(2048, 2048)]
+    site.shot("run_osdface_old_photo_upscaler")
+
+
+def with_fixed_text(site: Site) -> None:
+    """In place of CLIP Text Encode, whose network the stand-in checkpoint does not hold."""
+    site.ui.js(
+        """() => {
+          const old = app.graph._nodes.find((n) => n.type === 'CLIPTextEncode')
+          const made = LiteGraph.createNode('FixedText')
+          made.pos = [...old.pos]
+          app.graph.add(made)
+          const links = old.outputs[0].links.map((id) => app.graph.links.get(id))
+          for (const link of links.map((l) => [l.target_id, l.target_slot]))
+            made.connect(0, app.graph.getNodeById(link[0]), link[1])
+          app.graph.remove(old)
+        }"""
+    )
+
+
+def test_an_old_photo_is_restored_whole_and_its_face_again_on_one_checkpoint(site: Site) -> None:
+    """At the picture's own size, which two cores do in a minute or two."""
+    site.open("osdface_old_photo")
+    with_fixed_text(site)
+    site.turn(image=PICTURE, upscale=1.0, **HERE)
+    site.run()
+    assert site.shown("SaveImage") == [(512, 512)]
     site.shot("run_osdface_old_photo")
+    log = (site.base / "log.txt").read_text()
+    before = log.count("model weight dtype")
+    assert before <= 1, "the checkpoint was loaded more than once"
+    site.turn("FacePasteBack", strength=0.5)
+    site.run()
+    enlarge = site.ui.js(
+        "() => String(app.graph._nodes.find((n) => n.type === 'OSEDiffUpscale').id)"
+    )
+    assert enlarge not in {node for node, _, _ in site.ui.js("() => window.steps")}
+
+
+def test_both_methods_restore_the_same_crop(site: Site) -> None:
+    site.open("osediff_compare")
+    with_fixed_text(site)
+    site.turn(image=PICTURE, **HERE)
+    site.run()
+    assert site.shown("SaveImage") == [(3 * 512 + 2 * 8, 512)]
+    site.shot("run_osediff_compare")
+    saved = np.asarray(Image.open(max((site.base / "output").glob("osediff_compare*.png"))), float)
+    crops = [saved[:, i * 520 : i * 520 + 512] for i in range(3)]
+    assert all(np.abs(a - b).mean() > 1 for a, b in ((crops[0], crops[1]), (crops[1], crops[2])))
 
 
 def test_the_step_taken_apart_is_the_step(site: Site) -> None:

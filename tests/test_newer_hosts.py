@@ -29,6 +29,7 @@ NODES = (
     "FaceSelect",
     "OSDFaceRestore",
     "OSDFaceBuiltinModel",
+    "OSEDiffUpscale",
 )
 
 

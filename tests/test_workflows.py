@@ -25,6 +25,9 @@ PROMISED = {
     "osdface_all_in_one",
     "osdface_txt2img_portrait",
     "osdface_old_photo",
+    "osdface_old_photo_upscaler",
+    "osediff_faces",
+    "osediff_compare",
     "osdface_one_person",
     "osdface_video",
     "osdface_strengths",
@@ -115,7 +118,7 @@ def version() -> str:
 
 def test_all_that_are_promised_are_there() -> None:
     assert {path.stem for path in WORKFLOWS} >= PROMISED
-    assert [path.stem for path in BLUEPRINTS] == ["OSDFace"]
+    assert [path.stem for path in BLUEPRINTS] == ["OSDFace", "OSEDiff"]
 
 
 def test_the_basic_workflow_is_the_graph_that_is_tested() -> None:
@@ -286,19 +289,33 @@ def test_its_picture_shows_something(path: Path) -> None:
     assert path.with_suffix(".jpg").stat().st_size < 150_000
 
 
-def test_the_blueprint_holds_the_chain_and_offers_its_ends() -> None:
-    workflow = read(BLUEPRINTS[0])
+@pytest.mark.parametrize(
+    ("name", "chain", "inputs", "outputs"),
+    [
+        (
+            "OSDFace",
+            ["FaceDetectAlign", "OSDFaceVRE", "OSDFaceOneStep", "FacePasteBack"],
+            {"image", "model", "vae", "detector", "select", "min_size", "strength", "mask_type"},
+            ["image", "mask", "report"],
+        ),
+        (
+            "OSEDiff",
+            ["CLIPTextEncode", "OSEDiffUpscale"],
+            {"image", "model", "clip", "vae", "text", "upscale", "tile", "color_match"},
+            ["image"],
+        ),
+    ],
+)
+def test_a_blueprint_holds_the_chain_and_offers_its_ends(
+    name: str, chain: list[str], inputs: set[str], outputs: list[str]
+) -> None:
+    workflow = read(ROOT / "subgraphs" / f"{name}.json")
     (node,), (graph,) = workflow["nodes"], workflow["definitions"]["subgraphs"]
     assert node["type"] == graph["id"]
-    assert node["title"] == graph["name"] == BLUEPRINTS[0].stem
-    assert [inner["type"] for inner in graph["nodes"]] == [
-        "FaceDetectAlign",
-        "OSDFaceVRE",
-        "OSDFaceOneStep",
-        "FacePasteBack",
-    ]
-    assert [given["name"] for given in graph["inputs"]][:3] == ["image", "model", "vae"]
-    assert [out["name"] for out in graph["outputs"]] == ["image", "mask", "report"]
+    assert node["title"] == graph["name"] == name
+    assert [inner["type"] for inner in graph["nodes"]] == chain
+    assert {given["name"] for given in graph["inputs"]} == inputs
+    assert [out["name"] for out in graph["outputs"]] == outputs
     for given, shown in zip(graph["inputs"], node["inputs"], strict=True):
         assert (given["name"], given["type"]) == (shown["name"], shown["type"])
 
