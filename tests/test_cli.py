@@ -41,6 +41,7 @@ from osdface_core.diffusers.backbone import DiffusersBackbone
 from osdface_core.errors import OSDFaceError
 from osdface_core.osdface.lora import adapted_layers
 from tests.photographs import write_detector
+from tests.widgets import UPSCALE
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., int]
@@ -108,9 +109,8 @@ def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 def test_every_option_of_the_nodes_has_the_nodes_name_and_default() -> None:
     nodes = json.loads((ROOT / "tests" / "interfaces.json").read_text())
     graph = json.loads((ROOT / "tests" / "osdface_basic_api.json").read_text())
-    inputs = {
-        name for node, (inputs, _) in nodes.items() if node != "FaceSelect" for name in inputs
-    }
+    others = "FaceSelect", "OSEDiffUpscale"
+    inputs = {name for node, (inputs, _) in nodes.items() if node not in others for name in inputs}
     elsewhere = {
         "image",
         "faces",
@@ -149,6 +149,18 @@ def test_every_option_of_the_nodes_has_the_nodes_name_and_default() -> None:
         "keep_detail",
     ):
         assert options[name] == told[name], name
+
+
+def test_upscale_has_its_node_s_names_and_defaults() -> None:
+    options = vars(parser().parse_args(["upscale", "in", "out"]))
+    assert options["scale"] == UPSCALE["upscale"]
+    for name in ("tile", "overlap", "color_match"):
+        assert options[name] == UPSCALE[name]
+    # With --faces they are restored as `restore` does it.
+    restore = vars(parser().parse_args(["restore", "in", "out"]))
+    assert {name: options[name] for name in restore if name not in ("command", "color_match")} == {
+        name: value for name, value in restore.items() if name not in ("command", "color_match")
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line: `python -m osdface_core restore IN OUT`."""
+"""The command line: `python -m osdface_core restore IN OUT`, and `upscale IN OUT`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from .options import parser
 
-        return restore(parser().parse_args(arguments))
+        return run(parser().parse_args(arguments))
     except ModuleNotFoundError as error:
         log.error(
             'The Python package %s is missing: run pip install -e ".[cli]" in the project\'s '
@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         return STOPPED
 
 
-def restore(options: argparse.Namespace) -> int:
-    """Runs the command `restore` and returns the exit code.
+def run(options: argparse.Namespace) -> int:
+    """Runs a command and returns the exit code.
 
     Raises OSDFaceError where nothing can be done, and KeyboardInterrupt.
     """
@@ -69,9 +69,10 @@ def restore(options: argparse.Namespace) -> int:
     settled, reported = options, True
     try:
         if todo:
-            from .restorer import resolve
+            from . import restorer, upscaler
 
-            settled = resolve(options)
+            command = upscaler if options.command == "upscale" else restorer
+            settled = command.resolve(options)
             # A single video has its own bar, by frames.
             alone = len(todo) == 1 and todo[0].source.suffix.lower() in job.VIDEOS
             with (
@@ -101,7 +102,7 @@ def restore(options: argparse.Namespace) -> int:
         for entry in entries
         if entry["status"] == job.DONE
     )
-    if without:
+    if without and (options.command == "restore" or options.faces):
         log.warning(
             "%d of the files done have no face that was found and chosen; --report tells which.",
             without,
@@ -132,7 +133,7 @@ def _check_report(options: argparse.Namespace, items: list[Any]) -> None:
     report = options.report.resolve()
     weights = [
         Path(path).resolve()
-        for path in (options.model, options.lora, options.vre)
+        for path in (options.model, options.lora, options.vre, getattr(options, "osediff", None))
         if path not in (None, BUILTIN, NONE)
     ]
     files = [

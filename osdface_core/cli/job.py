@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..errors import OSDFaceError
 from . import pictures
 from .restorer import Restorer
+from .upscaler import Upscaler
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,12 @@ def _files(source: Path, target: Path) -> Iterator[Path]:
 # One file
 
 
-def work(item: Item, restorer: Restorer) -> dict[str, Any]:
+def networks(options: argparse.Namespace) -> Restorer | Upscaler:
+    """What the command works with. Raises OSDFaceError for weights that do not fit."""
+    return Upscaler(options) if options.command == "upscale" else Restorer(options)
+
+
+def work(item: Item, restorer: Restorer | Upscaler) -> dict[str, Any]:
     """Does one file and returns its entry of the report.
 
     A file that cannot be done is named in the entry and leaves nothing behind.
@@ -181,7 +187,7 @@ def work(item: Item, restorer: Restorer) -> dict[str, Any]:
     return entry | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def _picture(item: Item, restorer: Restorer) -> dict[str, Any]:
+def _picture(item: Item, restorer: Restorer | Upscaler) -> dict[str, Any]:
     given = pictures.read(item.source)
     pictures.check_target(given, item.target)
     after, mask, faces = restorer.picture(given.pixels)
@@ -198,7 +204,7 @@ def _picture(item: Item, restorer: Restorer) -> dict[str, Any]:
     return {"width": width, "height": height, "faces": faces}
 
 
-def _video(item: Item, restorer: Restorer) -> dict[str, Any]:
+def _video(item: Item, restorer: Restorer | Upscaler) -> dict[str, Any]:
     from . import video
 
     says: dict[str, Any] = {}
@@ -213,7 +219,11 @@ def _video(item: Item, restorer: Restorer) -> dict[str, Any]:
             steps.update(done)
 
         def fill(fresh: Path) -> None:
-            says.update(video.restore(item.source, fresh, restorer, restorer.options.crf, progress))
+            crf = restorer.options.crf
+            if isinstance(restorer, Upscaler):
+                says.update(video.upscale(item.source, fresh, restorer, crf, progress))
+            else:
+                says.update(video.restore(item.source, fresh, restorer, crf, progress))
 
         pictures.replace_file(item.target, fill)
     return says
@@ -231,7 +241,7 @@ def run(items: list[Item], options: argparse.Namespace) -> Iterator[dict[str, An
     if options.workers > 1 or options.ray_address:
         yield from _run_workers(items, options)
         return
-    restorer = Restorer(options)
+    restorer = networks(options)
     for item in items:
         yield work(item, restorer)
 
@@ -241,7 +251,7 @@ class Worker:
 
     def __init__(self, options: argparse.Namespace, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.restorer = Restorer(options)
+        self.restorer = networks(options)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         item = Item(Path(row["source"]), Path(row["target"]))

@@ -13,6 +13,9 @@ from ..faces.choose import ORDER, SELECT
 from ..faces.files import DETECTORS
 from ..faces.paste import MASK_TYPES
 from ..osdface.restore import TIMESTEP
+from ..osediff.upscale import COLOR_MATCHES as UPSCALE_COLORS
+from ..osediff.upscale import DEFAULT as UPSCALE
+from ..osediff.upscale import MAX_SCALE
 from ..pictures.color import COLOR_MATCHES
 from ..sd21.schedule import TIMESTEPS
 
@@ -46,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m osdface_core", description="OSDFace from the command line."
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="restore")
-    command = commands.add_parser(
+    commands = top.add_subparsers(dest="command", required=True, metavar="restore | upscale")
+    restore = commands.add_parser(
         "restore",
         help="restore the faces of a picture, a folder or a video",
         description="Restores the faces of a picture, of a folder of pictures and videos (with "
@@ -55,6 +58,32 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_files(restore)
+    _add_weights(restore)
+    _add_machine(restore)
+    _add_faces(restore)
+    _add_restoration(restore)
+    upscale = commands.add_parser(
+        "upscale",
+        help="enlarge and restore whole pictures and videos by OSEDiff",
+        description="Enlarges and restores a picture, a folder of pictures and videos (with all "
+        "below it), or a video, by OSEDiff; with --faces its faces by OSDFace too.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_files(upscale)
+    _add_weights(upscale)
+    _add_upscaling(upscale)
+    _add_machine(upscale)
+    _add_faces(upscale)
+    # What else is set of faces has the defaults of `restore`.
+    given = vars(upscale.parse_args(["in", "out"]))
+    defaults = vars(restore.parse_args(["in", "out"]))
+    upscale.set_defaults(**{k: v for k, v in defaults.items() if k not in given})
+    return top
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument("input", metavar="IN", type=Path, help="picture, folder or video")
     # A string: a Path drops the slash at the end, which marks a folder that does not exist yet.
     command.add_argument(
@@ -81,6 +110,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="0..51",
         help="of videos, less is better and larger (%(default)s)",
     )
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("weights").add_argument
     add(
         "--model",
@@ -96,6 +128,9 @@ def parser() -> argparse.ArgumentParser:
         help="where weights are looked for by name (ComfyUI's models, or ~/.cache/osdface)",
     )
     add("--download", action="store_true", help="fetch weights that are missing (8 GB)")
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, xpu, mps, cpu ... (the fastest there is)")
     add(
@@ -115,6 +150,59 @@ def parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="a Ray cluster that the workers run on, such as `auto`, instead of this machine",
     )
+
+
+def _add_upscaling(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("enlargement").add_argument
+    add(
+        "--scale",
+        type=number(float, 1, MAX_SCALE),
+        default=UPSCALE.scale,
+        metavar=f"1..{MAX_SCALE:g}",
+        help="how many times as wide and high (%(default)s)",
+    )
+    add(
+        "--osediff",
+        metavar="FILE",
+        help="OSEDiff's weights (osediff.safetensors of the models folder)",
+    )
+    add(
+        "--prompt",
+        default="",
+        metavar="TEXT",
+        help="words for what is seen, for bolder detail (none)",
+    )
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        type=Path,
+        help="a folder with CLIP's vocab.json and merges.txt, for a --prompt with a --model that "
+        "is a single file",
+    )
+    add(
+        "--tile",
+        type=number(int, 0, 8192),
+        default=UPSCALE.tile,
+        metavar="PX",
+        help="side of the tiles of a large result, at least 256; 0 makes it whole (%(default)s)",
+    )
+    add(
+        "--overlap",
+        type=number(int, 0, 4096),
+        default=UPSCALE.overlap,
+        metavar="PX",
+        help="pixels that neighbouring tiles share (%(default)s)",
+    )
+    add(
+        "--color-match",
+        choices=UPSCALE_COLORS,
+        default=UPSCALE.color_match,
+        help="towards the picture's colours (%(default)s)",
+    )
+    add("--faces", action="store_true", help="then restore the faces, by OSDFace")
+
+
+def _add_faces(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("faces").add_argument
     add(
         "--detector",
@@ -184,6 +272,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="0..1",
         help="steadies the crops of a video (%(default)s)",
     )
+
+
+def _add_restoration(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("restoration").add_argument
     add(
         "--lora-strength",
@@ -245,4 +336,3 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="a picture that is white where pixels must stay as they are",
     )
-    return top

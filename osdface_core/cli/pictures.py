@@ -333,7 +333,9 @@ def write(
         _write_tiff(path, array, picture)
     else:
         image = Image.fromarray(array)
-        if picture.cmyk is not None and kind in (*JPEG, *TIFF):
+        # Of a picture that was enlarged no ink is left.
+        is_ink = picture.cmyk is not None and picture.cmyk.shape[:2] == array.shape[:2]
+        if picture.cmyk is not None and is_ink and kind in (*JPEG, *TIFF):
             ink = np.where(
                 (mask > 0).numpy()[..., None],
                 np.asarray(_rgb_to_cmyk(image, picture.icc)),

@@ -77,14 +77,8 @@ def store_in(models: Path) -> Store:
     return Store(CATALOGUE, {name: [models / name] for name in CATALOGUE.folders})
 
 
-def resolve(options: argparse.Namespace) -> argparse.Namespace:
-    """The options with everything decided that depends on the machine.
-
-    That is device, dtype, and the path of each weight file. Logs a warning where a stand-in is
-    taken. Raises OSDFaceError for weights that are missing.
-    """
-    options = argparse.Namespace(**vars(options))
-    parse_indices(options.indices)
+def settle_machine(options: argparse.Namespace) -> None:
+    """Decides the device and the models folder. Raises OSDFaceError for those that are none."""
     try:
         device = torch.device(options.device) if options.device else best_device()
         if device.index is not None and (options.workers > 1 or options.ray_address):
@@ -100,30 +94,58 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
         ) from error
     options.device = str(device)
     # Absolute, since workers may be started in another folder.
-    options.keep = options.keep and options.keep.absolute()
-    options.models_dir = models = models_dir(options.models_dir).absolute()
-    store = store_in(models)
-    bar = _download_bar() if options.download else None
+    options.models_dir = models_dir(options.models_dir).absolute()
 
-    def ensure(entry: WeightFile) -> str:
-        try:
-            return str(store.ensure(entry.name, allow_download=options.download, progress=bar))
-        except OSDFaceError as error:
-            if options.download:
-                raise
-            raise OSDFaceError(
-                f"{entry.name} ({entry.purpose}) is missing in {store.target(entry).parent}: add "
-                "--download, put it there, or take the small built-in model by --model builtin."
-            ) from error
 
-    def given(name: str, path: str) -> str:
-        if not Path(path).exists():
-            raise OSDFaceError(f"--{name} is {path}, which does not exist.")
-        return str(Path(path).absolute())
+def ensure(
+    entry: WeightFile,
+    options: argparse.Namespace,
+    otherwise: str = ", or take the small built-in model by --model builtin",
+) -> str:
+    """The path of a file of the catalogue, fetched first if it is missing and --download is given.
 
-    base = next(
+    Raises OSDFaceError that says how to get it. otherwise: what else can be done.
+    """
+    store = store_in(options.models_dir)
+    bar = _download_bar() if options.download and store.find(entry) is None else None
+    try:
+        return str(store.ensure(entry.name, allow_download=options.download, progress=bar))
+    except OSDFaceError as error:
+        if options.download:
+            raise
+        raise OSDFaceError(
+            f"{entry.name} ({entry.purpose}) is missing in {store.target(entry).parent}: add "
+            f"--download, put it there{otherwise}."
+        ) from error
+
+
+def given(name: str, path: str) -> str:
+    """The absolute path that an option names. Raises OSDFaceError for one that does not exist."""
+    if not Path(path).exists():
+        raise OSDFaceError(f"--{name} is {path}, which does not exist.")
+    return str(Path(path).absolute())
+
+
+def base_folder(models: Path) -> str | None:
+    """The folder of Stable Diffusion 2.1-base in diffusers' layout; None where there is none."""
+    return next(
         (str(models / name) for name in DIFFUSERS_FOLDERS if (models / name).is_dir()), None
     )
+
+
+def resolve(options: argparse.Namespace) -> argparse.Namespace:
+    """The options with everything decided that depends on the machine.
+
+    That is device, dtype, and the path of each weight file. Logs a warning where a stand-in is
+    taken. Raises OSDFaceError for weights that are missing.
+    """
+    options = argparse.Namespace(**vars(options))
+    parse_indices(options.indices)
+    settle_machine(options)
+    device, models = torch.device(options.device), options.models_dir
+    options.keep = options.keep and options.keep.absolute()
+    store = store_in(models)
+    base = base_folder(models)
     there = any(map(store.find, (BASE, LORA, VRE, VRE_CHECKPOINT)))
     if options.model is None and not (
         there or base or options.lora or options.vre or options.download
@@ -133,12 +155,14 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     if options.model == BUILTIN:
         options.lora, options.vre = NONE, BUILTIN
     else:
-        options.model = given("model", options.model) if options.model else base or ensure(BASE)
+        options.model = (
+            given("model", options.model) if options.model else base or ensure(BASE, options)
+        )
         if options.lora != NONE:
-            options.lora = given("lora", options.lora) if options.lora else ensure(LORA)
+            options.lora = given("lora", options.lora) if options.lora else ensure(LORA, options)
         if options.vre is None:
             checkpoint = None if store.find(VRE) else store.find(VRE_CHECKPOINT)
-            options.vre = str(checkpoint or ensure(VRE))
+            options.vre = str(checkpoint or ensure(VRE, options))
         elif options.vre != BUILTIN:
             options.vre = given("vre", options.vre)
     # The small model is fast in any type.
@@ -154,7 +178,9 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
                 "it with --download."
             )
     detector = DETECTORS[options.detector]
-    options.detector_file = BUILTIN if detector == BUILTIN else ensure(CATALOGUE.by_name[detector])
+    options.detector_file = (
+        BUILTIN if detector == BUILTIN else ensure(CATALOGUE.by_name[detector], options)
+    )
     if options.mask_type is None:
         parser_there = options.download or store.find(PARSER)
         options.mask_type = "parsing" if parser_there else "ellipse"
@@ -163,7 +189,7 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
                 "Pasting by an ellipse, for the face parser's file is missing: fetch it with "
                 "--download."
             )
-    options.parser_file = ensure(PARSER) if options.mask_type == "parsing" else None
+    options.parser_file = ensure(PARSER, options) if options.mask_type == "parsing" else None
     return options
 
 

@@ -1,4 +1,4 @@
-"""Restores a video in two passes over its frames, with a window of them in memory at a time.
+"""Restores or enlarges a video, with a window of its frames in memory at a time.
 
 The first pass finds the faces of all frames, which are then followed through the whole video at
 once, so that no window's border splits a person in two. The second restores and encodes. Sound and
@@ -21,8 +21,12 @@ from torch import Tensor
 
 from ..errors import OSDFaceError
 from ..faces.choose import CHOSEN
+from ..faces.face import Face
 from ..faces.track import thumbnails
+from ..osediff.upscale import result_size
+from ..pictures.geometry import compose, scaling
 from .restorer import Restorer, describe_faces
+from .upscaler import Upscaler
 
 log = logging.getLogger(__name__)
 
@@ -62,27 +66,7 @@ def restore(
     progress: called with the steps just done and the steps in all, two for a frame, 0 where
         unknown.
     """
-    found: list[list[Any]] = []
-    small = []
-    first = None
-    with av.open(str(source)) as container:
-        stream = _stream(container, source)
-        total = 2 * stream.frames
-        size = 0, 0
-        for window in _windows(container.decode(stream)):
-            pixels = torch.stack([_pixels(frame) for frame in window])
-            if size not in ((0, 0), pixels.shape[1:3]):
-                raise OSDFaceError(
-                    f"{source} changes its size midway; one size is wanted: take it apart."
-                )
-            size = pixels.shape[1], pixels.shape[2]
-            first = first or window[0]
-            found += restorer.detect(pixels)
-            small.append(thumbnails(pixels))
-            progress(len(window), total)
-    if first is None:
-        raise OSDFaceError(f"{source} holds no frames: it is damaged or of another kind.")
-    everyone, verdicts = restorer.place_faces(found, torch.cat(small), size[1], size[0])
+    first, size, count, everyone, verdicts = _find(source, restorer, progress)
     chosen = [face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN]
     notes: dict[tuple[int, int], str] = {}
     start = 0
@@ -106,16 +90,13 @@ def restore(
         else:
             yield from window
         start = stop
-        progress(len(window), 2 * len(found))
+        progress(len(window), 2 * count)
 
     with av.open(str(source)) as container, av.open(str(target), "w") as out:
         stream = _stream(container, source)
-        codec = _transcode(container, out, _encoder(out, stream, first, crf), stream, restored)
-    if start != len(found):
-        raise OSDFaceError(
-            f"{source} gave {len(found)} frames at first and {start} the second time: it is "
-            "damaged."
-        )
+        encoded = _encoder(out, stream, first, (first.width, first.height), crf)
+        codec = _transcode(container, out, encoded, stream, restored)
+    _check_count(source, count, start)
     return {
         "frames": start,
         "codec": codec,
@@ -123,6 +104,146 @@ def restore(
         "height": size[0],
         "faces": describe_faces(everyone, verdicts, notes),
     }
+
+
+def upscale(
+    source: Path,
+    target: Path,
+    upscaler: Upscaler,
+    crf: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Enlarges the video `source` into `target` and returns its part of the report.
+
+    Faces, where they are wanted, are found in the frames as they were, followed through the whole
+    video, and restored in the enlarged frames. Raises as `restore` does. A side that would be odd,
+    which most encoders do not take, loses its last row or column.
+
+    source: the video.
+    target: its extension names the container.
+    upscaler: the networks.
+    crf: as for `restore`.
+    progress: as for `restore`.
+    """
+    restorer = upscaler.restorer
+    everyone: tuple[Face, ...] = ()
+    verdicts: tuple[str, ...] = ()
+    if restorer is not None:
+        first, size, count, everyone, verdicts = _find(source, restorer, progress)
+    else:
+        first, size, count = _measure(source)
+    chosen = [face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN]
+    scale = upscaler.options.scale
+    height, width = result_size(*size, scale)
+    across, down = (side - side % 2 for side in result_size(first.width, first.height, scale))
+    notes: dict[tuple[int, int], str] = {}
+    start = 0
+
+    def enlarged(window: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+        nonlocal start
+        for frame in window:
+            picture = upscaler.enlarge(_pixels(frame)[None])
+            here = [
+                _scaled(replace(face, frame=0), width / size[1], height / size[0])
+                for face in chosen
+                if face.frame == start
+            ]
+            if restorer is not None and here:
+                picture, _, said = restorer.frames(picture, here)
+                notes.update({(start, number): note for (_, number), note in said.items()})
+            yield _new_frame(frame, picture[0, : height - height % 2, : width - width % 2])
+            start += 1
+            progress(1 if restorer is not None else 2, 2 * count)
+
+    with av.open(str(source)) as container, av.open(str(target), "w") as out:
+        stream = _stream(container, source)
+        encoded = _encoder(out, stream, first, (across, down), crf)
+        codec = _transcode(container, out, encoded, stream, enlarged)
+        says = {"frames": start, "codec": codec}
+        turned = first.rotation // QUARTER % 2
+        sides = (encoded.height, encoded.width) if turned else (encoded.width, encoded.height)
+    if count:
+        _check_count(source, count, start)
+    return says | {
+        "width": sides[0],
+        "height": sides[1],
+        "faces": describe_faces(everyone, verdicts, notes),
+    }
+
+
+def _scaled(face: Face, across: float, down: float) -> Face:
+    """The face in a picture that was enlarged so."""
+    x1, y1, x2, y2 = face.box
+    return replace(
+        face,
+        box=(x1 * across, y1 * down, x2 * across, y2 * down),
+        landmarks=tuple((x * across, y * down) for x, y in face.landmarks),
+        matrix=compose(face.matrix, scaling(1 / across, 1 / down)),
+    )
+
+
+def _new_frame(frame: av.VideoFrame, picture: Tensor) -> av.VideoFrame:
+    """The picture (H,W,3) in [0,1], upright, as a frame in the place of `frame`."""
+    layout = _layout(frame)
+    most = 65535 if layout == "rgb48le" else 255
+    array = (picture * most).round().clamp(0, most).numpy()
+    array = array.astype(np.uint16 if most > 255 else np.uint8)
+    array = np.rot90(array, -(frame.rotation // QUARTER))
+    drawn = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format=layout)
+    new = drawn.reformat(
+        format=frame.format.name, dst_colorspace=frame.colorspace, dst_color_range=frame.color_range
+    )
+    new.pts, new.duration = frame.pts, frame.duration
+    new.colorspace, new.color_range = frame.colorspace, frame.color_range
+    return new
+
+
+def _find(
+    source: Path, restorer: Restorer, progress: Callable[[int, int], None]
+) -> tuple[av.VideoFrame, tuple[int, int], int, tuple[Face, ...], tuple[str, ...]]:
+    """The first pass: the first frame, height and width as it is shown, the number of frames, and
+    all faces, each with a verdict. Arguments as for `restore`.
+    """
+    found: list[list[Any]] = []
+    small = []
+    first = None
+    with av.open(str(source)) as container:
+        stream = _stream(container, source)
+        total = 2 * stream.frames
+        size = 0, 0
+        for window in _windows(container.decode(stream)):
+            pixels = torch.stack([_pixels(frame) for frame in window])
+            if size not in ((0, 0), pixels.shape[1:3]):
+                raise OSDFaceError(
+                    f"{source} changes its size midway; one size is wanted: take it apart."
+                )
+            size = pixels.shape[1], pixels.shape[2]
+            first = first or window[0]
+            found += restorer.detect(pixels)
+            small.append(thumbnails(pixels))
+            progress(len(window), total)
+    if first is None:
+        raise OSDFaceError(f"{source} holds no frames: it is damaged or of another kind.")
+    everyone, verdicts = restorer.place_faces(found, torch.cat(small), size[1], size[0])
+    return first, size, len(found), everyone, verdicts
+
+
+def _measure(source: Path) -> tuple[av.VideoFrame, tuple[int, int], int]:
+    """The first frame, height and width as it is shown, and the number of frames, 0 if unknown."""
+    with av.open(str(source)) as container:
+        stream = _stream(container, source)
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise OSDFaceError(f"{source} holds no frames: it is damaged or of another kind.")
+        height, width = _pixels(first).shape[:2]
+        return first, (height, width), stream.frames
+
+
+def _check_count(source: Path, expected: int, count: int) -> None:
+    if count != expected:
+        raise OSDFaceError(
+            f"{source} gave {expected} frames at first and {count} the second time: it is damaged."
+        )
 
 
 def _stream(container: Any, source: Path) -> Any:
@@ -202,7 +323,21 @@ def _transcode(
     return str(encoded.codec_context.name)
 
 
-def _encoder(out: Any, stream: Any, first: av.VideoFrame, crf: int) -> Any:
+def _encoder(
+    out: Any,
+    stream: Any,
+    first: av.VideoFrame,
+    size: tuple[int, int],
+    crf: int,
+) -> Any:
+    """The stream of `out` that takes frames like `first`, of this width and height.
+
+    out: the video written.
+    stream: of the video read.
+    first: its first frame.
+    size: width and height of the frames.
+    crf: as for `restore`.
+    """
     name = stream.codec_context.codec.canonical_name
     encoder = ENCODERS.get(name, FALLBACK)
     if av.codec.Codec(encoder, "w").canonical_name not in out.supported_codecs:
@@ -218,7 +353,7 @@ def _encoder(out: Any, stream: Any, first: av.VideoFrame, crf: int) -> Any:
         encoder, rate=stream.average_rate or stream.guessed_rate or Fraction(25), options=options
     )
     context = encoded.codec_context
-    context.width, context.height = first.width, first.height
+    context.width, context.height = size
     known = [str(f.name) for f in av.codec.Codec(encoder, "w").video_formats or ()]
     context.pix_fmt = first.format.name if first.format.name in known else "yuv420p"
     context.time_base = encoded.time_base = stream.time_base
