@@ -790,6 +790,61 @@ def test_the_same_crops_are_encoded_once(
     assert len(vae.osdface_latents) == 3
 
 
+def test_the_vae_of_an_accelerator_takes_all_faces_at_once(
+    host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, vae = checkpoint
+    crops = torch.rand(3, 64, 72, 3)
+    given = step_inputs(host, checkpoint, crops) | {"faces_per_batch": 3}
+    wanted = run(host, "OSDFaceOneStep", **given)
+    network, sizes = vae.first_stage_model, []
+
+    def counted(usual: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, **options: sizes.append(len(x)) or usual(x, **options)
+
+    for half in ("encode", "decode"):
+        monkeypatch.setattr(network, half, counted(getattr(network, half)))
+    monkeypatch.setattr(host.backbone.mm, "is_device_cpu", lambda device: False)
+    assert (run(host, "OSDFaceOneStep", **given) - wanted).abs().max() < 1e-5
+    assert sizes == [3, 3]
+
+
+def test_pictures_for_looking_at_are_made_when_somebody_looks(
+    host: Any,
+    photographs: Path,
+    load_picture: Callable[[Path], torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    picture = load_picture(photographs / "astronaut.png")
+    preview = host.module("osdface_core.faces.preview")
+    drawn: list[str] = []
+
+    def counted(name: str) -> Any:
+        usual = getattr(preview, name)
+        return lambda *given: drawn.append(name) or usual(*given)
+
+    monkeypatch.setattr(host.module("nodes.face_detect_align"), "draw_faces", counted("draw_faces"))
+    monkeypatch.setattr(
+        host.module("nodes.osdface_restore"), "before_after", counted("before_after")
+    )
+    shown = host.nodes["FaceDetectAlign"].execute(image=picture, **widgets.FIND).args[2]
+    model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
+    both = (
+        host.nodes["OSDFaceRestore"]
+        .execute(image=picture, model=model, vae=vae, **widgets.RESTORE)
+        .args[2]
+    )
+    assert shown.shape == picture.shape
+    assert len(both) == 1
+    assert not drawn
+    # As Save Image takes them, and as most nodes do.
+    saved = [(255 * shown[0].cpu().numpy()).astype("uint8") for _ in range(2)]
+    assert (saved[0] == saved[1]).all()
+    assert (saved[0] != (255 * picture[0].numpy()).astype("uint8")).any()
+    assert torch.equal(torch.cat([both])[0, :, : picture.shape[2]], picture[0])
+    assert drawn == ["draw_faces", "before_after"]
+
+
 def test_attention_on_a_cpu_is_torchs_own_unless_another_is_chosen(
     host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
