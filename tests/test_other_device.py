@@ -4,7 +4,6 @@ left behind on the CPU, and the device is waited for no more often than needed.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -25,12 +24,11 @@ from osdface_core.osdface import builtin
 from osdface_core.osdface.restore import restore
 from osdface_core.osdface.vre import embed
 from osdface_core.weights.reading import read_tensors
+from tests.conftest import DEVICE as REAL
 from tests.fake_device import DEVICE, elsewhere
 
 CPU = torch.device("cpu")
-# A real device that the same tests run on instead, such as "cuda".
-REAL = os.environ.get("OSDFACE_TEST_DEVICE")
-OTHER = torch.device(REAL) if REAL else DEVICE
+OTHER = torch.device(REAL or DEVICE)
 
 
 class Chain:
@@ -83,8 +81,6 @@ def here() -> Chain:
 def there(work: Callable[[Chain], Any], forbidden: dict[Any, str] | None = None) -> Any:
     """What `work` gives with the chain elsewhere, and the counts of copies and waits."""
     if REAL:
-        if forbidden is not None:
-            pytest.skip(f"{REAL} is no device that tests can forbid something")
         return work(Chain(OTHER)), Counter()
     with elsewhere(forbidden) as counts:
         chain = Chain(OTHER)
@@ -150,11 +146,10 @@ def test_previews_of_pictures_that_are_there(here: Chain, group: Tensor) -> None
     assert all(torch.equal(*pair) for pair in zip(made, wanted, strict=True))
 
 
+@pytest.mark.processor
 def test_the_device_is_waited_for_no_more_often_than_needed(here: Chain, group: Tensor) -> None:
     """A wait costs a GPU the work that it could have begun; each copy down is one, too."""
     frames = 2
-    if REAL:
-        pytest.skip(f"{REAL} is no device that tests can count on")
     batch = group.expand(frames, -1, -1, -1).contiguous()
     found = here.find(batch)
     crops = found.faces.crops
@@ -178,6 +173,7 @@ def test_the_device_is_waited_for_no_more_often_than_needed(here: Chain, group: 
     assert counts["down"] <= 2 * len(crops)
 
 
+@pytest.mark.processor
 def test_a_picture_is_pasted_here_where_the_device_has_no_memory_left(
     here: Chain, group: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
