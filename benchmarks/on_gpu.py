@@ -152,7 +152,8 @@ class Run:
                 code = "stopped: its time was over"
             lines = log.read_text(errors="replace").splitlines()
             if part.table and code == 0:
-                lines = [line for line in lines if line.startswith(("|", "**"))]
+                # Its tables and their heads; a table wants an empty line before it.
+                lines = [line for line in lines if line.startswith(("|", "**")) or not line]
             else:
                 lines = ["```", *lines[-40:], "```"]
             if code != 0:
