@@ -14,7 +14,7 @@ from torch import Tensor
 from ..chunks import Progress, no_progress
 from ..errors import OSDFaceError
 from ..pictures.color import LUMA, coarse_part
-from ..pictures.picture import check_pictures, rgb_of
+from ..pictures.picture import all_finite, check_pictures, rgb_of
 from ..sd21.backbone import SIDE, STRIDE, TEXT_WIDTH, TOKENS, VISUAL_MINIMUM, Backbone
 from ..sd21.one_step import Restored, padded
 from ..sd21.tiles import OVERLAP, TILE, denoise_in_tiles, in_tiles, tile_starts
@@ -152,8 +152,8 @@ def _mean_std(picture: Tensor) -> tuple[Tensor, Tensor]:
 def check(pictures: Tensor, prompts: Tensor, options: UpscaleOptions) -> None:
     """Raises OSDFaceError for pictures, prompts or options that do not fit."""
     check_pictures(pictures)
-    for i, picture in enumerate(pictures):
-        if not bool(picture.isfinite().all()):
+    for i, is_whole in enumerate(all_finite(pictures)):
+        if not is_whole:
             raise OSDFaceError(
                 f"`image` number {i} holds values that are not numbers (NaN or infinite); finite "
                 "values in [0,1] are wanted: look for the node before this one that makes them."
