@@ -392,17 +392,16 @@ def with_fixed_text(site: Site) -> None:
     )
 
 
-def test_an_old_photo_is_restored_whole_and_its_face_again_on_one_checkpoint(site: Site) -> None:
-    """At the picture's own size, which two cores do in a minute or two."""
+def test_an_old_photo_is_restored_whole(site: Site) -> None:
+    """At the picture's own size, which two cores do in a minute or two. In what stand-in weights
+    make of it no face is left to be found.
+    """
     site.open("osdface_old_photo")
     with_fixed_text(site)
     site.turn(image=PICTURE, upscale=1.0, **HERE)
     site.run()
     assert site.shown("SaveImage") == [(512, 512)]
     site.shot("run_osdface_old_photo")
-    log = (site.base / "log.txt").read_text()
-    before = log.count("model weight dtype")
-    assert before <= 1, "the checkpoint was loaded more than once"
     site.turn("FacePasteBack", strength=0.5)
     site.run()
     enlarge = site.ui.js(
@@ -411,11 +410,16 @@ def test_an_old_photo_is_restored_whole_and_its_face_again_on_one_checkpoint(sit
     assert enlarge not in {node for node, _, _ in site.ui.js("() => window.steps")}
 
 
-def test_both_methods_restore_the_same_crop(site: Site) -> None:
+def test_both_methods_restore_the_same_crop_on_one_checkpoint(site: Site) -> None:
+    def loaded() -> int:
+        return (site.base / "log.txt").read_text().count("model weight dtype")
+
     site.open("osediff_compare")
     with_fixed_text(site)
     site.turn(image=PICTURE, **HERE)
+    before = loaded()
     site.run()
+    assert loaded() - before <= 1
     assert site.shown("SaveImage") == [(3 * 512 + 2 * 8, 512)]
     site.shot("run_osediff_compare")
     saved = np.asarray(Image.open(max((site.base / "output").glob("osediff_compare*.png"))), float)
