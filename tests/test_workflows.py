@@ -342,6 +342,9 @@ def test_values_fit_the_host(path: Path, host: Any, comfyui: Path, newer: bool) 
                 if isinstance(kind, list)
                 else options.get("options")
                 if kind == "COMBO"
+                # Newer hosts' menus whose options bring inputs with them.
+                else [option["key"] for option in options["options"]]
+                if kind == "COMFY_DYNAMICCOMBO_V3"
                 else None
             )
             if menu is not None:
