@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Tests the pack in a newer ComfyUI, at COMFYUI_NEWER_PATH or ~/comfy/ComfyUI-newer: `bash tests/newer_host.sh
 # [pytest's arguments]`. What that ComfyUI wants beside or in place of the packages at hand goes into an environment
-# of its own over them. Then its pages in the newest frontend, and every call of comfy.* against its source.
+# of its own over them. Without arguments, its pages in the newest frontend follow, and every use of comfy.* is
+# compared with its source.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
