@@ -41,9 +41,7 @@ def short_of_memory(state: str) -> None:
     def loads(*given: Any, **named: Any) -> Any:
         known = mm.is_device_cpu, mm.vram_state, mm.get_free_memory
         mm.is_device_cpu, mm.vram_state = (lambda device: False), mm.VRAMState[state]
-        mm.get_free_memory = lambda device=None, torch_free_too=False: (
-            (0, 0) if torch_free_too else 0
-        )
+        mm.get_free_memory = lambda dev=None, torch_free_too=False: (0, 0) if torch_free_too else 0
         try:
             return load(*given, **named)
         finally:

@@ -5,6 +5,7 @@ reason, where it is absent.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import re
@@ -130,8 +131,6 @@ def load_picture() -> Callable[[Path], torch.Tensor]:
 @pytest.fixture(scope="session")
 def seeded(golden: Path) -> ModuleType:
     """The maker of the stand-in weights, beside the golden outputs."""
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location("seeded", golden / "seeded.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -168,6 +167,24 @@ def comfyui() -> Path:
     if path is None:
         pytest.skip("no ComfyUI: set COMFYUI_PATH to its folder, or put it at ~/comfy/ComfyUI")
     return path
+
+
+NEWER = (0, 33)
+
+
+@pytest.fixture(scope="session")
+def newer(comfyui: Path) -> bool:
+    """Whether the ComfyUI is one of the newer ones that the project is tested with."""
+    text = (comfyui / "comfyui_version.py").read_text(encoding="utf-8")
+    version = re.search(r'"(\d+)\.(\d+)', text)
+    assert version
+    return (int(version[1]), int(version[2])) >= NEWER
+
+
+@pytest.fixture(scope="session")
+def newer_only(newer: bool) -> None:
+    if not newer:
+        pytest.skip("an older ComfyUI: set COMFYUI_PATH to one of 0.33.0 or later")
 
 
 @pytest.fixture(scope="session")
@@ -221,6 +238,11 @@ def host(
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    if importlib.util.find_spec("comfy_aimdo"):
+        # Newer hosts load their pager before all else, and on a card alone; tests use it without.
+        import comfy_aimdo.control
+
+        comfy_aimdo.control.init()
     import comfy.sd
     import folder_paths
 

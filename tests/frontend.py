@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -29,6 +30,9 @@ FLAGS = [
     "--disable-sync",
 ]
 SIZE = {"width": 1600, "height": 1000}
+# The newest frontend's, where it is looked at in place of the host's own: tests/newer_host.sh.
+FRONTEND = os.environ.get("OSDFACE_FRONTEND")
+DIALOG = ".p-dialog:visible, [role=dialog]:visible"
 READY = (
     "() => !!(window.app?.graph && window.app.canvas"
     " && window.LiteGraph?.registered_node_types.FaceDetectAlign)"
@@ -114,6 +118,9 @@ class Frontend:
         self.page.wait_for_timeout(500)
         # The frontend of 0.3.64 always throws one of its own while it starts.
         del self.errors[known:]
+        version = self.js("() => window.__COMFYUI_FRONTEND_VERSION__")
+        # Its lists, dialogs and panels were made anew after 0.3.64.
+        self.newer = tuple(map(int, version.split("."))) >= (1, 49)
 
     def js(self, script: str, argument: Any = None) -> Any:
         return self.page.evaluate(script, argument)
@@ -130,6 +137,22 @@ class Frontend:
     def prompt(self) -> dict[str, Any]:
         """What File > Export (API) writes, which is what Run sends."""
         return json.loads(self.js("async () => JSON.stringify((await app.graphToPrompt()).output)"))
+
+    def complaints(self) -> list[str]:
+        """What open dialogs say, and newer frontends' box of errors."""
+        shown = self.page.locator(f"{DIALOG}, [data-testid=error-overlay]:visible")
+        return [text for text in shown.all_inner_texts() if text]
+
+    def press_library(self) -> None:
+        """Opens the node library, or closes it."""
+        self.page.get_by_role("button", name=re.compile("^Node Library|^Nodes")).first.click()
+
+    def search(self, words: str) -> Any:
+        """The nodes that the search box offers for the words."""
+        self.js("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+        box = ".comfy-vue-node-search-container input, [role=dialog] input[role=combobox]"
+        self.page.locator(box).first.fill(words)
+        return self.page.locator(".option-container, [data-testid=result-item]")
 
     def close(self) -> None:
         self.context.close()

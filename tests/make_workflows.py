@@ -48,6 +48,8 @@ MODELS = {
 # The canvas of a browser on a full-HD screen at 125 percent. Below 60 percent the frontend draws
 # nodes without their text.
 WINDOW, LEAST = (1480, 860), 0.62
+# Room for the newer frontends' sidebar and bars, which lie over the canvas, and for the eye.
+LEFT, TOP, MARGIN = 72, 100, 40
 PICTURE = (280, 320)
 THUMBNAIL = 512
 
@@ -817,19 +819,20 @@ async ({nodes, columns, groups, note, noteWidth, versions, models}) => {
 """
 
 FIT = """
-([width, height, least]) => {
+([width, height, least, leftMargin, topMargin, margin]) => {
   const boxes = [
     ...app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]),
     ...app.graph._groups.map((g) => [...g.pos, ...g.size])
   ]
   const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]))
   const right = Math.max(...boxes.map((b) => b[0] + b[2])), bottom = Math.max(...boxes.map((b) => b[1] + b[3]))
-  const ds = app.canvas.ds, margin = 40
-  const fitting = Math.min((width - 2 * margin) / (right - left), (height - 2 * margin) / (bottom - top))
+  const ds = app.canvas.ds
+  const fitting = Math.min(
+    (width - leftMargin - margin) / (right - left), (height - topMargin - margin) / (bottom - top))
   ds.scale = Math.max(least, Math.min(1, Math.floor(100 * fitting) / 100))
-  ds.offset = [Math.round(margin / ds.scale - left), Math.round(margin / ds.scale - top)]
+  ds.offset = [Math.round(leftMargin / ds.scale - left), Math.round(topMargin / ds.scale - top)]
   app.canvas.draw(true, true)
-  return [margin, margin, (right - left) * ds.scale, (bottom - top) * ds.scale]
+  return [leftMargin, topMargin, (right - left) * ds.scale, (bottom - top) * ds.scale]
 }
 """
 
@@ -863,7 +866,7 @@ def build(frontend: Frontend, graph: Graph) -> dict[str, int]:
 
 def make_workflow(frontend: Frontend, name: str) -> None:
     build(frontend, GRAPHS[name])
-    frontend.js(FIT, [*WINDOW, LEAST])
+    frontend.js(FIT, [*WINDOW, LEAST, LEFT, TOP, MARGIN])
     saved = frontend.saved()
     saved["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"osdface/{name}"))
     write(ROOT / "workflows" / f"{name}.json", saved)
@@ -1002,7 +1005,9 @@ def graph_picture(frontend: Frontend, picture: bool) -> Image.Image:
         picture,
     )
     frontend.page.wait_for_timeout(800)
-    left, top, width, height = frontend.js(FIT, [SIZE["width"] - 70, SIZE["height"] - 90, 0.62])
+    left, top, width, height = frontend.js(
+        FIT, [SIZE["width"] - 70, SIZE["height"] - 90, LEAST, MARGIN, MARGIN, MARGIN]
+    )
     data = frontend.js(
         "() => { app.canvas.draw(true, true); return app.canvas.canvas.toDataURL() }"
     )

@@ -59,6 +59,7 @@ def step_inputs(host: Any, checkpoint: tuple[Any, Any], crops: torch.Tensor) -> 
     return {"model": model, "vae": vae, "crops": crops, "conditioning": conditioning} | STEP
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", INPUTS)
 def test_latent_prompts_and_x0_are_the_released_codes(
     name: str,
@@ -104,6 +105,7 @@ def test_the_restored_picture_is_the_released_codes(
     assert (restored.movedim(-1, 1) - truth(f"{name}.image")).abs().max() < 1e-4
 
 
+@pytest.mark.once
 def test_crops_at_once_are_each_alone_and_again_the_same(
     host: Any, checkpoint: tuple[Any, Any], crop: Callable[[str], torch.Tensor]
 ) -> None:
@@ -710,6 +712,7 @@ def test_what_overflows_in_an_fp16_vae_is_decoded_in_fp32(
     assert narrow.vae_dtype == torch.float16
 
 
+@pytest.mark.once
 def test_memory_that_runs_out_in_the_unet_halves_the_chunk(
     host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

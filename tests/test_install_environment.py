@@ -44,9 +44,8 @@ def test_installing_changes_no_package_and_the_pack_loads(comfyui: Path, tmp_pat
         capture_output=True,
         text=True,
     )
-    (Path(site.stdout.strip()) / "host.pth").write_text(
-        os.path.dirname(os.path.dirname(pytest.__file__))
-    )
+    at_hand = [path for path in sys.path if os.path.basename(path) == "site-packages"]
+    (Path(site.stdout.strip()) / "host.pth").write_text("\n".join(at_hand))
 
     def packages() -> dict[str, str]:
         listed = subprocess.run(

@@ -1,36 +1,43 @@
-"""What ComfyUI changed after 0.3.64, as small stand-ins of its new interfaces put into the real
-0.3.64.
+"""What ComfyUI changed after 0.3.64: in a real newer ComfyUI where there is one, and by stand-ins
+for what wants a card or a build that keeps watch over files.
 """
 
 from __future__ import annotations
 
-import inspect
+import json
 import sys
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 import torch
+import websocket
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.fuzz import populate
+from tests.frontend import server
+from tests.prompts import Prompts
 from tests.widgets import RESTORE
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
+newer_only = pytest.mark.usefixtures("newer_only")
 
-NODES = (
-    "FaceDetectAlign",
-    "OSDFaceVRE",
-    "OSDFaceOneStep",
-    "FacePasteBack",
-    "FaceSelect",
-    "OSDFaceRestore",
-    "OSDFaceBuiltinModel",
-    "OSEDiffUpscale",
-)
+# What newer frontends fold away.
+ADVANCED = {
+    "FaceDetectAlign": ["max_size", "smoothing"],
+    "FaceSelect": ["max_size"],
+    "OSDFaceVRE": [],
+    "OSDFaceOneStep": ["timestep", "faces_per_batch"],
+    "FacePasteBack": ["keep_detail"],
+    "OSDFaceRestore": ["order", "smoothing", "feather"],
+    "OSDFaceBuiltinModel": [],
+    "OSEDiffUpscale": ["overlap"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -51,84 +58,131 @@ def nothing_made(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host.files, "_cache", {})
 
 
-# Schemas
+def restored(host: Any, image: Tensor, **changed: Any) -> Any:
+    model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
+    return (
+        host.nodes["OSDFaceRestore"]
+        .execute(image=image, model=model, vae=vae, **RESTORE | changed)
+        .args
+    )
 
 
-def test_the_host_that_is_run_gets_no_word_that_it_does_not_know(host: Any) -> None:
-    from comfy_api.latest import io
-
-    assert "search_aliases" not in io.Schema.__dataclass_fields__
-    assert "advanced" not in inspect.signature(io.Int.Input.__init__).parameters
-    for node in NODES:
-        given = host.nodes[node].INPUT_TYPES()
-        assert not any(
-            "advanced" in options
-            for kind in ("required", "optional")
-            for _, options in given.get(kind, {}).values()
-        )
+TEXT = bytes((0, 0, 0, 3))
 
 
-def test_newer_hosts_get_search_words_and_rarely_turned_widgets(
-    host: Any, monkeypatch: pytest.MonkeyPatch
+def small_graph(name: str, **changed: Any) -> dict[str, Any]:
+    """The portrait through the one node and the built-in model; picture and mask are kept too."""
+    given = {"image": ["load", 0], "model": ["model", 0], "vae": ["model", 1]}
+    nodes = {
+        "load": ("LoadImage", {"image": "close.png"}),
+        "model": ("OSDFaceBuiltinModel", {}),
+        "work": ("OSDFaceRestore", RESTORE | given | changed),
+        "keep": ("FuzzKeep", {"image": ["work", 0], "name": name}),
+        "keep_picture": ("FuzzKeep", {"image": ["load", 0], "name": f"picture_of_{name}"}),
+        "mask": ("MaskToImage", {"mask": ["work", 1]}),
+        "keep_mask": ("FuzzKeep", {"image": ["mask", 0], "name": f"mask_of_{name}"}),
+    }
+    return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
+
+
+# What a page gets to see
+
+
+@pytest.fixture(scope="module")
+def listed(small_server: Any) -> dict[str, Any]:
+    """The nodes as the server describes them."""
+    return requests.get(f"{small_server.address}/object_info", timeout=60).json()
+
+
+@pytest.mark.parametrize("node", ADVANCED)
+def test_search_words_and_folded_widgets_reach_a_host_that_knows_them(
+    node: str, listed: dict[str, Any], newer: bool
 ) -> None:
-    from comfy_api.latest import io
+    words = listed[node].get("search_aliases") or []
+    assert bool(words) == newer
+    assert len(set(words)) == len(words)
+    folded = [
+        name
+        for group in listed[node]["input"].values()
+        for name, given in group.items()
+        if len(given) > 1 and given[1].get("advanced")
+    ]
+    assert folded == (ADVANCED[node] if newer else [])
 
-    @dataclass
-    class Schema(io.Schema):
-        search_aliases: list[str] = field(default_factory=list)
-        has_intermediate_output: bool = False
 
-    widget = next(kind for kind in io.Int.Input.__mro__ if kind.__name__ == "WidgetInput")
-    monkeypatch.setattr(io, "Schema", Schema)
-    monkeypatch.setattr(widget, "advanced", None, raising=False)
-    folded = {}
-    for node in NODES:
-        schema = host.nodes[node].define_schema()
-        schema.finalize()
-        schema.validate()
-        assert schema.search_aliases
-        assert len(set(schema.search_aliases)) == len(schema.search_aliases)
-        folded[node] = [given.id for given in schema.inputs if getattr(given, "advanced", None)]
-    assert folded["OSDFaceOneStep"] == ["timestep", "faces_per_batch"]
-    assert folded["FaceDetectAlign"] == ["max_size", "smoothing"]
-    assert folded["OSDFaceRestore"] == ["order", "smoothing", "feather"]
-    assert host.nodes["OSDFaceRestore"].define_schema().has_intermediate_output
-    assert not host.nodes["FacePasteBack"].define_schema().has_intermediate_output
-    assert "GFPGAN" in host.nodes["OSDFaceRestore"].define_schema().search_aliases
+@newer_only
+def test_the_one_node_is_found_by_the_name_of_its_kind(listed: dict[str, Any]) -> None:
+    assert "GFPGAN" in listed["OSDFaceRestore"]["search_aliases"]
+    shown = {node for node in ADVANCED if listed[node]["has_intermediate_output"]}
+    assert "OSDFaceRestore" in shown
+    assert "FacePasteBack" not in shown
+
+
+def test_a_text_is_shown_on_the_node_while_it_runs_and_after(small_server: Any) -> None:
+    # As no other test has it, or the server would take what it remembers.
+    prompt = small_graph("shown", strength=0.93)
+    client = str(uuid.uuid4())
+    address = small_server.address.removeprefix("http://")
+    link = websocket.create_connection(f"ws://{address}/ws?clientId={client}", timeout=120)
+    sent = {"prompt": prompt, "client_id": client}
+    assert requests.post(f"{small_server.address}/prompt", json=sent, timeout=60).ok
+    while_it_runs, after = "", ""
+    while True:
+        message = link.recv()
+        if isinstance(message, bytes):
+            if message[:4] == TEXT:
+                while_it_runs = message[8 + int.from_bytes(message[4:8], "big") :].decode()
+            continue
+        event = json.loads(message)
+        assert event["type"] != "execution_error", event
+        if event["type"] == "executed" and event["data"]["node"] == "work":
+            after = event["data"]["output"]["text"][0]
+        if event["type"] == "execution_success":
+            break
+    link.close()
+    assert while_it_runs == after
+    assert after.startswith("1 face found in 1 picture, 1 chosen.")
+
+
+# Half-precision pictures and latents
+
+
+@newer_only
+def test_pictures_and_latents_of_half_precision(
+    small_server: Any, comfyui: Path, tmp_path: Path
+) -> None:
+    small_server.run(small_graph("whole"))
+    populate(tmp_path)
+    with server(comfyui, tmp_path, arguments=["--fp16-intermediates"]) as address:
+        other = Prompts(address, tmp_path)
+        other.run(small_graph("halves"))
+    wanted, given = (small_server.kept(name) for name in ("whole", "picture_of_whole"))
+    out, half, mask = (
+        other.kept(name) for name in ("halves", "picture_of_halves", "mask_of_halves")
+    )
+    assert half.dtype == out.dtype == torch.float16
+    assert mask.dtype == torch.float32
+    assert (half.float() - given).abs().max() < 0.001
+    assert not torch.equal(wanted, given)
+    assert (out.float() - wanted).abs().max() < 0.02
+    assert torch.equal(out[mask == 0], half[mask == 0])
 
 
 # Layers that wait for their weights, and patchers that page them
 
 
-def waiting(layer: type[nn.Module], plain: type[nn.Module]) -> Any:
-    """A layer as newer hosts have it where they page: no weight until one is loaded, unless a
-    subclass reads the file's itself.
+@newer_only
+def test_layers_that_wait_for_their_weights_are_filled(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dynamic VRAM a layer has no weight until one is loaded, unless it reads the file's
+    itself, as ours do.
     """
-
-    class Waiting(layer):
-        def __init__(self, *sizes: int, **options: Any) -> None:
-            if type(self)._load_from_state_dict is not Waiting._load_from_state_dict:
-                plain.__init__(self, *sizes, **options)
-                return
-            nn.Module.__init__(self)
-            self.weight = self.bias = None
-
-        def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-            self.weight = nn.Parameter(state[f"{prefix}weight"], requires_grad=False)
-            if f"{prefix}bias" in state:
-                self.bias = nn.Parameter(state[f"{prefix}bias"], requires_grad=False)
-
-    return Waiting
-
-
-def test_layers_that_wait_for_their_weights_are_filled(host: Any) -> None:
+    import comfy.memory_management
     import comfy.ops
 
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
     load_network = host.module("osdface_core.layers").load_network
-    late = {
-        "Linear": waiting(comfy.ops.manual_cast.Linear, nn.Linear),
-        "Embedding": waiting(comfy.ops.manual_cast.Embedding, nn.Embedding),
-    }
 
     class Network(nn.Module):
         def __init__(self, operations: Any) -> None:
@@ -144,20 +198,74 @@ def test_layers_that_wait_for_their_weights_are_filled(host: Any) -> None:
     def filled(operations: Any) -> nn.Module:
         return load_network(lambda: Network(operations), tensors, "It does not fit", "look.")
 
+    assert comfy.ops.manual_cast.Linear(3, 2).weight is None
     with pytest.raises(host.error, match="left over"):
-        filled(SimpleNamespace(**late))
-    complete = SimpleNamespace(
-        **{name: host.networks._with_weights(late[name], getattr(nn, name)) for name in late}
-    )
+        filled(comfy.ops.manual_cast)
     x = torch.tensor([0, 4, 2])
-    assert torch.equal(filled(complete)(x), plain(x))
     assert torch.equal(filled(host.networks.Operations)(x), plain(x))
 
 
 @pytest.fixture
+def dynamic(host: Any, newer_only: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The host's own patcher for dynamic VRAM, which it does not take on a CPU by itself. The names
+    of the networks that it loads.
+    """
+    import comfy.memory_management
+    import comfy.model_patcher
+
+    loaded: list[str] = []
+
+    class Dynamic(comfy.model_patcher.ModelPatcherDynamic):
+        def __new__(cls, *given: Any, **named: Any) -> Any:
+            return object.__new__(cls)
+
+        def load(self, *given: Any, **named: Any) -> None:
+            loaded.append(type(self.model).__name__)
+            super().load(*given, **named)
+
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Dynamic)
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    return loaded
+
+
+def test_all_networks_work_in_the_hosts_dynamic_patcher(
+    host: Any,
+    portrait: Tensor,
+    nothing_made: None,
+    newer_only: None,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = restored(host, portrait.clone())[0]
+    assert not torch.equal(wanted, portrait)
+    monkeypatch.setattr(host.files, "_cache", {})
+    loaded = request.getfixturevalue("dynamic")
+    assert torch.equal(restored(host, portrait.clone())[0], wanted)
+    assert {"RetinaFace", "VisualEmbedder", "Autoencoder", "BaseModel"} <= set(loaded)
+
+
+def test_what_a_host_keeps_free_is_counted_once_and_not_for_each_face(
+    host: Any, nothing_made: None, dynamic: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dynamic patcher asks for a gigabyte beside what a batch takes."""
+    management = host.comfy.model_management
+    model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
+    backbone = host.backbone.HostBackbone(model, vae, {host.base_model.BUILTIN_MARK: True})
+    one, two = (model.memory_required((n, 4, 64, 64)) for n in (1, 2))
+    assert one > 1024**3 > two - one
+    free = one + 5.5 * (two - one) + model.model_size()
+    monkeypatch.setattr(management, "get_free_memory", lambda device: free)
+    monkeypatch.setattr(management, "loaded_models", lambda: [])
+    monkeypatch.setattr(management, "extra_reserved_memory", lambda: 0)
+    monkeypatch.setattr(management, "is_device_cpu", lambda device: False)
+    assert backbone.max_batch(512, 512) == 6
+
+
+@pytest.fixture
 def paging(host: Any, nothing_made: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Weights of ComfyUI's layers are nowhere but while they are used, as with dynamic VRAM. The
-    names of the networks that were so.
+    """Weights of ComfyUI's layers are nowhere but while they are used, as with dynamic VRAM on a
+    card: a stand-in, for the host's own pager finds no card here. The names of the networks that
+    were so.
     """
     import comfy.model_patcher
     import comfy.ops
@@ -205,15 +313,6 @@ def paging(host: Any, nothing_made: None, monkeypatch: pytest.MonkeyPatch) -> li
     return paged
 
 
-def restored(host: Any, image: Tensor, **changed: Any) -> Any:
-    model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
-    return (
-        host.nodes["OSDFaceRestore"]
-        .execute(image=image, model=model, vae=vae, **RESTORE | changed)
-        .args
-    )
-
-
 def test_all_networks_work_while_their_weights_are_paged(
     host: Any, portrait: Tensor, request: pytest.FixtureRequest
 ) -> None:
@@ -246,67 +345,21 @@ def test_the_face_parser_works_where_its_buffers_are(
     assert seen == ["cpu"]
 
 
-# Half-precision pictures and latents
-
-
-def test_pictures_and_latents_of_half_precision(host: Any, portrait: Tensor) -> None:
-    """--fp16-intermediates: pictures come as halves, and the VAE hands out halves."""
-    wanted = restored(host, portrait.clone())[0]
-    model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
-    encode, decode = vae.encode, vae.decode
-    latents = []
-    vae.encode = lambda pixels: latents.append(encode(pixels).half()) or latents[-1]
-    vae.decode = lambda latent: decode(latent).half()
-    try:
-        backbone = host.backbone.HostBackbone(model, vae, {host.base_model.BUILTIN_MARK: True})
-        assert backbone.encode(torch.rand(2, 3, 64, 64)).dtype == torch.float32
-        assert [latent.dtype for latent in latents] == [torch.float16] * 2
-        out, mask, both, _ = (
-            host.nodes["OSDFaceRestore"]
-            .execute(image=portrait.half(), model=model, vae=vae, **RESTORE)
-            .args
-        )
-    finally:
-        del vae.encode, vae.decode
-    assert out.dtype == torch.float16
-    assert mask.dtype == both.dtype == torch.float32
-    assert (out.float() - wanted).abs().max() < 0.02
-    assert torch.equal(out[0][mask[0] == 0], portrait.half()[0][mask[0] == 0])
-
-
 # Memory
 
 
-def test_out_of_memory_in_any_of_the_hosts_spellings(
-    host: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_in_any_of_the_hosts_spellings(host: Any, newer: bool) -> None:
     assert host.networks.is_out_of_memory(torch.OutOfMemoryError())
     assert host.networks.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert not host.networks.is_out_of_memory(RuntimeError("error 2 of the accelerator"))
-    management = host.comfy.model_management
-    monkeypatch.setattr(management, "is_oom", lambda error: "error 2" in str(error), raising=False)
-    assert host.networks.is_out_of_memory(RuntimeError("error 2 of the accelerator"))
-    assert not host.networks.is_out_of_memory(RuntimeError("no"))
+    error = torch.AcceleratorError("the accelerator has an error")
+    assert not host.networks.is_out_of_memory(error)
+    # Newer hosts tell it by its number, whatever it says.
+    error.error_code = 2
+    assert host.networks.is_out_of_memory(error) == newer
 
 
-def test_what_a_host_keeps_free_is_counted_once_and_not_for_each_face(
-    host: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    management, gib = host.comfy.model_management, 1024**3
-    model = SimpleNamespace(
-        load_device=torch.device("meta"),
-        model_size=lambda: 2 * gib,
-        memory_required=lambda shape: gib + shape[0] * 0.5 * gib,
-    )
-    monkeypatch.setattr(management, "get_free_memory", lambda device: 6 * gib)
-    monkeypatch.setattr(management, "loaded_models", lambda: [])
-    monkeypatch.setattr(management, "extra_reserved_memory", lambda: 0)
-    backbone = object.__new__(host.backbone.HostBackbone)
-    backbone.model = model
-    assert backbone.max_batch(512, 512) == 6
-
-
-# Files
+# Files. `app.governance`, of builds that keep watch over them, is stood in for: 0.33.0 has none.
 
 
 @pytest.mark.parametrize("refused", ["associate_2.ckpt", "embedding_change_weights.pth"])
@@ -346,14 +399,15 @@ def test_a_file_that_the_hosts_keeper_allows_is_asked_for_once(
     assert "detection_mobilenet0.25_Final.pth" in asked
 
 
-def test_a_detector_in_the_hosts_own_folder_is_found(
-    host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@newer_only
+def test_a_detector_in_the_hosts_own_folder_is_found(host: Any) -> None:
     name = "detection_Resnet50_Final.pth"
-    save_file({"x": torch.zeros(1)}, tmp_path / name)
     with pytest.raises(host.error, match="is missing"):
         host.files.find(name, "facedetection")
-    monkeypatch.setitem(
-        host.folder_paths.folder_names_and_paths, "detection", ([str(tmp_path)], {".pth"})
-    )
-    assert host.files.find(name, "facedetection") == tmp_path / name
+    file = host.base / "models" / "detection" / name
+    file.parent.mkdir()
+    save_file({"x": torch.zeros(1)}, file)
+    try:
+        assert host.files.find(name, "facedetection") == file
+    finally:
+        file.unlink()

@@ -356,13 +356,17 @@ def test_one_bar_runs_over_all_stages_and_shows_each_crop(
 def test_crops_are_shown_only_to_somebody_and_only_as_often_as_the_eye_follows(
     host: Any, group: Tensor, bar: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = SimpleNamespace(monotonic=lambda: 0.03 * len(bar))
-    monkeypatch.setattr(host.progress, "time", clock)
+    now = 0.0
+    monkeypatch.setattr(host.progress, "time", SimpleNamespace(monotonic=lambda: now))
     report = host.progress.progress_bar(100)
-    for _ in range(100):
+    shown = []
+    for i in range(100):
+        now = 0.03 * i
         report(1, group[0].movedim(-1, 0))
-    assert [i for i, (_, _, preview) in enumerate(bar) if preview] == list(range(0, 100, 4))
-    bar.clear()
+        # Newer hosts leave out steps that show nothing.
+        shown += [i for _, _, preview in bar if preview]
+        bar.clear()
+    assert shown == list(range(0, 100, 4))
     listeners = SimpleNamespace(sockets={})
     monkeypatch.setattr(host.progress, "_server", lambda: listeners)
     report(1, group[0].movedim(-1, 0))

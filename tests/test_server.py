@@ -265,6 +265,7 @@ def photograph(**changed: Any) -> dict[str, Any]:
     )
 
 
+@pytest.mark.once
 def test_a_photograph_is_restored(
     server: Server, photographs: Path, seeded: ModuleType, load_picture: Callable[[Path], Tensor]
 ) -> None:
@@ -291,6 +292,7 @@ def test_a_photograph_is_restored(
     assert torch.equal(saved[0][outside], given[0][outside])
 
 
+@pytest.mark.once
 def test_a_turned_widget_runs_what_depends_on_it_and_no_file_is_read_twice(server: Server) -> None:
     assert server.queue(photograph()).error is None
     files = {
@@ -319,6 +321,7 @@ def test_a_turned_widget_runs_what_depends_on_it_and_no_file_is_read_twice(serve
     assert not server.opened()
 
 
+@pytest.mark.once
 def test_the_one_node_gives_what_the_four_give_in_one_bar(server: Server) -> None:
     def both(**changed: Any) -> dict[str, Any]:
         prompt = photograph()
@@ -366,6 +369,7 @@ def test_the_one_node_gives_what_the_four_give_in_one_bar(server: Server) -> Non
     assert softer.seconds < first.seconds / 3
 
 
+@pytest.mark.once
 def test_a_stop_is_heeded_within_a_face_and_the_next_run_works(
     server: Server, photographs: Path
 ) -> None:

@@ -175,4 +175,6 @@ def free_memory(device: torch.device, *staying: comfy.model_patcher.ModelPatcher
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, according to torch or to what newer hosts recognise beside it."""
-    return chunks.is_out_of_memory(error) or (hasattr(mm, "is_oom") and mm.is_oom(error))
+    name = "is_oom"
+    of_host: Callable[[BaseException], bool] = getattr(mm, name, lambda error: False)
+    return chunks.is_out_of_memory(error) or of_host(error)
