@@ -1,16 +1,17 @@
 """Compares OSDFace in ComfyUI with the paper's released code: speed, agreement and memory.
 
-    python -m benchmarks.speed --weights DIR --data DIR [--comfyui DIR] [--paper DIR]
+    python -m benchmarks.speed --weights DIR [--data DIR] [--comfyui DIR] [--paper DIR]
                                [--precision fp32 bf16] [--faces 1 4 16] [--rounds 3]
-                               [--parts faces pictures memory]
+                               [--parts faces pictures memory] [--small]
 
 Measured are time a face, stages, agreement, start, memory and whole pictures, all in one run.
 --weights: Stable Diffusion 2.1-base and OSDFace's files, or stand-ins of the same shapes, laid out
 as `sd21-diffusers/`, `v2-1_512-seeded.safetensors` and `osdface/`. --data: a folder with
-images/portraits and weights/detection_mobilenet0.25_Final.pth. --paper: a checkout of
-jkwang28/OSDFace; left out without one. Each program runs in its own process and waits while another
-runs. On a machine with CUDA both run there, otherwise on the CPU; the released code is then given a
-CUDA that does nothing.
+images/portraits and weights/detection_mobilenet0.25_Final.pth; the tests' photographs and the
+built-in detector without one. --paper: a checkout of jkwang28/OSDFace; left out without one.
+--small: crops of 72 x 64 px and few of them, pictures by the built-in model, to see that all of it
+runs. Each program runs in its own process and waits while another runs. On a machine with CUDA both
+run there, otherwise on the CPU; the released code is then given a CUDA that does nothing.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from tests import photographs
 from tests.widgets import FIND, PASTE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +47,10 @@ LORA, VRE, DETECTOR = (
     "detection_mobilenet0.25_Final.pth",
 )
 PICTURES = {"1080p": (1920, 1080), "4K": (3840, 2160), "640 x 360": (640, 360)}
+# Width and height of a crop; not square, because squares are enlarged to 512.
+CROP, SMALL_CROP = (512, 512), (72, 64)
+# How ComfyUI uses the card's memory, by the options of its start.
+MODES = {"": [], "lowvram": ["--lowvram"], "novram": ["--novram"]}
 STAGES = ("prompts", "encode", "step", "decode")
 CUDA = torch.cuda.is_available()
 
@@ -51,29 +58,43 @@ CUDA = torch.cuda.is_available()
 # Common to both programs
 
 
-def crops(portraits: Path, count: int) -> Tensor:
-    """Crops (count,512,512,3) in [0,1]: portraits degraded by shrinking to an eighth."""
+def crops(portraits: Path, count: int, size: tuple[int, int] = CROP) -> Tensor:
+    """Crops (count,h,w,3) in [0,1]: portraits degraded by shrinking to 64 px.
+
+    size: width and height.
+    """
     small = torch.nn.functional.interpolate(
-        squares(portraits, count, 64).movedim(-1, 1), (512, 512), mode="bicubic"
+        squares(portraits, count, 64).movedim(-1, 1), size[::-1], mode="bicubic"
     )
     return small.clamp(0, 1).movedim(1, -1).contiguous()
 
 
+def default_data(folder: Path) -> Path:
+    """The tests' photographs and the built-in detector, laid out as --data."""
+    for part in ("weights", "images/portraits"):
+        (folder / part).mkdir(parents=True)
+    photographs.write_detector(folder / "weights")
+    for name, picture in (
+        ("astronaut", photographs.astronaut().crop(photographs.HEAD).resize((512, 432))),
+        ("portrait", photographs.portrait()),
+    ):
+        picture.save(folder / "images" / "portraits" / f"{name}.jpg", quality=95)
+    return folder
+
+
 def squares(portraits: Path, count: int, side: int) -> Tensor:
     """Portraits (count,side,side,3) in [0,1]."""
-    import numpy as np
-    from PIL import Image
-
     files = sorted(portraits.glob("*.jpg"))
     images = (
-        Image.open(files[i % len(files)])
-        .convert("RGB")
-        .resize((side, side), Image.Resampling.LANCZOS)
+        Image.open(files[i % len(files)]).resize((side, side), Image.Resampling.LANCZOS)
         for i in range(count)
     )
-    return (
-        torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).float() / 255
-    )
+    return torch.stack([as_tensor(image) for image in images])
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """(H,W,3) in [0,1]."""
+    return torch.from_numpy(photographs.pixels(image)).float() / 255
 
 
 def group(portraits: Path, faces: int, width: int, height: int) -> Tensor:
@@ -216,6 +237,7 @@ class Ours:
             "main.py",
             *([] if CUDA else ["--cpu"]),
             *flags,
+            *MODES[given.mode],
             "--base-directory",
             str(base),
             "--user-directory",
@@ -239,11 +261,16 @@ class Ours:
         self.model, _, self.vae, _ = comfy.sd.load_checkpoint_guess_config(
             checkpoint, output_vae=True, output_clip=False
         )
+        self.networks = self.model, self.vae, VRE, LORA
+        # Those that pictures are restored by: at full size a CPU would need minutes.
+        self.of_pictures = self.networks
+        if given.small:
+            self.of_pictures = (*self.call("OSDFaceBuiltinModel"), "builtin", "none")
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.portraits, self.without = given.data / "images" / "portraits", False
-        pack_name = str(pack).replace(".", "_x_") + ".nodes"
-        backbone = sys.modules[f"{pack_name}.comfy.backbone"].HostBackbone
-        networks = sys.modules[f"{pack_name}.comfy.networks"]
+        rooms = str(pack).replace(".", "_x_") + ".nodes.comfy"
+        self.backbone = backbone = sys.modules[f"{rooms}.backbone"].HostBackbone
+        networks = sys.modules[f"{rooms}.networks"]
         self._time(
             backbone,
             "encode",
@@ -286,18 +313,19 @@ class Ours:
             self.vae.__dict__.pop("osdface_latents", None)
         return self.restored(pictures, **changed), dict(self.seconds)
 
-    def restored(self, pictures: Tensor, **changed: Any) -> Tensor:
-        (conditioning,) = self.call("OSDFaceVRE", crops=pictures, vre_name=VRE)
+    def restored(self, pictures: Tensor, by: Any = None, **changed: Any) -> Tensor:
+        model, vae, vre_name, lora_name = by or self.networks
+        (conditioning,) = self.call("OSDFaceVRE", crops=pictures, vre_name=vre_name)
         step = {
-            "lora_name": LORA,
+            "lora_name": lora_name,
             "lora_strength": 1.0,
             "timestep": 399,
             "faces_per_batch": 0,
         } | changed
         (done,) = self.call(
             "OSDFaceOneStep",
-            model=self.model,
-            vae=self.vae,
+            model=model,
+            vae=vae,
             crops=pictures,
             conditioning=conditioning,
             **step,
@@ -313,9 +341,8 @@ class Ours:
         self.seconds.update(dict.fromkeys(STAGES, 0.0))
         self.vae.__dict__.pop("osdface_latents", None)
         faces, pictures, *_ = self.call("FaceDetectAlign", image=picture, **FIND)
-        self.call(
-            "FacePasteBack", image=picture, faces=faces, restored=self.restored(pictures), **PASTE
-        )
+        restored = self.restored(pictures, self.of_pictures)
+        self.call("FacePasteBack", image=picture, faces=faces, restored=restored, **PASTE)
         self.without = False
         return len(faces), dict(self.seconds)
 
@@ -325,7 +352,9 @@ def work(given: argparse.Namespace) -> None:
     lines, sys.stdout = sys.stdout, sys.stderr
     arguments = given.kind, given.worker
     program: Any = (Paper if given.worker == "paper" else Ours)(given)
-    pictures = crops(given.data / "images" / "portraits", max(*given.faces, 64))
+    most = max(given.faces) if given.small else max(*given.faces, 64)
+    size = SMALL_CROP if given.small else CROP
+    pictures = crops(given.data / "images" / "portraits", most, size)
 
     def say(**what: Any) -> None:
         print(json.dumps(what), file=lines, flush=True)
@@ -353,8 +382,10 @@ def work(given: argparse.Namespace) -> None:
 
 
 class Program:
-    def __init__(self, name: str, kind: str, given: argparse.Namespace, folder: Path) -> None:
-        self.title, self.out = f"{name} {kind}", folder / f"{name}_{kind}.pt"
+    def __init__(
+        self, name: str, kind: str, given: argparse.Namespace, folder: Path, mode: str = ""
+    ) -> None:
+        self.title, self.out = f"{name} {kind} {mode}".strip(), folder / f"{name}_{kind}.pt"
         passed = [
             "--weights",
             given.weights,
@@ -366,6 +397,8 @@ class Program:
             *given.faces,
         ]
         passed += ["--paper", given.paper] if given.paper else []
+        passed += ["--mode", mode] if mode else []
+        passed += ["--small"] if given.small else []
         self.log = folder / f"{name}_{kind}.log"
         command = [
             sys.executable,
@@ -410,12 +443,12 @@ class Program:
 
 @contextlib.contextmanager
 def programs(
-    given: argparse.Namespace, folder: Path, kinds: list[tuple[str, str]]
+    given: argparse.Namespace, folder: Path, kinds: list[tuple[str, str]], mode: str = ""
 ) -> Iterator[list[Program]]:
     started: list[Program] = []
     try:
         for name, kind in kinds:
-            started.append(Program(name, kind, given, folder))
+            started.append(Program(name, kind, given, folder, mode))
         yield started
     finally:
         for program in started:
@@ -452,11 +485,14 @@ def faces_table(given: argparse.Namespace, started: list[Program]) -> None:
     a_face = math.inf
     for count in given.faces:
         best: dict[str, dict[str, Any]] = {}
-        # The released code takes one face after the other, so larger counts tell nothing new.
+        # The released code takes one face after the other: on a CPU, where that takes minutes,
+        # larger counts tell nothing new.
         taking = [
-            program for program in started if count <= 4 or not program.title.startswith("paper")
+            program
+            for program in started
+            if count <= 4 or CUDA or not program.title.startswith("paper")
         ]
-        for _ in range(given.rounds if count == 1 else 1):
+        for _ in range(given.rounds if count == 1 or CUDA else 1):
             for program in taking:
                 answer = program.ask(do="faces", count=count)
                 if program.title not in best or answer["seconds"] < best[program.title]["seconds"]:
@@ -491,7 +527,7 @@ def faces_table(given: argparse.Namespace, started: list[Program]) -> None:
         )
 
 
-def pictures_table(ours: Program, a_face: float) -> None:
+def pictures_table(given: argparse.Namespace, ours: Program, a_face: float) -> None:
     print(
         "\n| picture | faces found | s without the networks | share of the whole % | measured "
         "whole s, its share % |"
@@ -500,6 +536,8 @@ def pictures_table(ours: Program, a_face: float) -> None:
     jobs = [(name, faces, 1) for name in ("1080p", "4K") for faces in (6, 20)] + [
         ("640 x 360", 1, 200)
     ]
+    if given.small:
+        jobs = [("1080p", 6, 1), ("640 x 360", 1, 3)]
     for name, faces, frames in jobs:
         order = {"do": "picture", "faces": faces, "size": PICTURES[name], "frames": frames}
         answer = min(
@@ -507,7 +545,8 @@ def pictures_table(ours: Program, a_face: float) -> None:
         )
         rest = answer["seconds"] - sum(answer["stages"].values())
         whole = "-"
-        if (name, faces, frames) == ("1080p", 6, 1):
+        # On a CPU the whole takes minutes.
+        if (name, faces, frames) == ("1080p", 6, 1) or CUDA or given.small:
             full = ours.ask(**order, networks=True)
             share = 100 * (1 - sum(full["stages"].values()) / full["seconds"])
             whole = f"{full['seconds']:.1f}, {share:.1f}"
@@ -521,7 +560,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument(
         "--comfyui",
         type=Path,
@@ -539,13 +578,13 @@ def main() -> None:
         choices=["faces", "pictures", "memory"],
         default=["faces", "pictures", "memory"],
     )
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--mode", choices=list(MODES), default="", help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=["paper", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    given.weights, given.data, given.comfyui = (
-        path.resolve() for path in (given.weights, given.data, given.comfyui)
-    )
-    given.paper = given.paper and given.paper.resolve()
+    given.weights, given.comfyui = given.weights.resolve(), given.comfyui.resolve()
+    given.data, given.paper = (path and path.resolve() for path in (given.data, given.paper))
     if given.worker:
         work(given)
         return
@@ -556,26 +595,36 @@ def main() -> None:
     # Two at a time, so that 16 GiB of memory are enough.
     truth = ("paper", "fp32") if given.paper else ("ours", "fp32")
     with tempfile.TemporaryDirectory() as folder:
+        given.data = given.data or default_data(Path(folder) / "data")
         for kind in given.precision if "faces" in given.parts else ():
-            others = [("paper", "fp16")] if given.paper and kind == "fp16" and CUDA else []
-            with programs(
-                given, Path(folder), list(dict.fromkeys([truth, *others, ("ours", kind)]))
-            ) as started:
+            # On a card the released code runs in fp16.
+            first = ("paper", "fp16") if given.paper and kind == "fp16" and CUDA else truth
+            kinds = list(dict.fromkeys([first, ("ours", kind)]))
+            with programs(given, Path(folder), kinds) as started:
                 faces_table(given, started)
         if "pictures" in given.parts:
             with programs(given, Path(folder), [("ours", given.precision[0])]) as (ours,):
                 pictures_table(
-                    ours, min(ours.ask(do="faces", count=1)["seconds"] for _ in range(3))
+                    given, ours, min(ours.ask(do="faces", count=1)["seconds"] for _ in range(3))
                 )
         if "memory" in given.parts:
             print("\n| faces at once in the nodes | most memory MiB |\n|---|---|")
-            for count in (4, 64):
-                with programs(given, Path(folder), [("ours", given.precision[-1])]) as (ours,):
-                    print(
-                        f"| {count} ({ours.title}) | "
-                        f"{ours.ask(do='faces', count=count)['peak']:.0f} |",
-                        flush=True,
-                    )
+            # A CPU's peak is the process's, so each count has its own.
+            counts = given.faces if given.small else sorted({*given.faces, 64})
+            jobs = [("", [count]) for count in (4, 64)]
+            if CUDA or given.small:
+                jobs = [("", counts), *((mode, counts[-2:-1]) for mode in MODES if mode)]
+            for mode, of_mode in jobs:
+                if mode and not CUDA:
+                    continue  # ComfyUI takes these options on a card alone.
+                kind = [("ours", given.precision[-1])]
+                with programs(given, Path(folder), kind, mode) as (ours,):
+                    for count in of_mode:
+                        answer = ours.ask(do="faces", count=count)
+                        print(
+                            f"| {count} ({ours.title}) | {answer['peak']:.0f} |",
+                            flush=True,
+                        )
 
 
 def processor() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from ..osdface_core.faces.choose import Choice
 from ..osdface_core.faces.detect import DetectOptions
 from ..osdface_core.faces.files import DETECTORS, FOLDER
 from ..osdface_core.faces.find import find_faces
-from ..osdface_core.faces.preview import draw_faces
+from ..osdface_core.faces.preview import draw_faces, drawn_size
 from ..osdface_core.weights.catalogue import BUILTIN
 from .comfy import files, networks
-from .comfy.progress import progress_bar, show_text
+from .comfy.on_demand import on_demand
+from .comfy.progress import progress_bar, show_text, stop_if_interrupted
 from .comfy.schema import with_newer_features
 from .inputs import FACES, choice_inputs
 
@@ -143,7 +145,8 @@ class FaceDetectAlign(io.ComfyNode):
             out_of_memory=networks.is_out_of_memory,
             progress=progress,
         )
-        preview = draw_faces(image, found.everyone, found.verdicts, progress)
+        draw = partial(draw_faces, image, found.everyone, found.verdicts, stop_if_interrupted)
+        preview = on_demand(drawn_size(image), draw)
         show_text(found.report)
         return io.NodeOutput(
             found.faces, found.faces.crops, preview, len(found.faces), found.report

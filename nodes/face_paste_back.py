@@ -144,6 +144,8 @@ class FacePasteBack(io.ComfyNode):
             options,
             keep=keep,
             parser=networks.parse_crops,
+            device=networks.device(),
+            out_of_memory=networks.is_out_of_memory,
             progress=progress_bar(len(faces)),
         )
         return io.NodeOutput(after, mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
@@ -16,18 +17,19 @@ from ..osdface_core.faces.files import DETECTORS, PARSER
 from ..osdface_core.faces.files import FOLDER as FACES
 from ..osdface_core.faces.find import Found, find_faces
 from ..osdface_core.faces.paste import PasteOptions, check, paste
-from ..osdface_core.faces.preview import before_after
+from ..osdface_core.faces.preview import before_after, before_after_size
 from ..osdface_core.osdface.files import FOLDER as OSDFACE
 from ..osdface_core.osdface.files import LORAS
 from ..osdface_core.osdface.restore import restore
 from ..osdface_core.osdface.vre import embedder_files
-from ..osdface_core.pictures.picture import check_pictures
+from ..osdface_core.pictures.picture import all_finite, check_pictures
 from ..osdface_core.sd21.one_step import Restored
 from .comfy import backbone, files, networks
 from .comfy.backbone import NAN_REMEDY, check_restored
 from .comfy.base_model import prompt_options
+from .comfy.on_demand import on_demand
 from .comfy.picture_cache import cached_for_picture
-from .comfy.progress import show_text, staged_progress
+from .comfy.progress import show_text, staged_progress, stop_if_interrupted
 from .comfy.schema import with_newer_features
 from .face_detect_align import FaceDetectAlign
 from .face_paste_back import FacePasteBack
@@ -191,16 +193,25 @@ class OSDFaceRestore(io.ComfyNode):
             crops, report = restored.pictures, report + _notes(faces, restored)
         progress = stage("paste", len(faces))
         after, mask = paste(
-            image, faces, crops, pasting, keep=keep, parser=networks.parse_crops, progress=progress
+            image,
+            faces,
+            crops,
+            pasting,
+            keep=keep,
+            parser=networks.parse_crops,
+            device=networks.device(),
+            out_of_memory=networks.is_out_of_memory,
+            progress=progress,
         )
-        return io.NodeOutput(
-            after, mask, before_after(image, after, progress), report, ui=show_text(report)
+        both = on_demand(
+            before_after_size(image), partial(before_after, image, after, stop_if_interrupted)
         )
+        return io.NodeOutput(after, mask, both, report, ui=show_text(report))
 
 
 def _check_crops(faces: Faces) -> None:
-    for face, crop in zip(faces.faces, faces.crops, strict=True):
-        if not bool(crop.isfinite().all()):
+    for face, is_finite in zip(faces.faces, all_finite(faces.crops), strict=True):
+        if not is_finite:
             raise OSDFaceError(
                 f"`image` number {face.frame} holds values that are not numbers (NaN or infinite) "
                 f"at face {face.number}; finite values in [0,1] are wanted: look for the node "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Called with the number of items just finished and, optionally, a picture (C,H,W) in [0,1] to show.
 # A host stops the job by raising from it.
@@ -31,6 +34,25 @@ def is_out_of_memory(error: BaseException) -> bool:
             for words in ("out of memory", "can't allocate memory", "not enough memory")
         )
     )
+
+
+def on_first(
+    devices: Sequence[torch.device],
+    work: Callable[[torch.device], T],
+    out_of_memory: Callable[[BaseException], bool] = is_out_of_memory,
+) -> T:
+    """What `work` gives on the first of `devices` that has the memory for it.
+
+    The last one's error, and any other, passes through.
+    """
+    for device in devices[:-1]:
+        try:
+            return work(device)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        log.warning("Out of memory on %s; going on on %s.", device, devices[-1])
+    return work(devices[-1])
 
 
 def in_chunks(

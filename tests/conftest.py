@@ -27,6 +27,16 @@ REASONS = re.findall(
     r"^\| `([^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M
 )
 unlisted: list[str] = []
+# A real accelerator, such as "cuda", that the tests of the host and of the chain run on instead.
+DEVICE = os.environ.get("OSDFACE_TEST_DEVICE")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE:
+        reason = f"{DEVICE} is no device that tests can show a processor's way on"
+        for item in items:
+            if item.get_closest_marker("processor"):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -187,7 +197,7 @@ def host(
     argv, path = sys.argv, list(sys.path)
     sys.argv = [
         "main.py",
-        "--cpu",
+        *(["--force-fp32"] if DEVICE else ["--cpu"]),
         "--base-directory",
         str(base),
         "--user-directory",
@@ -195,6 +205,9 @@ def host(
     ]
     # ComfyUI's own modules must win over the pack's folders of the same name.
     sys.path[:] = [str(comfyui), *(p for p in path if Path(p).resolve() != ROOT)]
+    if DEVICE:
+        # Truths are of fp32.
+        torch.backends.cudnn.allow_tf32 = False
     import comfy.options
 
     comfy.options.enable_args_parsing()

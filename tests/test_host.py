@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests import widgets
+from tests.conftest import DEVICE
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
 
@@ -729,7 +730,9 @@ def test_memory_that_runs_out_in_the_unet_halves_the_chunk(
         return usual(backbone, latents, *rest)
 
     monkeypatch.setattr(host.backbone.HostBackbone, "denoise", denoise)
-    assert torch.equal(run(host, "OSDFaceOneStep", **given), wanted)
+    made = run(host, "OSDFaceOneStep", **given)
+    # An accelerator rounds differently for each number of faces at once.
+    torch.testing.assert_close(made, wanted, atol=1e-4 if DEVICE else 0, rtol=0)
     assert [size for size in sizes if size > 1] == [4, 2, 2]
 
 
@@ -746,7 +749,7 @@ def test_memory_that_runs_out_in_the_vae_does_not_end_the_run(
     crops = crop("astronaut_lq")[:, 100:300, 100:308]
     given = step_inputs(host, checkpoint, crops)
     wanted = run(host, "OSDFaceOneStep", **given)
-    vae.osdface_latents.clear()
+    vae.__dict__.pop("osdface_latents", None)
     network, failed = vae.first_stage_model, []
     usual = getattr(network, half)
 
@@ -758,11 +761,12 @@ def test_memory_that_runs_out_in_the_vae_does_not_end_the_run(
 
     monkeypatch.setattr(network, half, once)
     error = (run(host, "OSDFaceOneStep", **given) - wanted).square().mean()
-    vae.osdface_latents.clear()
+    vae.__dict__.pop("osdface_latents", None)
     assert failed
     assert -10 * error.log10() > 25
 
 
+@pytest.mark.processor
 def test_the_same_crops_are_encoded_once(
     host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -790,6 +794,63 @@ def test_the_same_crops_are_encoded_once(
     assert len(vae.osdface_latents) == 3
 
 
+@pytest.mark.processor
+def test_the_vae_of_an_accelerator_takes_all_faces_at_once(
+    host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, vae = checkpoint
+    crops = torch.rand(3, 64, 72, 3)
+    given = step_inputs(host, checkpoint, crops) | {"faces_per_batch": 3}
+    wanted = run(host, "OSDFaceOneStep", **given)
+    network, sizes = vae.first_stage_model, []
+
+    def counted(usual: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, **options: sizes.append(len(x)) or usual(x, **options)
+
+    for half in ("encode", "decode"):
+        monkeypatch.setattr(network, half, counted(getattr(network, half)))
+    monkeypatch.setattr(host.backbone.mm, "is_device_cpu", lambda device: False)
+    assert (run(host, "OSDFaceOneStep", **given) - wanted).abs().max() < 1e-5
+    assert sizes == [3, 3]
+
+
+def test_pictures_for_looking_at_are_made_when_somebody_looks(
+    host: Any,
+    photographs: Path,
+    load_picture: Callable[[Path], torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    picture = load_picture(photographs / "astronaut.png")
+    preview = host.module("osdface_core.faces.preview")
+    drawn: list[str] = []
+
+    def counted(name: str) -> Any:
+        usual = getattr(preview, name)
+        return lambda *given: drawn.append(name) or usual(*given)
+
+    monkeypatch.setattr(host.module("nodes.face_detect_align"), "draw_faces", counted("draw_faces"))
+    monkeypatch.setattr(
+        host.module("nodes.osdface_restore"), "before_after", counted("before_after")
+    )
+    shown = host.nodes["FaceDetectAlign"].execute(image=picture, **widgets.FIND).args[2]
+    model, vae = host.nodes["OSDFaceBuiltinModel"].execute().args
+    both = (
+        host.nodes["OSDFaceRestore"]
+        .execute(image=picture, model=model, vae=vae, **widgets.RESTORE)
+        .args[2]
+    )
+    assert shown.shape == picture.shape
+    assert len(both) == 1
+    assert not drawn
+    # As Save Image takes them, and as most nodes do.
+    saved = [(255 * shown[0].cpu().numpy()).astype("uint8") for _ in range(2)]
+    assert (saved[0] == saved[1]).all()
+    assert (saved[0] != (255 * picture[0].numpy()).astype("uint8")).any()
+    assert torch.equal(torch.cat([both])[0, :, : picture.shape[2]], picture[0])
+    assert drawn == ["draw_faces", "before_after"]
+
+
+@pytest.mark.processor
 def test_attention_on_a_cpu_is_torchs_own_unless_another_is_chosen(
     host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -810,6 +871,7 @@ def test_attention_on_a_cpu_is_torchs_own_unless_another_is_chosen(
     assert chosen({}) is None
 
 
+@pytest.mark.processor
 def test_a_bf16_unet_computes_in_bf16_on_a_processor_that_can(
     host: Any, checkpoint: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -341,8 +341,9 @@ def bar(host: Any) -> Iterator[list[tuple[float, float, Any]]]:
 
 
 def test_one_bar_runs_over_all_stages_and_shows_each_crop(
-    host: Any, small: Any, group: Tensor, bar: list[Any]
+    host: Any, small: Any, group: Tensor, bar: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(host.progress, "PREVIEW_INTERVAL", 0)
     restore(host, small, group.expand(2, -1, -1, -1))
     values = [value for value, _, _ in bar]
     assert values == sorted(values)
@@ -350,6 +351,24 @@ def test_one_bar_runs_over_all_stages_and_shows_each_crop(
     assert values[-1] == 100
     shown = [preview[1].size for _, _, preview in bar if preview]
     assert shown == [(512, 512)] * 12  # four faces as they were, restored, and pasted
+
+
+def test_crops_are_shown_only_to_somebody_and_only_as_often_as_the_eye_follows(
+    host: Any, group: Tensor, bar: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=lambda: 0.03 * len(bar))
+    monkeypatch.setattr(host.progress, "time", clock)
+    report = host.progress.progress_bar(100)
+    for _ in range(100):
+        report(1, group[0].movedim(-1, 0))
+    assert [i for i, (_, _, preview) in enumerate(bar) if preview] == list(range(0, 100, 4))
+    bar.clear()
+    listeners = SimpleNamespace(sockets={})
+    monkeypatch.setattr(host.progress, "_server", lambda: listeners)
+    report(1, group[0].movedim(-1, 0))
+    listeners.sockets["a page"] = object()
+    host.progress.progress_bar(1)(1, group[0].movedim(-1, 0))
+    assert [preview is not None for _, _, preview in bar] == [False, True]
 
 
 @pytest.mark.parametrize("stage", ["embed", "encode", "denoise", "decode", "parse"])

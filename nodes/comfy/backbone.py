@@ -93,14 +93,19 @@ class HostBackbone:
         self.latent_format = model.get_model_object("latent_format")
 
     def encode(self, pixels: Tensor) -> Tensor:
+        pictures = pixels.movedim(1, -1)
         with optimized(self.vae.device, self.vae.first_stage_model):
-            encoded = _one_by_one(self._encode_cached, pixels.movedim(1, -1))
+            if mm.is_device_cpu(self.vae.device):
+                encoded = _one_by_one(self._encode_cached, pictures)
+            else:
+                encoded = _at_once(self.vae.encode, pictures).float()
         return self.latent_format.process_in(encoded)
 
     def _encode_cached(self, pixels: Tensor) -> Tensor:
         """The latents of one crop (1,H,W,3), cached with the VAE.
 
-        The same crops come again when the strength or the timestep is changed.
+        The same crops come again when the strength or the timestep is changed. On a CPU alone: an
+        accelerator encodes a crop in the time that its digest takes.
         """
         cache = self.vae.__dict__.setdefault("osdface_latents", OrderedDict())
         digest = hashlib.blake2b(pixels.contiguous().numpy(force=True).data).digest()
@@ -135,9 +140,11 @@ class HostBackbone:
         return self.latent_format.process_in(x0.to(mm.intermediate_device()))
 
     def decode(self, latents: Tensor) -> Tensor:
+        given = self.latent_format.process_out(latents)
         with optimized(self.vae.device, self.vae.first_stage_model):
-            decoded = _one_by_one(self.vae.decode, self.latent_format.process_out(latents))
-        return decoded.movedim(-1, 1)
+            if mm.is_device_cpu(self.vae.device):
+                return _one_by_one(self.vae.decode, given).movedim(-1, 1)
+            return _at_once(self.vae.decode, given).movedim(-1, 1)
 
     def max_batch(self, height: int, width: int) -> int:
         device = self.model.load_device
@@ -190,10 +197,16 @@ def nan_notes(result: Restored, several: str, left: str) -> str:
     )
 
 
+def _at_once(work: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """A batch through the VAE, which takes as many at once as its memory's estimate allows."""
+    mm.throw_exception_if_processing_interrupted()
+    return work(batch)
+
+
 def _one_by_one(work: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     """A batch through the VAE face by face, so that a run can be stopped in between.
 
-    The VAE takes the most memory and the most time.
+    On a CPU, where several at once take no less time, and the VAE takes the most of it.
     """
     done = []
     for face in batch.split(1):

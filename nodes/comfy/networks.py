@@ -142,6 +142,12 @@ def parse_crops(crops: Tensor) -> Tensor:
     return torch.cat(maps)
 
 
+def device() -> torch.device:
+    """The device that ComfyUI computes on."""
+    found: torch.device = mm.get_torch_device()
+    return found
+
+
 def max_batch(memory: float) -> int:
     """Faces that a network of ours takes at once, if it needs `memory` bytes for each.
 

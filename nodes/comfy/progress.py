@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.utils
@@ -14,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 PREVIEW_SIDE = 512
+# Seconds between two previews: more than the eye follows would only cost time.
+PREVIEW_INTERVAL = 0.1
 
 
 def progress_bar(total: int) -> Callable[..., None]:
@@ -35,14 +39,17 @@ def staged_progress(**shares: int) -> Callable[[str, int], Callable[..., None]]:
     starts = dict(zip(shares, itertools.accumulate(shares.values(), initial=0), strict=False))
 
     def begin(stage: str, total: int) -> Callable[..., None]:
-        steps = 0
+        steps, next_preview = 0, 0.0
 
         def report(done: int = 1, picture: Tensor | None = None) -> None:
-            nonlocal steps
+            nonlocal steps, next_preview
             mm.throw_exception_if_processing_interrupted()
             if done:
                 steps += done
-                preview = None if picture is None else ("JPEG", _pil(picture), PREVIEW_SIDE)
+                preview = None
+                if picture is not None and _somebody_looks() and time.monotonic() >= next_preview:
+                    preview = "JPEG", _pil(picture), PREVIEW_SIDE
+                    next_preview = time.monotonic() + PREVIEW_INTERVAL
                 bar.update_absolute(
                     starts[stage] + shares[stage] * min(steps, total) // max(total, 1),
                     bar.total,
@@ -54,16 +61,33 @@ def staged_progress(**shares: int) -> Callable[[str, int], Callable[..., None]]:
     return begin
 
 
+def stop_if_interrupted(done: int = 1, picture: Tensor | None = None) -> None:
+    """A Progress without a bar: raises ComfyUI's own error when the user has asked to stop."""
+    mm.throw_exception_if_processing_interrupted()
+
+
 def show_text(text: str) -> ui.PreviewText:
     """Shows a text on the running node, as its output and as progress text.
 
     Pages show the latter on any node.
     """
-    server = getattr(sys.modules.get("server"), "PromptServer", None)
-    context = get_executing_context()
-    if context is not None and (instance := getattr(server, "instance", None)) is not None:
+    instance, context = _server(), get_executing_context()
+    if context is not None and instance is not None:
         instance.send_progress_text(text, context.node_id, instance.client_id)
     return ui.PreviewText(text)
+
+
+def _server() -> Any:
+    """ComfyUI's server, or None where there is none."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
+def _somebody_looks() -> bool:
+    """Whether a page or a program listens: without one, the host sends previews nowhere."""
+    if comfy.utils.PROGRESS_BAR_HOOK is None:
+        return False
+    instance = _server()
+    return instance is None or bool(instance.sockets)
 
 
 def _pil(picture: Tensor) -> Image.Image:

@@ -303,7 +303,11 @@ class Restorer:
         count, height, width = frames.shape[:3]
         size = self.detect_options.crop_size
         crops = crop_faces(
-            frames, [face.frame for face in chosen], [face.matrix for face in chosen], size
+            frames,
+            [face.frame for face in chosen],
+            [face.matrix for face in chosen],
+            size,
+            self.device,
         )
         return self.paste(frames, Faces(tuple(chosen), crops, count, height, width, size))
 
@@ -333,6 +337,7 @@ class Restorer:
             self.paste_options,
             keep=self.keep,
             parser=None if self.parser is None else self._parse,
+            device=self.device,
         )
         return after, mask, notes
 

@@ -45,7 +45,7 @@ class DiffusersBackbone:
     """A UNet2DConditionModel and an autoencoder of diffusers as the core's Backbone.
 
     Both networks are moved to the device and type, and stay there. Tensors that come back are fp32,
-    on the CPU. Raises OSDFaceError for other networks.
+    on that device. Raises OSDFaceError for other networks.
 
     unet: predicts epsilon on Stable Diffusion's schedule.
     vae: AutoencoderKL or AutoencoderTiny.
@@ -131,19 +131,21 @@ class DiffusersBackbone:
         with optimized(self.device, self.vae):
             encoded = self.vae.encode(self._given(pixels * 2 - 1))
         mean = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return mean.float().cpu() * self.scaling
+        return mean.float() * self.scaling
 
     @torch.no_grad()
     def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
         given = self._given(prompts)
         noise = self.unet(self._given(latents), timestep, encoder_hidden_states=given).sample
-        return x0_of(latents.cpu(), noise.float().cpu(), timestep)
+        # In fp64, which Apple's MPS does not have.
+        exact = torch.device("cpu") if self.device.type == "mps" else self.device
+        return x0_of(latents.to(exact), noise.to(exact, torch.float32), timestep)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         with optimized(self.device, self.vae):
             pixels = self.vae.decode(self._given(latents / self.scaling)).sample
-        return (pixels.float().cpu() / 2 + 0.5).clamp(0, 1)
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def max_batch(self, height: int, width: int) -> int:
         # On a CPU two at once take more memory and no less time.

@@ -84,22 +84,32 @@ def _inliers(source: Sequence[complex], target: Sequence[complex]) -> list[int]:
     return [i for i in everything if errors[i] <= bound**2]
 
 
-def crop_face(image: Tensor, matrix: Affine, size: int) -> Tensor:
+def crop_face(
+    image: Tensor, matrix: Affine, size: int, device: torch.device | None = None
+) -> Tensor:
     """The crop (size,size,C) fp32 of `image` (H,W,C) of any float type and range.
 
-    Beyond the picture its edge is repeated.
+    Beyond the picture its edge is repeated. device: that computes; the picture's, if None.
     """
-    return warp(image.movedim(-1, 0), matrix, size, size).movedim(0, -1)
+    return warp(image.movedim(-1, 0), matrix, size, size, device=device).movedim(0, -1)
 
 
 def crop_faces(
-    images: Tensor, frames: Sequence[int], matrices: Sequence[Affine], size: int
+    images: Tensor,
+    frames: Sequence[int],
+    matrices: Sequence[Affine],
+    size: int,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """The crops (N,size,size,3) of images[frames[i]] through matrices[i]; images (B,H,W,C).
+    """The crops (N,size,size,3) of images[frames[i]] through matrices[i], without alpha.
 
-    Alpha is left out.
+    images: (B,H,W,C).
+    frames: N numbers of pictures.
+    matrices: N maps from a picture to its crop.
+    size: of the crops, in pixels.
+    device: that computes; the pictures', if None. The crops are on the pictures' device.
     """
     crops = torch.empty(len(matrices), size, size, 3, device=images.device)
     for crop, frame, matrix in zip(crops, frames, matrices, strict=True):
-        crop.copy_(crop_face(rgb_of(images[frame]), matrix, size))
+        crop.copy_(crop_face(rgb_of(images[frame]), matrix, size, device))
     return crops

@@ -52,13 +52,15 @@ def detect_once(network: RetinaFace, pixels: Tensor, confidence: float) -> Candi
     with optimized(pixels.device):
         boxes, scores, landmarks = network(pixels.flip(1) * 255 - mean)
     frame, anchor = torch.nonzero(scores > confidence, as_tuple=True)
-    boxes, scores = boxes[frame, anchor], scores[frame, anchor]
+    columns = frame[:, None], boxes[frame, anchor], scores[frame, anchor, None]
+    # One copy; and suppressed on the CPU, since a torchvision may know no other device.
+    table = torch.cat([*columns, landmarks[frame, anchor].flatten(1)], 1).float().cpu()
+    table = table[table.isfinite().all(1)]
+    numbers = table[:, 0].long()
     # facexlib's landmarks have the first pixel's centre at 0; ours have it at 0.5.
-    landmarks = landmarks[frame, anchor] + 0.5
-    usable = boxes.isfinite().all(1) & landmarks.isfinite().flatten(1).all(1)
-    found = Candidates(frame, boxes, scores, landmarks, torch.zeros_like(frame))[usable]
-    kept = found[batched_nms(found.box, found.score, found.frame, OVERLAP)]
-    return Candidates(*(column.cpu() for column in kept.columns()))
+    points = table[:, 6:].unflatten(1, (5, 2)) + 0.5
+    found = Candidates(numbers, table[:, 1:5], table[:, 5], points, torch.zeros_like(numbers))
+    return found[batched_nms(found.box, found.score, found.frame, OVERLAP)]
 
 
 def shrink(pixels: Tensor, longest: int) -> tuple[Tensor, Tensor]:

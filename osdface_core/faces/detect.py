@@ -221,6 +221,7 @@ def detect(
     options: DetectOptions = DEFAULT,
     *,
     out_of_memory: Callable[[BaseException], bool] = is_out_of_memory,
+    look: Callable[[slice, Tensor], None] | None = None,
     progress: Progress | None = None,
 ) -> list[list[Detection]]:
     """The faces of each picture, highest score first.
@@ -230,6 +231,8 @@ def detect(
     options: `choice.min_size` is the size of the smallest faces looked for; the smaller, the more
         tiles of a large picture are searched.
     out_of_memory: tells whether an error says that fewer pictures at once may work.
+    look: called with a slice of the batch and its pixels (n,3,H,W) in [0,1], finite, on the
+        network's device, for whoever needs them there too.
     progress: called with 1 for each picture done, with 0 in between.
     """
     count, height, width = images.shape[:3]
@@ -241,6 +244,8 @@ def detect(
     def work(part: slice) -> None:
         report(0)
         pixels = finite(rgb_of(images[part].to(network.home)).movedim(-1, 1))
+        if look is not None:
+            look(part, pixels)
         if options.any_angle:
             faces = detect_all_angles(network, pixels, confidence, smallest, report)
         else:

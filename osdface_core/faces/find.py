@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..chunks import Progress, is_out_of_memory, no_progress
+from ..chunks import Progress, is_out_of_memory, no_progress, on_first
 from ..errors import OSDFaceError
 from ..pictures.geometry import Affine, apply, compose, inverse
 from ..pictures.picture import check_pictures
@@ -19,7 +20,7 @@ from .detect import DEFAULT, Detection, DetectOptions, detect
 from .face import Face, Faces
 from .retinaface import RetinaFace
 from .smooth import smooth
-from .track import follow, shots, thumbnails
+from .track import THUMBNAIL, follow, shots, shrunk
 
 log = logging.getLogger(__name__)
 
@@ -64,15 +65,15 @@ def find_faces(
     check_pictures(images)
     count, height, width = images.shape[:3]
     choose((), options.choice, width, height)
-    found = detect(images, network, options, out_of_memory=out_of_memory, progress=progress)
     report_step = progress or no_progress
+    small = torch.zeros(count, 3, THUMBNAIL, THUMBNAIL)
 
-    def one_by_one() -> Iterator[Tensor]:
-        for image in images.split(1):
-            report_step(0)
-            yield image
+    def look(part: slice, pixels: Tensor) -> None:
+        small[part] = shrunk(pixels)
 
-    small = torch.cat([thumbnails(image) for image in one_by_one()])
+    found = detect(
+        images, network, options, out_of_memory=out_of_memory, look=look, progress=progress
+    )
     everyone, verdicts = place_faces(found, small, width, height, options)
     chosen = tuple(
         face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN
@@ -81,7 +82,8 @@ def find_faces(
     crops = torch.empty(len(chosen), size, size, 3, device=images.device)
     for i, face in enumerate(chosen):
         report_step(0)
-        crops[i : i + 1] = crop_faces(images, [face.frame], [face.matrix], size)
+        cut = partial(crop_faces, images, [face.frame], [face.matrix], size)
+        crops[i : i + 1] = on_first((network.home, images.device), cut, out_of_memory)
     return Found(
         Faces(chosen, crops, count, height, width, size),
         everyone,

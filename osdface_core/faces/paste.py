@@ -7,16 +7,17 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..chunks import Progress, no_progress
+from ..chunks import Progress, is_out_of_memory, no_progress, on_first
 from ..errors import OSDFaceError
 from ..pictures.color import COLOR_MATCHES, LUMA, match_color
 from ..pictures.geometry import Affine, bounds, compose, inverse, scale_of, scaling, translated
-from ..pictures.picture import check_pictures, rgb_of
+from ..pictures.picture import all_finite, check_pictures, rgb_of, value_range
 from ..pictures.resampling import back_project, sample_affine, warp
 from .face import Faces
 from .face_parser import feather_mask
@@ -84,6 +85,8 @@ def paste(
     keep: Tensor | None = None,
     parser: Parser | None = None,
     skip_unchanged: bool = True,
+    device: torch.device | None = None,
+    out_of_memory: Callable[[BaseException], bool] = is_out_of_memory,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pastes every restored face into its picture.
@@ -105,6 +108,8 @@ def paste(
         face, as face_parser.parse_faces gives them. It is given a few crops at a time.
     skip_unchanged: a restored crop that equals its face's own crop bit for bit stands for a face
         that was not restored, and is not pasted.
+    device: that resamples the crops; the pictures', if None. Only the faces' places go there.
+    out_of_memory: tells whether an error says that the pictures' own device may do it.
     progress: called with 1 and the restored crop (3,S,S) for each face; what it raises ends the
         job.
     """
@@ -112,7 +117,8 @@ def paste(
     frames, height, width = images.shape[:3]
     mask = torch.zeros(frames, height, width, device=images.device)
     report = progress or no_progress
-    chosen = [i for i in range(len(faces)) if _is_pasted(faces, restored, i, skip_unchanged)]
+    device = device or images.device
+    chosen = _pasted(faces, restored, skip_unchanged)
     report(len(faces) - len(chosen))
     if not chosen or options.strength <= 0:
         report(len(chosen))
@@ -125,7 +131,7 @@ def paste(
     out = images.clone()
     total = torch.empty(height, width, device=images.device)
     masks = (
-        _parsed_masks(restored, chosen, parser, options.feather)
+        _parsed_masks(restored, chosen, parser, options.feather, device)
         if options.mask_type == "parsing" and parser
         else itertools.repeat(None)
     )
@@ -133,14 +139,23 @@ def paste(
     for frame, of_frame in itertools.groupby(
         members, key=lambda member: faces.faces[member[0]].frame
     ):
-        kept = None if keep is None else _keep_mask(keep[frame if len(keep) > 1 else 0], images)
+        kept = None
+        if keep is not None:
+            kept = _keep_mask(keep[frame if len(keep) > 1 else 0], height, width, images.device)
         patches = []
         for i, face_mask in of_frame:
             to_crop = compose(to_restored, compose(faces.faces[i].matrix, from_image))
-            crop = restored[i].to(images.device, torch.float32)
-            patch = _make_patch(
-                images[frame], crop, to_crop, 1 / scale_of(from_image), options, face_mask, kept
+            make = partial(
+                _make_patch,
+                image=images[frame],
+                restored=restored[i],
+                to_crop=to_crop,
+                grown=1 / scale_of(from_image),
+                options=options,
+                face_mask=face_mask,
+                kept=kept,
             )
+            patch = on_first((device, images.device), make, out_of_memory)
             if patch is not None:
                 patches.append(patch)
             report(1, restored[i].movedim(-1, 0))
@@ -221,52 +236,55 @@ def check(
         )
 
 
-def _is_pasted(faces: Faces, restored: Tensor, i: int, skip_unchanged: bool) -> bool:
+def _pasted(faces: Faces, restored: Tensor, skip_unchanged: bool) -> list[int]:
+    """The numbers of the restored crops that can be pasted and are to be."""
+    changed = [True] * len(faces)
+    if skip_unchanged and faces.crops.shape == restored.shape and len(faces):
+        same = faces.crops.to(restored.device) == restored
+        changed = (~same.flatten(1).all(1)).tolist()
+    fit = all_finite(restored)
+    for face, is_finite in zip(faces.faces, fit, strict=True):
+        if not is_finite:
+            log.warning(
+                "Face %d of picture %d came out as NaN or infinite and is left as it was.",
+                face.number,
+                face.frame,
+            )
+    return [i for i in range(len(faces)) if fit[i] and changed[i] and _has_place(faces, i)]
+
+
+def _has_place(faces: Faces, i: int) -> bool:
     face = faces.faces[i]
-    if not bool(restored[i].isfinite().all()):
-        log.warning(
-            "Face %d of picture %d came out as NaN or infinite and is left as it was.",
-            face.number,
-            face.frame,
-        )
-        return False
     scale = scale_of(face.matrix)
     placed = (
         math.isfinite(scale)
         and scale > 0
         and all(map(math.isfinite, face.matrix[0] + face.matrix[1]))
+        and SMALLEST_CROP < faces.crop_size / scale < LARGEST_CROP * max(faces.width, faces.height)
     )
-    if not placed or not SMALLEST_CROP < faces.crop_size / scale < LARGEST_CROP * max(
-        faces.width, faces.height
-    ):
+    if not placed:
         log.warning(
             "Face %d of picture %d has no place in it (its matrix is %s) and is left out.",
             face.number,
             face.frame,
             face.matrix,
         )
-        return False
-    crop = faces.crops[i]
-    return not (
-        skip_unchanged
-        and crop.shape == restored[i].shape
-        and torch.equal(crop.to(restored.device), restored[i])
-    )
+    return placed
 
 
 def _parsed_masks(
-    restored: Tensor, chosen: Sequence[int], parser: Parser, feather: float
+    restored: Tensor, chosen: Sequence[int], parser: Parser, feather: float, device: torch.device
 ) -> Iterator[Tensor]:
-    """The feathered mask (h,w) of each chosen crop, parsed a few at a time."""
+    """The feathered mask (h,w) of each chosen crop, on `device`, parsed a few at a time."""
     for first in range(0, len(chosen), PARSED_AT_ONCE):
-        for face_map in parser(restored[list(chosen[first : first + PARSED_AT_ONCE])]):
+        crops = restored[list(chosen[first : first + PARSED_AT_ONCE])]
+        for face_map in parser(crops.to(device)):
             yield feather_mask(face_map, feather)
 
 
-def _keep_mask(keep: Tensor, images: Tensor) -> Tensor:
+def _keep_mask(keep: Tensor, height: int, width: int, device: torch.device) -> Tensor:
     # Where the mask is NaN, the picture stays.
-    keep = keep.to(images.device, torch.float32).nan_to_num(1.0)
-    height, width = images.shape[1:3]
+    keep = keep.to(device, torch.float32).nan_to_num(1.0)
     if keep.shape != (height, width):
         keep = F.interpolate(keep[None, None], (height, width), mode="bilinear", antialias=True)[
             0, 0
@@ -275,6 +293,7 @@ def _keep_mask(keep: Tensor, images: Tensor) -> Tensor:
 
 
 def _make_patch(
+    device: torch.device,
     image: Tensor,
     restored: Tensor,
     to_crop: Affine,
@@ -285,14 +304,16 @@ def _make_patch(
 ) -> _Patch | None:
     """The face at its place in `image`, or None where no pixel of it would change.
 
+    device: that computes.
     image: (H,W,C).
-    restored: (h,w,3) fp32.
+    restored: (h,w,3).
     to_crop: from `image` to `restored`.
     grown: how many times `image` is as large as the picture that the face was cut from.
     options: strength, mask and colours.
     face_mask: the feathered mask of a parsed crop, or None.
     kept: (H,W) in [0,1], 1 where the picture must stay, or None.
     """
+    restored = restored.to(device, torch.float32)
     height, width = restored.shape[:2]
     to_unit = scaling(1 / width, 1 / height)
     x1, y1, x2, y2 = bounds(inverse(to_crop), width, height)
@@ -302,38 +323,49 @@ def _make_patch(
         return None
     from_region = compose(compose(to_unit, to_crop), ((1.0, 0.0, left), (0.0, 1.0, top)))
     weight = options.strength * _weight(
-        from_region, bottom - top, right - left, options, face_mask, image.device
+        from_region, bottom - top, right - left, options, face_mask, device
     )
     if kept is not None:
-        weight = weight * (1 - kept[top:bottom, left:right])
-    used_rows, used_columns = weight.amax(1).nonzero(), weight.amax(0).nonzero()
-    if not len(used_rows):
+        weight = weight * (1 - kept[top:bottom, left:right].to(device))
+    used = (torch.cat([weight.amax(1), weight.amax(0)]) > 0).tolist()
+    if not any(used):
         return None
-    rows = slice(top + int(used_rows[0]), top + int(used_rows[-1]) + 1)
-    columns = slice(left + int(used_columns[0]), left + int(used_columns[-1]) + 1)
+    rows, columns = _ones(used[: bottom - top], top), _ones(used[bottom - top :], left)
     weight = weight[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-    crop, before = restored.movedim(-1, 0), rgb_of(image[rows, columns]).float()
+    crop = restored.movedim(-1, 0)
     if options.color_match != "none" or options.keep_detail > 0:
-        own = warp(rgb_of(image).movedim(-1, 0), to_crop, height, width)
+        picture = rgb_of(image).movedim(-1, 0)
+        own = warp(picture, to_crop, height, width, device=device)
         # A NaN has no colour to match.
         own = torch.where(own.isfinite(), own, crop)
         if options.color_match != "none":
-            inside = _weight(to_unit, height, width, options, face_mask, image.device)
+            inside = _weight(to_unit, height, width, options, face_mask, device)
             crop = match_color(restored, own.movedim(0, -1), inside, options.color_match).movedim(
                 -1, 0
             )
-    lowest, highest = float(crop.min()), float(crop.max())
+    # Cubic resampling overshoots at edges: values stay within [0,1], or within a wider range given.
+    shown = [crop]
+    if options.keep_detail > 0:
+        before = rgb_of(image[rows, columns]).to(device, torch.float32)
+        shown.append(before)
+    lowest, highest = value_range(*shown)
     if options.keep_detail > 0:
         crop = crop - options.keep_detail * own
-        lowest, highest = min(lowest, float(before.min())), max(highest, float(before.max()))
     if abs(grown - 1) < 1e-3:
         crop = back_project(crop, to_crop)
     from_crop = translated(inverse(to_crop), -columns.start, -rows.start)
     pixels = warp(crop, from_crop, weight.shape[0], weight.shape[1], grown).movedim(0, -1)
     if options.keep_detail > 0:
         pixels = pixels + options.keep_detail * before
-    # Cubic resampling overshoots at edges: values stay within [0,1], or within a wider range given.
-    return _Patch(rows, columns, pixels.clamp(min(0.0, lowest), max(1.0, highest)), weight)
+    # One copy back for both.
+    patch = torch.cat([pixels.clamp(lowest, highest), weight[..., None]], -1).to(image.device)
+    return _Patch(rows, columns, patch[..., :3], patch[..., 3])
+
+
+def _ones(used: list[bool], start: int) -> slice:
+    """From the first to the last one that is used, counted from `start`."""
+    last = len(used) - used[::-1].index(True)
+    return slice(start + used.index(True), start + last)
 
 
 def _weight(
@@ -356,8 +388,8 @@ def _weight(
     (a, b, c), (d, e, f) = to_unit
     across = torch.arange(width, dtype=torch.float64) + 0.5
     down = (torch.arange(height, dtype=torch.float64) + 0.5)[:, None]
-    u = ((a * across + c).float() + (b * down).float()).to(device)
-    v = ((d * across + f).float() + (e * down).float()).to(device)
+    u = (a * across + c).float().to(device) + (b * down).float().to(device)
+    v = (d * across + f).float().to(device) + (e * down).float().to(device)
     # An edge narrower than a pixel would be a staircase.
     edge = max(options.feather, scale_of(to_unit))
     if options.mask_type == "ellipse":

@@ -29,13 +29,13 @@ def draw_faces(
     Chosen faces are green, the rest red. verdicts: of each face. progress: called with 0 for each
     picture; what it raises ends the job.
     """
-    count, height, width = images.shape[:3]
+    height, width = images.shape[1:3]
     scale = min(1.0, LONGEST_SIDE / max(height, width, 1))
-    size = _preview_size(height, width)
+    out = torch.zeros(drawn_size(images))
+    size = out.shape[1], out.shape[2]
     frames: dict[int, list[tuple[Face, str]]] = {}
     for face, verdict in zip(faces, verdicts, strict=True):
         frames.setdefault(face.frame, []).append((face, verdict))
-    out = torch.zeros(count, *size, 3)
     if not height or not width:
         return out
     for i, image in enumerate(images):
@@ -72,17 +72,28 @@ def before_after(before: Tensor, after: Tensor, progress: Progress | None = None
     """
     count, height, width = before.shape[:3]
     size = _preview_size(height, width) if count > 1 else (height, width)
-    line = max(2, max(size) // 200)
-    above = width > height
-    out = torch.ones(
-        count, *((2 * size[0] + line, size[1]) if above else (size[0], 2 * size[1] + line)), 3
-    )
+    out = torch.ones(before_after_size(before))
     for i in range(count if height and width else 0):
         if progress:
             progress(0)
         out[i, : size[0], : size[1]] = _resize(before[i], size)
         out[i, -size[0] :, -size[1] :] = _resize(after[i], size)
     return out
+
+
+def before_after_size(before: Tensor) -> tuple[int, ...]:
+    """The shape of what `before_after` gives for these pictures."""
+    count, height, width = before.shape[:3]
+    size = _preview_size(height, width) if count > 1 else (height, width)
+    line = max(2, max(size) // 200)
+    if width > height:
+        return count, 2 * size[0] + line, size[1], 3
+    return count, size[0], 2 * size[1] + line, 3
+
+
+def drawn_size(images: Tensor) -> tuple[int, ...]:
+    """The shape of what `draw_faces` gives for these pictures."""
+    return len(images), *_preview_size(*images.shape[1:3]), 3
 
 
 def _preview_size(height: int, width: int) -> tuple[int, int]:

@@ -32,12 +32,16 @@ OVERLAP, GROWTH = 0.3, 1.6
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """(B,H,W,C) in [0,1] -> (B,3,24,24), frame by frame."""
-    small = torch.zeros(len(images), 3, THUMBNAIL, THUMBNAIL)
-    if images.numel():
-        for i, image in enumerate(images):
-            small[i] = F.adaptive_avg_pool2d(finite(rgb_of(image).movedim(-1, 0)), THUMBNAIL)
-    return small
+    """(B,H,W,C) in [0,1] -> (B,3,24,24), frame by frame, on the CPU."""
+    if not images.numel():
+        return torch.zeros(len(images), 3, THUMBNAIL, THUMBNAIL)
+    return torch.cat([shrunk(finite(rgb_of(image).movedim(-1, 0))[None]) for image in images])
+
+
+def shrunk(pixels: Tensor) -> Tensor:
+    """(B,3,H,W) finite, of at least one pixel -> (B,3,24,24) on the CPU."""
+    # One by one, so that a frame gives the same bits in any batch.
+    return torch.stack([F.adaptive_avg_pool2d(frame, THUMBNAIL) for frame in pixels]).cpu()
 
 
 def is_cut(one: Tensor, other: Tensor) -> bool:

@@ -7,14 +7,8 @@ from torch import Tensor
 
 from ..chunks import Progress
 from ..errors import OSDFaceError
-from ..sd21.backbone import (
-    SIDE,
-    STRIDE,
-    TEXT_WIDTH,
-    TOKENS,
-    VISUAL_MINIMUM,
-    Backbone,
-)
+from ..pictures.picture import all_finite
+from ..sd21.backbone import SIDE, STRIDE, TEXT_WIDTH, TOKENS, VISUAL_MINIMUM, Backbone
 from ..sd21.one_step import Restored, check_timestep, one_step, padded
 
 # The timestep that the weights were trained at.
@@ -38,8 +32,8 @@ def check_crops(crops: Tensor, name: str = "crops") -> None:
             f"`{name}` are {crops.shape[2]} x {crops.shape[1]} px; at least {STRIDE} x {STRIDE} "
             "are wanted: connect larger pictures."
         )
-    for i, crop in enumerate(crops):
-        if not bool(crop.isfinite().all()):
+    for i, is_finite in enumerate(all_finite(crops)):
+        if not is_finite:
             raise OSDFaceError(
                 f"`{name}` number {i} holds values that are not numbers (NaN or infinite); finite "
                 "values in [0,1] are wanted: "

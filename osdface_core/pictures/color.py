@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .picture import value_range
+
 COLOR_MATCHES = ("none", "mean-std", "wavelet")
 # Shares of red, green and blue in grey (ITU-R BT.601).
 LUMA = (0.299, 0.587, 0.114)
@@ -29,15 +31,16 @@ def match_color(restored: Tensor, original: Tensor, weight: Tensor, method: str)
     weight: (H,W), how much of each pixel is face. method: one of COLOR_MATCHES. The result stays
     within [0,1], or within the range of the two inputs where that is wider.
     """
-    if method == "none" or not bool((weight > 0).any()):
+    if method == "none":
         return restored
     result = (
         match_mean_std(restored, original, weight)
         if method == "mean-std"
         else match_wavelet(restored, original, weight)
     )
-    lowest, highest = torch.aminmax(torch.stack([restored, original]))
-    return result.clamp(min(0.0, float(lowest)), max(1.0, float(highest)))
+    result = result.clamp(*value_range(restored, original))
+    # Nothing is known where no pixel is face.
+    return torch.where((weight > 0).any(), result, restored)
 
 
 def match_mean_std(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
@@ -45,7 +48,7 @@ def match_mean_std(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor
 
     Reinhard et al. 2001. restored, original (H,W,3), weight (H,W) -> (H,W,3).
     """
-    share = (weight / weight.sum())[..., None]
+    share = (weight / weight.sum().clamp_min(torch.finfo(torch.float32).tiny))[..., None]
     source, target = to_lab(restored), to_lab(original)
     source_mean, target_mean = (share * source).sum((0, 1)), (share * target).sum((0, 1))
     source_std = (share * (source - source_mean) ** 2).sum((0, 1)).sqrt()

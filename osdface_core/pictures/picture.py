@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..errors import OSDFaceError
@@ -25,6 +26,27 @@ def check_pictures(images: Tensor) -> None:
         raise OSDFaceError(
             f"`image` is {tuple(images.shape)}, which holds no colour channel; {wanted}"
         )
+
+
+def all_finite(pictures: Tensor) -> list[bool]:
+    """For each picture of a batch (B,...), whether it holds neither NaN nor infinity."""
+    if not pictures.numel():
+        return [True] * len(pictures)
+    finite: list[bool] = pictures.isfinite().flatten(1).all(1).tolist()
+    return finite
+
+
+def value_range(*pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value of pictures, or 0 and 1 where they stay within.
+
+    A picture that holds NaN counts as within. The two are tensors, so that nobody waits for them.
+    """
+    lowest = torch.stack([picture.amin() for picture in pictures])
+    highest = torch.stack([picture.amax() for picture in pictures])
+    return (
+        torch.where(lowest.isnan(), 0.0, lowest).amin().clamp(max=0.0),
+        torch.where(highest.isnan(), 1.0, highest).amax().clamp(min=1.0),
+    )
 
 
 def finite(values: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ def warp(
     height: int,
     width: int,
     grain: float = 1.0,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Resamples `source` through an affine map: (C,H,W) -> (C,height,width) fp32.
 
@@ -50,6 +51,8 @@ def warp(
     width: of the result.
     grain: width, in pixels of the result, of the pixels that the source was enlarged from; 1 if the
         result is to have those very pixels, as in a picture that was not resized since.
+    device: that computes and holds the result; the source's, if None. Only the part of the source
+        that is needed is copied there.
     """
     back = inverse(matrix)
     step = scale_of(back)
@@ -61,7 +64,7 @@ def warp(
     )
     left, right = _span(x1 - margin, x2 + margin, source.shape[2])
     top, bottom = _span(y1 - margin, y2 + margin, source.shape[1])
-    region = source[:, top:bottom, left:right].float()
+    region = source[:, top:bottom, left:right].to(device or source.device, torch.float32)
     back = translated(back, -left, -top)
     # Shrunk by a whole number first, to pixels at most a third as wide as the result's: the time
     # then depends on the result's size, not on the source's.
@@ -80,7 +83,7 @@ def warp(
     else:
         fine, border = max(3, math.ceil(1.25 * step / block)), FILTER_RADIUS
         kernel = _shrinking_filter(step, block, fine, max(grain, 1 / step))
-    result = torch.empty(source.shape[0], height, width, device=source.device)
+    result = torch.empty(source.shape[0], height, width, device=region.device)
     columns = (width + 2 * border) * fine
     at_once = max(1, SAMPLES_AT_ONCE // (columns * fine) - 2 * border)
     for first in range(0, height, at_once):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..chunks import Progress, in_chunks, no_progress
 from ..errors import OSDFaceError
+from ..pictures.picture import all_finite
 from .backbone import STRIDE, Backbone
 from .schedule import TIMESTEPS
 
@@ -86,11 +87,13 @@ def one_step(
         latents = backbone.denoise(latents, prompts[part], timestep)
         report(0)
         result = backbone.decode(latents)[:, :, :height, :width].to(out.device, out.dtype)
-        for i, (given, picture) in enumerate(zip(pixels, result, strict=True), start=part.start):
-            is_whole = bool(picture.isfinite().all())
+        out[part] = result.movedim(1, -1)
+        # All at once: on an accelerator each answer waits for the work in its queue.
+        for i, is_whole in enumerate(all_finite(result), start=part.start):
             if not is_whole:
                 failed.append(i)
-            out[i] = (picture if is_whole else given[:, :height, :width]).movedim(0, -1)
+                out[i] = pixels[i - part.start, :, :height, :width].movedim(0, -1)
+        for picture in result:
             report(done, picture)
 
     if len(out):

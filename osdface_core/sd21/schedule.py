@@ -20,5 +20,5 @@ def x0_of(latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
 
     (x_t - sqrt(1 - abar_t) noise) / sqrt(abar_t) (DDIM, Song et al. 2021, equation 9), in fp64.
     """
-    abar = alphas_cumprod()[timestep]
+    abar = alphas_cumprod()[timestep].to(latents.device)
     return ((latents.double() - (1 - abar).sqrt() * noise) / abar.sqrt()).float()

@@ -1,0 +1,187 @@
+"""The whole chain on a device that the machine does not have (tests/fake_device.py): nothing is
+left behind on the CPU, and the device is waited for no more often than needed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from osdface_core.diffusers.builtin import load_backbone
+from osdface_core.faces.detect import DetectOptions
+from osdface_core.faces.face_parser import ParseNet, parse_faces
+from osdface_core.faces.files import BUILTIN_DETECTOR
+from osdface_core.faces.find import Found, find_faces
+from osdface_core.faces.paste import PasteOptions, paste
+from osdface_core.faces.preview import before_after, draw_faces
+from osdface_core.faces.retinaface import build_retinaface
+from osdface_core.osdface import builtin
+from osdface_core.osdface.restore import restore
+from osdface_core.osdface.vre import embed
+from osdface_core.weights.reading import read_tensors
+from tests.conftest import DEVICE as REAL
+from tests.fake_device import DEVICE, elsewhere
+
+CPU = torch.device("cpu")
+OTHER = torch.device(REAL or DEVICE)
+
+
+class Chain:
+    """The networks of the built-in model and a parser of random weights on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        torch.manual_seed(0)
+        with torch.inference_mode(False):
+            self.detector = build_retinaface(read_tensors(BUILTIN_DETECTOR)).to(device)
+            self.embedder = builtin.embedder().to(device)
+            self.parser = ParseNet().eval().to(device)
+            self.backbone = load_backbone(device, torch.float32)
+
+    def find(self, picture: Tensor, **options: Any) -> Found:
+        return find_faces(picture, self.detector, DetectOptions(**options))
+
+    def restore(self, crops: Tensor) -> Tensor:
+        prompts = embed(crops, lambda _: (self.embedder, self.device), at_once=16)
+        return restore(crops, prompts, self.backbone, faces_per_batch=16).pictures
+
+    def paste(self, picture: Tensor, found: Found, restored: Tensor, **options: Any) -> Any:
+        return paste(
+            picture,
+            found.faces,
+            restored,
+            PasteOptions(**{"mask_type": "ellipse"} | options),
+            parser=lambda crops: parse_faces(crops, self.parser),
+            device=self.device,
+        )
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of TF32, which would hide what is compared here, nothing."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(scope="module")
+def here() -> Chain:
+    return Chain(CPU)
+
+
+def there(work: Callable[[Chain], Any], forbidden: dict[Any, str] | None = None) -> Any:
+    """What `work` gives with the chain elsewhere, and the counts of copies and waits."""
+    if REAL:
+        return work(Chain(OTHER)), Counter()
+    with elsewhere(forbidden) as counts:
+        chain = Chain(OTHER)
+        counts.clear()
+        return work(chain), Counter(counts)
+
+
+OPTIONS = [
+    {},
+    {"mask_type": "parsing", "color_match": "mean-std"},
+    {"mask_type": "box", "color_match": "wavelet", "keep_detail": 0.5},
+]
+
+
+@pytest.mark.parametrize(
+    ("picture_is_there", "options"), [(True, {}), *((False, options) for options in OPTIONS)]
+)
+def test_a_picture_is_restored_as_on_the_cpu(
+    here: Chain, group: Tensor, picture_is_there: bool, options: dict[str, Any]
+) -> None:
+    found = here.find(group)
+    restored = here.restore(found.faces.crops)
+    wanted, mask = here.paste(group, found, restored, **options)
+    assert len(found.faces) == 2
+    assert not torch.equal(wanted, group)
+
+    def work(chain: Chain) -> Any:
+        picture = group.to(OTHER) if picture_is_there else group
+        seen = chain.find(picture)
+        made = chain.restore(seen.faces.crops)
+        result = chain.paste(picture, seen, made, **options)
+        home = {tensor.device.type for tensor in (seen.faces.crops, made, *result)}
+        return [tensor.cpu() for tensor in (seen.faces.crops, made, *result)], home
+
+    (results, home), _ = there(work)
+    assert home == {OTHER.type if picture_is_there else "cpu"}
+    for ours, theirs in zip(results, (found.faces.crops, restored, wanted, mask), strict=True):
+        assert (ours - theirs).abs().max() < 1e-4
+    assert torch.equal(results[2][0][results[3][0] == 0], group[0][results[3][0] == 0])
+
+
+def test_faces_that_lie_are_found_as_on_the_cpu(here: Chain, group: Tensor) -> None:
+    lying = group.rot90(1, (1, 2)).contiguous()
+    wanted = here.find(lying, any_angle=True)
+    found, _ = there(lambda chain: chain.find(lying, any_angle=True))
+    assert [face.angle for face in found.everyone] == [face.angle for face in wanted.everyone]
+    assert len(found.faces) == 2
+    assert (found.faces.crops - wanted.faces.crops).abs().max() < 1e-2
+
+
+def test_previews_of_pictures_that_are_there(here: Chain, group: Tensor) -> None:
+    found = here.find(group)
+    wanted = draw_faces(group, found.everyone, found.verdicts), before_after(group, 1 - group)
+
+    def work(_: Chain) -> Any:
+        picture = group.to(OTHER)
+        return (
+            draw_faces(picture, found.everyone, found.verdicts),
+            before_after(picture, 1 - picture),
+        )
+
+    made, _ = there(work)
+    assert all(torch.equal(*pair) for pair in zip(made, wanted, strict=True))
+
+
+@pytest.mark.processor
+def test_the_device_is_waited_for_no_more_often_than_needed(here: Chain, group: Tensor) -> None:
+    """A wait costs a GPU the work that it could have begun; each copy down is one, too."""
+    frames = 2
+    batch = group.expand(frames, -1, -1, -1).contiguous()
+    found = here.find(batch)
+    crops = found.faces.crops
+    assert len(crops) == 2 * frames
+    restored = here.restore(crops)
+
+    _, counts = there(lambda chain: chain.find(batch))
+    # Two passes' candidates and those of the windows, thumbnails, and each crop.
+    assert counts["wait"] <= 2
+    assert counts["down"] <= 3 + len(crops)
+
+    _, counts = there(lambda chain: chain.restore(crops))
+    # The prompts and the pictures, whatever their number.
+    assert counts["wait"] == 0
+    assert counts["down"] == 2
+    assert counts["up"] <= 5
+
+    _, counts = there(lambda chain: chain.paste(batch, found, restored, color_match="wavelet"))
+    # Of each face, the place that it changes, and its pixels.
+    assert counts["wait"] == 0
+    assert counts["down"] <= 2 * len(crops)
+
+
+@pytest.mark.processor
+def test_a_picture_is_pasted_here_where_the_device_has_no_memory_left(
+    here: Chain, group: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = here.find(group)
+    restored = here.restore(found.faces.crops)
+    wanted, mask = here.paste(group, found, restored)
+    full = {torch.ops.aten.grid_sampler_2d.default: "elsewhere: out of memory"}
+    (made, its_mask), _ = there(lambda chain: chain.paste(group, found, restored), full)
+    assert torch.equal(made, wanted)
+    assert torch.equal(its_mask, mask)
+    assert "Out of memory on elsewhere:0; going on on cpu" in caplog.text
