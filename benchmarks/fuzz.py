@@ -4,12 +4,13 @@
                               [--replay FILE]
 
 Each graph must end in a right result or in one sentence. The networks are the small built-in ones,
-the pictures those of tests/photographs.py. A graph is refused by the host's validation, ends in one
-of our sentences, or is judged by nodes in the server (benchmarks/fuzz_nodes.py): shapes, finite
-values, pixels outside of the mask bit for bit, the very picture where there is no face, inputs not
-written into. Anything else is a violation: a raw Python error of a node of ours, a server that is
-gone or hangs. Prints a table of the results and each violation's graph as JSON, for --replay; exits
-with 1 if there was one. --only runs the graphs of these numbers.
+which OSEDiff Upscale takes only here (benchmarks/fuzz_nodes.py); the pictures are those of
+tests/photographs.py. A graph is refused by the host's validation, ends in one of our sentences, or
+is judged by nodes in the server (benchmarks/fuzz_nodes.py): shapes, finite values, pixels outside
+of the mask bit for bit, the very picture where there is no face, inputs not written into. Anything
+else is a violation: a raw Python error of a node of ours, a server that is gone or hangs. Prints a
+table of the results and each violation's graph as JSON, for --replay; exits with 1 if there was
+one. --only runs the graphs of these numbers.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ OURS = (
     "FacePasteBack",
     "OSDFaceBuiltinModel",
     "OSDFaceRestore",
+    "OSEDiffUpscale",
 )
 # Seconds for a graph before the server counts as hanging, and the waits that they are divided into.
 PATIENCE, WAITS = 240, 12
@@ -312,6 +314,12 @@ class Maker:
             "max_faces": lambda: self.pick((0,) * 6 + (1, 1, 2, 1000)),
             "select": lambda: self.pick(("all",) * 6 + ("largest", "most central", "by index")),
             "strength": lambda: self.pick((1.0,) * 6 + (0.0, 0.01, 0.5)),
+            "upscale": lambda: self.pick((1.0,) * 12 + (1.25, 1.5, 2.0, 4.0)),
+            "tile": lambda: self.pick((768,) * 6 + (512, 256, 64, 0)),
+            "overlap": lambda: self.pick((256,) * 4 + (0, 64, 4096)),
+            "osediff_name": lambda: self.pick(
+                ("osediff.safetensors",) * 19 + ("osediff_face.safetensors",)
+            ),
             "confidence": lambda: (
                 self.pick((0.9,) * 8 + (0.5, 0.7, 0.999, 0.3)) if not self.chance(0.02) else 0.05
             ),
@@ -660,6 +668,17 @@ class Maker:
             ]
         )
 
+    def only_upscale(self) -> None:
+        model, vae = self.model()
+        text = self.node("FuzzConditioning", kind="text", count=1, seed=self.seed())
+        self.ours(
+            "OSEDiffUpscale",
+            image=self.picture(),
+            model=model,
+            vae=vae,
+            conditioning=self.conditioning([text, 0]),
+        )
+
     def only_paste(self) -> None:
         image = self.picture()
         faces, crops = self.detected(image)
@@ -682,6 +701,7 @@ class Maker:
             + (self.only_step,) * 3
             + (self.only_paste,) * 3
             + (self.only_find,) * 2
+            + (self.only_upscale,) * 3
         )()
         if self.chance(0.06):
             self.rewire()
@@ -759,6 +779,13 @@ class Maker:
                 self.node("JudgePrompts", crops=links["crops"], conditioning=[name, 0])
             elif kind == "OSDFaceOneStep" and "crops" in links and not self.lazy(name):
                 self.node("JudgeStep", crops=links["crops"], restored=[name, 0])
+            elif kind == "OSEDiffUpscale" and "image" in links and "upscale" in inputs:
+                self.node(
+                    "JudgeUpscale",
+                    image=links["image"],
+                    after=[name, 0],
+                    upscale=inputs["upscale"],
+                )
             elif kind == "FacePasteBack" and {"image", "faces"} <= set(links):
                 self.node(
                     "JudgePaste",
@@ -943,6 +970,7 @@ def outcome(
                 "nothing changed",
                 "nobody",
                 "step",
+                "enlarged",
                 "1 found",
                 "0 found",
                 "prompts",
@@ -957,6 +985,7 @@ RIGHT = {
     "nobody": "no face, the very picture",
     "nothing changed": "faces, and nothing to be changed",
     "step": "crops restored",
+    "enlarged": "pictures enlarged",
     "1 found": "faces found",
     "0 found": "no face found",
     "prompts": "prompts made",

@@ -31,6 +31,7 @@ def test_random_graphs_end_in_a_right_result_or_in_one_sentence(
     )
     assert sum(tally.kinds.values()) == 60
     assert tally.kinds["right: faces restored, the rest of the picture bit for bit"] >= 3
+    assert tally.kinds["right: pictures enlarged"] >= 2
     assert sum(tally.sentences.values()) >= 3
 
 

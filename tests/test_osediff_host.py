@@ -96,6 +96,24 @@ def test_the_tiled_picture_is_the_released_codes(
     assert (found - truth_of["tiled.image"].float()).abs().max() < 1e-3
 
 
+def test_tiles_meet_without_a_seam(
+    host: Any, given: dict[str, Any], more_golden: Path, at_their_size: None
+) -> None:
+    """Against the whole, at the released share of overlap: what a tile's narrower view changes is
+    as smooth where tiles begin and end as anywhere.
+    """
+    image = golden_picture(more_golden, "portrait_256x160.png", 2)[:, :, 60:444]
+    options = given | SMALL | {"overlap": 88}
+    whole, tiled = (enlarge(host, image, **options | {"tile": tile}) for tile in (0, 256))
+    difference = (tiled - whole)[0]
+    assert difference.abs().max() > 0, "it was not cut"
+    jumps = (difference[:, 1:] - difference[:, :-1]).abs().mean((0, 2))
+    # The decoder's own grid of 8 px may show; columns of the same place in it are compared.
+    grid = jumps[7::8]
+    for edge in (128, 256):
+        assert jumps[edge - 1] < 1.5 * grid.median()
+
+
 def test_pictures_at_once_are_each_alone_and_again_the_same(
     host: Any, given: dict[str, Any], tiny: Tensor, at_their_size: None
 ) -> None:

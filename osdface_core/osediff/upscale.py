@@ -263,7 +263,7 @@ def upscale(
             )
 
     def network_input(i: int) -> Tensor:
-        return resized(rgb_of(pictures[i : i + 1]).movedim(-1, 1), *working)
+        return resized(rgb_of(pictures[i : i + 1]).movedim(-1, 1), *working).clamp(0, 1)
 
     def encode(i: int) -> Tensor:
         pixels = padded(network_input(i))
