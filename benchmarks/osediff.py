@@ -69,7 +69,8 @@ class Paper:
         absent = types.SimpleNamespace(from_pretrained=lambda *_, **__: torch.nn.Identity())
         osediff.AutoTokenizer = osediff.CLIPTextModel = absent
         self.kind = {"fp32": torch.float32, "fp16": torch.float16}[given.kind]
-        prompt = torch.zeros(1, 77, 1024, dtype=self.kind, device="cuda" if speed.CUDA else "cpu")
+        self.device = torch.device("cuda" if speed.CUDA else "cpu")
+        prompt = torch.zeros(1, 77, 1024, dtype=self.kind, device=self.device)
         osediff.OSEDiff_test.encode_prompt = lambda self, texts: prompt
         options = argparse.Namespace(
             pretrained_model_name_or_path=str(given.weights / "sd21-diffusers"),
@@ -93,7 +94,7 @@ class Paper:
         image = image.resize((image.width * SCALE, image.height * SCALE))
         given = functional.to_tensor(image)[None] * 2 - 1
         with self.here:
-            made = self.program(given.to("cuda" if speed.CUDA else "cpu"), prompt="")
+            made = self.program(given.to(self.device), prompt="")
         done = functional.to_pil_image(made[0].float().cpu() * 0.5 + 0.5)
         result = functional.to_tensor(self.match(target=done, source=image))
         return result.movedim(0, -1)[None], {}
