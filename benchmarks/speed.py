@@ -3,15 +3,18 @@
     python -m benchmarks.speed --weights DIR [--data DIR] [--comfyui DIR] [--paper DIR]
                                [--precision fp32 bf16] [--faces 1 4 16] [--rounds 3]
                                [--parts faces pictures memory] [--small]
+    python -m benchmarks.speed --method osediff --osediff FILE [--sides 512 1024] ...
 
 Measured are time a face, stages, agreement, start, memory and whole pictures, all in one run.
 --weights: Stable Diffusion 2.1-base and OSDFace's files, or stand-ins of the same shapes, laid out
 as `sd21-diffusers/`, `v2-1_512-seeded.safetensors` and `osdface/`. --data: a folder with
 images/portraits and weights/detection_mobilenet0.25_Final.pth; the tests' photographs and the
 built-in detector without one. --paper: a checkout of jkwang28/OSDFace; left out without one.
---small: crops of 72 x 64 px and few of them, pictures by the built-in model, to see that all of it
-runs. Each program runs in its own process and waits while another runs. On a machine with CUDA both
-run there, otherwise on the CPU; the released code is then given a CUDA that does nothing.
+--method osediff: OSEDiff from picture to picture, by the side of the result, with osediff.pkl;
+--paper is then a checkout of cswry/OSEDiff. --small: crops of 72 x 64 px and few of them, pictures
+by the built-in model, to see that all of it runs. Each program runs in its own process and waits
+while another runs. On a machine with CUDA both run there, otherwise on the CPU; the released code
+is then given a CUDA that does nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +219,10 @@ class Paper:
 class Ours:
     """The nodes, called as ComfyUI calls them, in ComfyUI's process."""
 
+    stages = STAGES
+
     def __init__(self, given: argparse.Namespace) -> None:
-        base = Path(tempfile.mkdtemp())
+        self.base = base = Path(tempfile.mkdtemp())
         for name in ("checkpoints", "osdface", "loras", "facedetection"):
             (base / "models" / name).mkdir(parents=True)
         for name in ("custom_nodes", "input", "output", "user"):
@@ -268,7 +274,7 @@ class Ours:
             self.of_pictures = (*self.call("OSDFaceBuiltinModel"), "builtin", "none")
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.portraits, self.without = given.data / "images" / "portraits", False
-        rooms = str(pack).replace(".", "_x_") + ".nodes.comfy"
+        self.rooms = rooms = str(pack).replace(".", "_x_") + ".nodes.comfy"
         self.backbone = backbone = sys.modules[f"{rooms}.backbone"].HostBackbone
         networks = sys.modules[f"{rooms}.networks"]
         self._time(
@@ -347,14 +353,24 @@ class Ours:
         return len(faces), dict(self.seconds)
 
 
+def method(given: argparse.Namespace) -> tuple[Any, Callable[[int], Tensor]]:
+    """The program of a worker, and its input for a number of faces or a side in pixels."""
+    if given.method == "osediff":
+        from benchmarks import osediff
+
+        program = osediff.Paper if given.worker == "paper" else osediff.Ours
+        return program(given), partial(osediff.inputs, given)
+    most = max(given.faces) if given.small else max(*given.faces, 64)
+    size = SMALL_CROP if given.small else CROP
+    pictures = crops(given.data / "images" / "portraits", most, size)
+    return (Paper if given.worker == "paper" else Ours)(given), lambda count: pictures[:count]
+
+
 def work(given: argparse.Namespace) -> None:
     """A program's process: each line of JSON on stdin is answered by one on stdout."""
     lines, sys.stdout = sys.stdout, sys.stderr
     arguments = given.kind, given.worker
-    program: Any = (Paper if given.worker == "paper" else Ours)(given)
-    most = max(given.faces) if given.small else max(*given.faces, 64)
-    size = SMALL_CROP if given.small else CROP
-    pictures = crops(given.data / "images" / "portraits", most, size)
+    program, inputs = method(given)
 
     def say(**what: Any) -> None:
         print(json.dumps(what), file=lines, flush=True)
@@ -365,7 +381,7 @@ def work(given: argparse.Namespace) -> None:
         memory(reset=True)
         start = moment()
         if order["do"] == "faces":
-            result, stages = program.faces(pictures[: order["count"]], **order.get("changed", {}))
+            result, stages = program.faces(inputs(order["count"]), **order.get("changed", {}))
             seconds, most = moment() - start, memory()
             torch.save(result, order["out"])
             say(seconds=seconds, stages=stages, peak=most)
@@ -398,6 +414,8 @@ class Program:
         ]
         passed += ["--paper", given.paper] if given.paper else []
         passed += ["--mode", mode] if mode else []
+        passed += ["--method", given.method]
+        passed += ["--osediff", given.osediff] if given.osediff else []
         passed += ["--small"] if given.small else []
         self.log = folder / f"{name}_{kind}.log"
         command = [
@@ -465,18 +483,19 @@ def agreement(given: Tensor, right: Tensor) -> str:
 def faces_table(given: argparse.Namespace, started: list[Program]) -> None:
     print("| program | start s | memory then MiB | first face s |\n|---|---|---|---|")
     for program in started:
-        first = program.ask(do="faces", count=1)
+        first = program.ask(do="faces", count=given.faces[0])
         print(
             f"| {program.title} | {program.started:.1f} | {program.peak:.0f} | "
             f"{first['seconds']:.1f} |",
             flush=True,
         )
+    of_stages = STAGES if given.method == "osdface" else STAGES[1:]
     columns = (
-        "faces",
+        "faces" if given.method == "osdface" else "px a side",
         "program",
-        "s a face",
+        "s a face" if given.method == "osdface" else "s a picture",
         "ratio",
-        "prompts, encode, step, decode, rest %",
+        f"{', '.join(of_stages)}, rest %",
         "most memory MiB",
         "apart from the first",
     )
@@ -484,23 +503,26 @@ def faces_table(given: argparse.Namespace, started: list[Program]) -> None:
     print("|---|---|---|---|---|---|---|")
     a_face = math.inf
     for count in given.faces:
+        each = count if given.method == "osdface" else 1
         best: dict[str, dict[str, Any]] = {}
         # The released code takes one face after the other: on a CPU, where that takes minutes,
         # larger counts tell nothing new.
         taking = [
             program
             for program in started
-            if count <= 4 or CUDA or not program.title.startswith("paper")
+            if each <= 4 or CUDA or not program.title.startswith("paper")
         ]
-        for _ in range(given.rounds if count == 1 or CUDA else 1):
+        for _ in range(given.rounds if each == 1 or CUDA else 1):
             for program in taking:
                 answer = program.ask(do="faces", count=count)
                 if program.title not in best or answer["seconds"] < best[program.title]["seconds"]:
                     best[program.title] = answer
         right = taking[0].result()
         a_face = (
-            min(a_face, best[taking[0].title]["seconds"] / count) if taking == started else a_face
+            min(a_face, best[taking[0].title]["seconds"] / each) if taking == started else a_face
         )
+        if given.method == "osediff":
+            a_face = best[taking[0].title]["seconds"]
         for program in taking:
             answer = best[program.title]
             seconds, stages = answer["seconds"], list(answer["stages"].values())
@@ -508,13 +530,15 @@ def faces_table(given: argparse.Namespace, started: list[Program]) -> None:
             row = [
                 count,
                 program.title,
-                f"{seconds / count:.2f}",
-                f"{seconds / count / a_face:.3f}",
+                f"{seconds / each:.2f}",
+                f"{seconds / each / a_face:.3f}",
             ]
             row += [", ".join(f"{s:.1f}" for s in shares) or "-", f"{answer['peak']:.0f}"]
             row.append(agreement(program.result(), right) if taking == started else "-")
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
     print()
+    if given.method == "osediff":
+        return
     for program in (p for p in started if p.title.startswith("ours")):
         anew, again = (
             program.ask(do="faces", count=1, changed=c)
@@ -567,6 +591,9 @@ def main() -> None:
         default=Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI")),
     )
     parser.add_argument("--paper", type=Path)
+    parser.add_argument("--method", choices=["osdface", "osediff"], default="osdface")
+    parser.add_argument("--osediff", type=Path, help="osediff.pkl, or a stand-in of its shapes")
+    parser.add_argument("--sides", nargs="*", type=int, default=[512, 1024])
     parser.add_argument(
         "--precision", nargs="*", choices=["fp32", "fp16", "bf16"], default=["fp32", "bf16"]
     )
@@ -584,7 +611,11 @@ def main() -> None:
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.weights, given.comfyui = given.weights.resolve(), given.comfyui.resolve()
-    given.data, given.paper = (path and path.resolve() for path in (given.data, given.paper))
+    given.data, given.paper, given.osediff = (
+        path and path.resolve() for path in (given.data, given.paper, given.osediff)
+    )
+    if given.method == "osediff":
+        given.faces, given.parts = given.sides, ["faces"]
     if given.worker:
         work(given)
         return

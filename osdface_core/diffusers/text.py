@@ -20,6 +20,33 @@ BEGIN, END, PAD = 49406, 49407, 0
 HEAD_WIDTH = 64
 
 
+class TextEncoder:
+    """Texts to the last hidden state (1,77,1024) fp32, on the CPU, as OSEDiff takes it.
+
+    A text that is too long is cut off, as the released code does. Nothing is downloaded. Raises
+    OSDFaceError for a model without its text encoder, or without a tokenizer where one is needed.
+
+    model: a folder in diffusers' layout with `text_encoder` and `tokenizer`, or a checkpoint.
+    tokenizer: a folder with vocab.json and merges.txt, for a text that is not empty and a
+        checkpoint, which holds none.
+    device: to compute on; the CPU if None.
+    """
+
+    def __init__(
+        self, model: Path, tokenizer: Path | None = None, device: torch.device | None = None
+    ) -> None:
+        self.tokenizer = tokenizer or (model / "tokenizer" if model.is_dir() else None)
+        self.device = device or torch.device("cpu")
+        encoder = (_from_folder if model.is_dir() else _from_checkpoint)(model)
+        self.encoder = encoder.to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, text: str) -> Tensor:
+        ids = token_ids(text, self.tokenizer).to(self.device)
+        hidden: Tensor = self.encoder(ids)[0]
+        return hidden.float().cpu()
+
+
 def encode_text(
     model: Path,
     text: str,
@@ -27,23 +54,16 @@ def encode_text(
     tokenizer: Path | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The last hidden state (1,77,1024) fp32 of a text, on the CPU, as OSEDiff takes it.
+    """One text (1,77,1024) by a TextEncoder that is not kept.
 
-    A longer text is cut off, as the released code does. Nothing is downloaded. Raises OSDFaceError
-    for a model without its text encoder, or without a tokenizer where one is needed.
-
-    model: a folder in diffusers' layout with `text_encoder` and `tokenizer`, or a checkpoint.
+    model: as there.
     text: may be empty.
-    tokenizer: a folder with vocab.json and merges.txt, for a text that is not empty and a
-        checkpoint, which holds none.
-    device: to compute on; the CPU if None.
+    tokenizer: as there.
+    device: as there.
     """
     folder = tokenizer or (model / "tokenizer" if model.is_dir() else None)
-    ids = token_ids(text, folder)
-    encoder = (_from_folder if model.is_dir() else _from_checkpoint)(model)
-    device = device or torch.device("cpu")
-    with torch.inference_mode():
-        return encoder.to(device)(ids.to(device))[0].float().cpu()
+    token_ids(text, folder)  # raises before anything large is read
+    return TextEncoder(model, tokenizer, device)(text)
 
 
 def token_ids(text: str, tokenizer: Path | None) -> Tensor:

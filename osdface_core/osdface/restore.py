@@ -8,14 +8,7 @@ from torch import Tensor
 from ..chunks import Progress
 from ..errors import OSDFaceError
 from ..pictures.picture import all_finite
-from ..sd21.backbone import (
-    SIDE,
-    STRIDE,
-    TEXT_WIDTH,
-    TOKENS,
-    VISUAL_MINIMUM,
-    Backbone,
-)
+from ..sd21.backbone import SIDE, STRIDE, TEXT_WIDTH, TOKENS, VISUAL_MINIMUM, Backbone
 from ..sd21.one_step import Restored, check_timestep, one_step, padded
 
 # The timestep that the weights were trained at.

@@ -1,4 +1,4 @@
-"""`python -m osdface_core.training stage1|stage2|autoencoder|detector|prepare`, as
+"""`python -m osdface_core.training stage1|stage2|autoencoder|detector|osediff|prepare`, as
 docs/training.md tells.
 """
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m osdface_core.training",
-        description="Trains OSDFace and the built-in model; docs/training.md tells how.",
+        description="Trains OSDFace, OSEDiff and the built-in model; docs/training.md tells how.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, does in (
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("stage2", "the restoration"),
         ("autoencoder", "the built-in model's autoencoder"),
         ("detector", "the built-in face detector"),
+        ("osediff", "OSEDiff, for whole pictures or for faces"),
     ):
         command = commands.add_parser(name, help=f"train {does}")
         command.add_argument(
@@ -71,6 +72,7 @@ def _train(name: str, path: Path, changes: list[str]) -> None:
         from .autoencoder import AutoencoderConfig, AutoencoderTask
         from .detector import DetectorConfig, DetectorTask
         from .loop import accelerator_for, train
+        from .osediff import OSEDiffConfig, OSEDiffTask
         from .stage1 import Stage1Config, Stage1Task
         from .stage2 import Stage2Config, Stage2Task
     except ImportError as error:
@@ -82,6 +84,7 @@ def _train(name: str, path: Path, changes: list[str]) -> None:
         "stage2": (Stage2Config, Stage2Task),
         "autoencoder": (AutoencoderConfig, AutoencoderTask),
         "detector": (DetectorConfig, DetectorTask),
+        "osediff": (OSEDiffConfig, OSEDiffTask),
     }
     kind, make = tasks[name]
     config = read_config(kind, path, changes)

@@ -174,15 +174,18 @@ class Samples:
     def __len__(self) -> int:
         return len(self.files)
 
+    def file(self, n: int) -> Path:
+        """The picture that sample n is made of."""
+        epoch, place = divmod(n, len(self.files))
+        return self.files[place if self.still else _order(self.seed, epoch, len(self.files))[place]]
+
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         """`hq` and `lq` (3,crop,crop), `face` the whole degraded picture (3,size,size), all in
         [0,1], and `number`, n.
         """
         pictures, generator = self.pictures, generator_for(self.seed, n)
-        epoch, place = divmod(n, len(self.files))
-        index = place if self.still else _order(self.seed, epoch, len(self.files))[place]
         zoom = (1.0, 1.0) if self.still else pictures.zoom
-        hq = read_part(self.files[index], pictures.size, zoom, generator).float() / 255
+        hq = read_part(self.file(n), pictures.size, zoom, generator).float() / 255
         if pictures.flip and not self.still and bool(torch.rand((), generator=generator) < 0.5):
             hq = hq.flip(-1)
         crop = 0 if self.still else pictures.crop

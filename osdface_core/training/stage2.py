@@ -23,7 +23,7 @@ from ..sd21.schedule import alphas_cumprod
 from .data import Pictures, training_and_held_out
 from .degradation import Degradation, generator_for
 from .discriminators import PatchDiscriminator, UNetDiscriminator, noise_for
-from .loop import Optimiser, Run, bare, for_file, grid
+from .loop import Optimiser, Run, bare, for_file
 from .losses import (
     Term,
     charbonnier,
@@ -36,8 +36,6 @@ from .losses import (
     lattice,
     load_arcface,
     load_dists,
-    mean_of_each,
-    measures,
     wanted,
 )
 from .networks import (
@@ -54,6 +52,7 @@ from .networks import (
     lora_tensors,
     start_lora,
 )
+from .samples import show_restored
 
 log = logging.getLogger(__name__)
 
@@ -360,27 +359,13 @@ class Stage2Task:
         pass
 
     def show(self, count: int) -> tuple[Tensor, dict[str, float]]:
-        """Rows: degraded, restored, original. Whole pictures are measured; `lq_` are the degraded
-        ones' figures.
-        """
         generator = bare(self.networks["generator"])
-        rows: list[list[Tensor]] = [[], [], []]
-        figures = []
-        for n in range(len(self.held_out)):
-            sample = {
-                key: value[None].to(self.accelerator.device)
-                for key, value in self.held_out[n].items()
-            }
-            restored = generator(sample["lq"], self.embedder.codes(sample["face"]))[0].clamp(0, 1)
-            of_lq = measures(sample["lq"], sample["hq"])
-            figures.append(
-                measures(restored, sample["hq"])
-                | {f"lq_{key}": value for key, value in of_lq.items()}
-            )
-            if n < count:
-                for row, picture in zip(rows, (sample["lq"], restored, sample["hq"]), strict=True):
-                    row.append(picture)
-        return grid([torch.cat(row) for row in rows]), mean_of_each(figures)
+
+        def restore(sample: dict[str, Tensor]) -> Tensor:
+            restored: Tensor = generator(sample["lq"], self.embedder.codes(sample["face"]))[0]
+            return restored
+
+        return show_restored(restore, self.held_out, count, self.accelerator.device)
 
     def export(self, folder: Path) -> None:
         """osdface_vre.safetensors; pytorch_lora_weights.safetensors, or the folder unet; the
