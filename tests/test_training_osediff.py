@@ -285,7 +285,7 @@ def test_a_full_size_step_fits_in_20_gib(
         pytest.skip("no sd21-diffusers among the stand-in weights: make_weights.py writes it")
     command = [sys.executable, "-m", "osdface_core.training", "osediff"]
     command += ["--config", str(CONFIGS / "osediff.yaml"), f"data.folder={photographs}"]
-    command += [f"unet.folder={base}", f"vae.folder={base}", f"text={text}", "negative="]
+    command += [f"unet.folder={base}", f"vae.folder={base}", f"text={text}", "negative=b"]
     command += [f"run.folder={tmp_path}", "run.steps=1", "run.batch=1", "run.cpu=true"]
     command += ["run.workers=0", "run.samples=0", "gradient_checkpointing=true"]
     command += ["run.precision=" + ("bf16" if has_bf16() else "no")]
