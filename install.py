@@ -278,8 +278,11 @@ def convert_diffir(options: argparse.Namespace, folder: Path) -> list[OSDFaceErr
     """Converts what DIR holds of DiffIR into `folder`, and returns what went wrong."""
     from osdface_core.diffir.convert import convert, is_made_from, recognise_all
 
-    failures = []
-    found = recognise_all(options.given)
+    failures: list[OSDFaceError] = []
+    try:
+        found = recognise_all(options.given)
+    except OSDFaceError as error:
+        return [error]
     for name, path in found.items():
         print(f"{path} is DiffIR's {name}")
         try:

@@ -41,6 +41,9 @@ REMEDY = (
     "it."
 )
 
+# Pixels, of the gathered picture, of which the condition is read at once: 1 KB for each and layer.
+AT_ONCE = 2**18
+
 # Called often while a network works; what it raises ends the work.
 Tick = Callable[[], None]
 
@@ -232,15 +235,19 @@ class Attention(_Modulated):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
+        joined = self.qkv_dwconv(self.qkv(x))
+        channels = joined.shape[1] // 3
         # Of channels-last pixels torch sums a channel with a thousand times the rounding error.
-        joined = self.qkv_dwconv(self.qkv(x)).contiguous()
-        q, k, v = joined.flatten(2).unflatten(1, (3, self.heads, -1)).unbind(1)
+        q, k = (
+            part.contiguous().flatten(2).unflatten(1, (self.heads, -1))
+            for part in joined[:, : 2 * channels].chunk(2, 1)
+        )
+        v = joined[:, 2 * channels :].flatten(2).unflatten(1, (self.heads, -1))
         # The lengths of q and k divide their products, which are few, instead of their pixels.
-        lengths = _lengths(q) * _lengths(k).mT
-        cosines = q @ k.mT / lengths.clamp_min(1e-12)
+        cosines = q @ k.mT / (_lengths(q) * _lengths(k).mT)
         shares = (cosines * self.temperature.to(x)).softmax(-1)
-        mixed = shares @ v
-        return self.project_out(mixed.flatten(1, 2).unflatten(2, (height, width)))
+        mixed = (v.mT @ shares.mT).transpose(1, 2).flatten(2)
+        return self.project_out(mixed.unflatten(1, (height, width)).movedim(-1, 1))
 
 
 def _lengths(x: Tensor) -> Tensor:
@@ -421,11 +428,11 @@ class Condition(nn.Module):
             nn.LeakyReLU(SLOPE),
         )
 
-    def forward(self, lq: Tensor, tick: Tick, pixels: int) -> Tensor:
+    def forward(self, lq: Tensor, tick: Tick, at_once: int) -> Tensor:
         x = _gathered(lq, self.gather)
         height, width = x.shape[2:]
         total = x.new_zeros(len(x), PRIOR)
-        for top, bottom in _strips(height, max(1, pixels // width)):
+        for top, bottom in _strips(height, max(1, at_once // width)):
             tick()
             first = max(0, top - self.reach)
             seen = self.E(x[:, :, first : bottom + self.reach])
@@ -457,9 +464,6 @@ class _Denoiser(nn.Module):
 class DiffIR(nn.Module):
     """The whole: `prior` reads a picture, `restore` restores it, or a tile of it, by the prior."""
 
-    # Pixels (of the gathered picture) of which the condition is read at once.
-    at_once = 2**19
-
     def __init__(self, shape: Shape, operations: Operations = nn) -> None:
         super().__init__()
         self.shape = shape
@@ -482,14 +486,17 @@ class DiffIR(nn.Module):
             found.append(x)
         return found
 
-    def prior(self, lq: Tensor, start: Tensor, tick: Tick = lambda: None) -> Tensor:
+    def prior(
+        self, lq: Tensor, start: Tensor, tick: Tick = lambda: None, at_once: int = AT_ONCE
+    ) -> Tensor:
         """The prior (B,256) of whole pictures (B,channels,H,W) in [0,1].
 
         lq: its sides are multiples of Shape.multiple.
         start: (1,256) or (B,256).
         tick: see Tick.
+        at_once: pixels, of the gathered picture, that are read at once.
         """
-        return self.priors(self.condition(lq, tick, self.at_once), start)[-1]
+        return self.priors(self.condition(lq, tick, at_once), start)[-1]
 
     def restore(self, lq: Tensor, prior: Tensor, tick: Tick = lambda: None) -> Tensor:
         """(B,channels,H,W) in [0,1] -> (B,3,H*scale,W*scale), not clamped.
