@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,34 +67,25 @@ CASES = (
 
 
 @pytest.fixture(scope="session")
-def maker(more_golden: Path) -> ModuleType:
-    """The maker of DiffIR's stand-in weights, beside the golden outputs."""
-    path = more_golden / "diffir" / "make_weights.py"
-    spec = importlib.util.spec_from_file_location("diffir_make_weights", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
 def released(more_golden: Path) -> dict[str, Tensor]:
     return load_file(more_golden / "diffir" / "golden.safetensors")
 
 
-def tensors_of(maker: ModuleType, model: str, seed_as: str | None = None) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = maker.state_dict(model, seed_as=seed_as)
+def tensors_of(
+    diffir_maker: ModuleType, model: str, seed_as: str | None = None
+) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = diffir_maker.state_dict(model, seed_as=seed_as)
     return {name: tensor for name, tensor in state.items() if not name.startswith("diffusion.")}
 
 
 @pytest.fixture(scope="session")
-def network_of(maker: ModuleType) -> Callable[[str], DiffIR]:
+def network_of(diffir_maker: ModuleType) -> Callable[[str], DiffIR]:
     """The network of a family, on its stand-in weights."""
     kept: dict[str, DiffIR] = {}
 
     def of(family: str) -> DiffIR:
         if family not in kept:
-            kept[family] = build_network(tensors_of(maker, *FAMILIES[family]))
+            kept[family] = build_network(tensors_of(diffir_maker, *FAMILIES[family]))
         return kept[family]
 
     return of
@@ -168,8 +158,8 @@ def test_size_and_job_are_read_off_the_tensors(
     assert (shape.job, shape.scale, shape.multiple) == (job, scale, multiple)
 
 
-def test_the_schedule_is_that_of_the_released_files(maker: ModuleType) -> None:
-    schedule = maker.schedule()
+def test_the_schedule_is_that_of_the_released_files(diffir_maker: ModuleType) -> None:
+    schedule = diffir_maker.schedule()
     for name, of in (("posterior_mean_coef1", 0), ("posterior_mean_coef2", 1)):
         found = torch.tensor([posterior(step)[of] for step in range(4)])
         assert (found - schedule[name]).abs().max() < 1e-7
@@ -230,9 +220,9 @@ def with_an_odd_first_layer(state: dict[str, Tensor]) -> None:
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
-    harm: Callable[[dict[str, Tensor]], None], says: str, maker: ModuleType
+    harm: Callable[[dict[str, Tensor]], None], says: str, diffir_maker: ModuleType
 ) -> None:
-    state = tensors_of(maker, "realsr_x4_s2")
+    state = tensors_of(diffir_maker, "realsr_x4_s2")
     harm(state)
     with pytest.raises(OSDFaceError, match=says):
         build_network(state)
@@ -242,11 +232,11 @@ def test_weights_that_do_not_fit_are_refused(
 
 
 @pytest.fixture(scope="module")
-def downloaded(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def downloaded(diffir_maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with released files of each layout, as a user may have it."""
     folder = tmp_path_factory.mktemp("downloaded")
     for name in ("realsr_x2", "srgan_x4", "deblur", "inpaint", "deblur_s1"):
-        maker.FILES[name](folder, "")
+        diffir_maker.FILES[name](folder, "")
     torch.save({"params": {"conv0.weight": torch.zeros(64, 3, 3, 3)}}, folder / "net_d.pth")
     (folder / "notes.txt").write_text("downloaded on Sunday")
     return folder
@@ -273,13 +263,13 @@ def test_downloaded_files_are_recognised_by_content(found: dict[str, Path]) -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_converted_file_is_the_network_that_inference_uses(
-    name: str, found: dict[str, Path], maker: ModuleType, tmp_path: Path
+    name: str, found: dict[str, Path], diffir_maker: ModuleType, tmp_path: Path
 ) -> None:
     """Not the plain weights beside the averaged ones, not the teacher, not the optimiser."""
     from osdface_core.weights.fetching import sha256_of
 
     seed_as = "srgan_x4_s2" if name.startswith("SISR") else None
-    wanted = tensors_of(maker, NAMES[name], seed_as)
+    wanted = tensors_of(diffir_maker, NAMES[name], seed_as)
     path = convert(found[name], tmp_path / name)
     held = load_file(path)
     assert held.keys() == wanted.keys()
@@ -337,9 +327,9 @@ def other_copy(state: dict[str, Tensor]) -> None:
     ],
 )
 def test_what_the_network_could_not_honour_is_refused(
-    harm: Callable[[dict[str, Tensor]], None], says: str, maker: ModuleType, tmp_path: Path
+    harm: Callable[[dict[str, Tensor]], None], says: str, diffir_maker: ModuleType, tmp_path: Path
 ) -> None:
-    state = dict(maker.state_dict("inpaint_s2"))
+    state = dict(diffir_maker.state_dict("inpaint_s2"))
     harm(state)
     torch.save(state, tmp_path / "own.pth")
     with pytest.raises(OSDFaceError, match=says):
@@ -347,22 +337,24 @@ def test_what_the_network_could_not_honour_is_refused(
 
 
 @pytest.mark.parametrize("wrapper", ["params.", "params.module.", "module."])
-def test_other_layouts_are_unwrapped(wrapper: str, maker: ModuleType, tmp_path: Path) -> None:
+def test_other_layouts_are_unwrapped(
+    wrapper: str, diffir_maker: ModuleType, tmp_path: Path
+) -> None:
     """Training without averages leaves `params` alone; several GPUs put `module.` before names."""
-    wanted = tensors_of(maker, "inpaint_s2")
+    wanted = tensors_of(diffir_maker, "inpaint_s2")
     outer, _, inner = wrapper.rpartition("params.")
-    state = {inner + name: tensor for name, tensor in maker.state_dict("inpaint_s2").items()}
+    state = {inner + name: tensor for name, tensor in diffir_maker.state_dict("inpaint_s2").items()}
     torch.save({"params": state} if "params" in wrapper else state, tmp_path / "own.pth")
     held = read_weights(tmp_path / "own.pth")
     assert held.keys() == wanted.keys()
     assert not outer
 
 
-def test_two_files_of_one_name_are_told(maker: ModuleType, tmp_path: Path) -> None:
+def test_two_files_of_one_name_are_told(diffir_maker: ModuleType, tmp_path: Path) -> None:
     for folder, salt in (("a", ""), ("b", "held")):
         path = tmp_path / folder / "last.ckpt"
         path.parent.mkdir()
-        torch.save(maker.state_dict("inpaint_s2", salt), path)
+        torch.save(diffir_maker.state_dict("inpaint_s2", salt), path)
     with pytest.raises(OSDFaceError, match=r"would both become DiffIRS2-inpaint\.safetensors"):
         recognise_all(tmp_path)
 
