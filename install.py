@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from osdface_core.catalogue import CATALOGUE
+from osdface_core.diffir.files import FOLDER as DIFFIR
+from osdface_core.diffir.files import LICENCE
 from osdface_core.errors import OSDFaceError
 from osdface_core.osdface.files import KOHYA_LORA
 from osdface_core.osediff.files import FACES, PICTURES
@@ -159,7 +161,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         dest="given",
         metavar="DIR",
         type=Path,
-        help="take files downloaded by hand from DIR, under any names",
+        help="take files downloaded by hand from DIR, under any names; DiffIR's, which are on "
+        "Google Drive alone, are converted",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument(
@@ -235,6 +238,8 @@ def run_by_hand(options: argparse.Namespace) -> int:
     print(f"Models folder: {store.folders['osdface'][0].parent}")
 
     failures: list[OSDFaceError] = []
+    if options.given and not options.only:
+        failures += convert_diffir(options, store.folders[DIFFIR][0])
     left = []
     unreachable: set[str] = set()
     for entry in wanted:
@@ -269,6 +274,32 @@ def run_by_hand(options: argparse.Namespace) -> int:
     return conclude(left, failures, store)
 
 
+def convert_diffir(options: argparse.Namespace, folder: Path) -> list[OSDFaceError]:
+    """Converts what DIR holds of DiffIR into `folder`, and returns what went wrong."""
+    from osdface_core.diffir.convert import convert, is_made_from, recognise_all
+
+    failures: list[OSDFaceError] = []
+    try:
+        found = recognise_all(options.given)
+    except OSDFaceError as error:
+        return [error]
+    for name, path in found.items():
+        print(f"{path} is DiffIR's {name}")
+        try:
+            if is_made_from(folder / name, path):
+                print(f"   ready  {folder / name}")
+            elif options.check or options.dry_run:
+                print(f"          would write {folder / name}")
+            else:
+                print(f"   ready  {convert(path, folder / name)}")
+        except OSDFaceError as error:
+            failures.append(error)
+            print(f"  failed  {name}")
+    if found:
+        print(f"          DiffIR: {LICENCE}.")
+    return failures
+
+
 def describe(entry: WeightFile, store: Store, given: dict[str, Path]) -> None:
     """Prints what would be done for a file that is missing or wrong."""
     if entry.name in given:
@@ -288,7 +319,7 @@ def conclude(left: list[WeightFile], failures: list[OSDFaceError], store: Store)
     """Prints what is left to do by hand, and returns the exit code."""
     from osdface_core.weights.fetching import UnreachableError
 
-    if not left:
+    if not left and not failures:
         return OK
     for failure in failures:
         if not isinstance(failure, UnreachableError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .comfy.guard import with_input_checks
+from .diffir_enhance import DiffIREnhance
+from .diffir_inpaint import DiffIRInpaint
 from .face_detect_align import FaceDetectAlign
 from .face_paste_back import FacePasteBack
 from .face_select import FaceSelect
@@ -26,6 +28,8 @@ NODE_CLASS_MAPPINGS = {
     "FacePasteBack": FacePasteBack,
     "OSDFaceBuiltinModel": OSDFaceBuiltinModel,
     "OSEDiffUpscale": OSEDiffUpscale,
+    "DiffIREnhance": DiffIREnhance,
+    "DiffIRInpaint": DiffIRInpaint,
 }
 
 

@@ -73,3 +73,16 @@ def single_prompt(conditioning: list[Any], origin: str) -> tuple[Tensor, dict[st
         )
     prompts, options = conditioning[0]
     return prompts, options
+
+
+def seed_input() -> Any:
+    """The seed of DiffIR, which stays as it is from run to run."""
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=2**32 - 1,
+        control_after_generate=False,
+        tooltip="Of the vector that the networks start from, one for all pictures and tiles. The "
+        "same seed gives the same picture; another changes little.",
+    )

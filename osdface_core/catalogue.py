@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .diffir import files as diffir
 from .faces import files as faces
 from .osdface import files as osdface
 from .osediff import files as osediff
@@ -10,5 +11,6 @@ from .weights.catalogue import Catalogue
 
 CATALOGUE = Catalogue(
     files=osdface.FILES + faces.FILES + osediff.FILES + sd21.FILES,
-    searched=osdface.SEARCHED | faces.SEARCHED | osediff.SEARCHED | sd21.SEARCHED,
+    # DiffIR's files cannot be fetched, and any number of them may be there.
+    searched=osdface.SEARCHED | faces.SEARCHED | osediff.SEARCHED | sd21.SEARCHED | diffir.SEARCHED,
 )

@@ -118,6 +118,19 @@ def osediff_pickle(
     return path
 
 
+@pytest.fixture(scope="session")
+def diffir_maker(more_golden: Path) -> ModuleType:
+    """The maker of DiffIR's stand-in weights, beside the golden outputs."""
+    import importlib.util
+
+    path = more_golden / "diffir" / "make_weights.py"
+    spec = importlib.util.spec_from_file_location("diffir_make_weights", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def picture(path: Path) -> torch.Tensor:
     """(1,H,W,3) in [0,1], as ComfyUI's Load Image gives it."""
     return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).float()[None] / 255

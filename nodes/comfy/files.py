@@ -15,6 +15,8 @@ import comfy.utils
 import folder_paths
 
 from ...osdface_core.catalogue import CATALOGUE
+from ...osdface_core.diffir.files import FOLDER as DIFFIR
+from ...osdface_core.diffir.files import missing
 from ...osdface_core.errors import OSDFaceError
 from ...osdface_core.faces.files import BUILTIN_DETECTOR
 from ...osdface_core.faces.files import FOLDER as FACES
@@ -50,11 +52,11 @@ def naming_input(given: str) -> Iterator[None]:
 
 
 def register_folders() -> None:
-    """Adds models/osdface, models/osediff and models/facedetection to ComfyUI's folders.
+    """Adds models/osdface, osediff, diffir and facedetection to ComfyUI's folders.
 
     Folders that extra_model_paths.yaml names for them stay.
     """
-    for name in (OSDFACE, OSEDIFF, FACES):
+    for name in (OSDFACE, OSEDIFF, DIFFIR, FACES):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
         paths, extensions = folder_paths.folder_names_and_paths[name]
         folder_paths.folder_names_and_paths[name] = (
@@ -83,6 +85,9 @@ def find(name: str, kind: str) -> Path:
     """
     if (path := _present(name, kind)) is not None:
         return path
+    if kind == DIFFIR:
+        # Nothing of it can be fetched.
+        raise missing(name)
     folders = {
         folder: [Path(path) for path in folder_paths.get_folder_paths(folder)]
         for searched in SEARCHED.values()

@@ -113,3 +113,17 @@ def to_rgb(lab: Tensor) -> Tensor:
         linear * 12.92,
         1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055,
     )
+
+
+def as_given(picture: Tensor, given: Tensor) -> Tensor:
+    """RGB (3,H,W) as (H,W,C), with as many colours as `given` (h,w,C), and grey where that is.
+
+    C counts the colours alone: channels beyond the third are left to the caller.
+    """
+    channels = min(given.shape[2], 3)
+    if channels == 2:
+        channels = 1
+    if channels < 3 or bool((given[..., :1] == given[..., 1:3]).all()):
+        grey = torch.einsum("c,chw->hw", picture.new_tensor(LUMA), picture)
+        picture = grey.expand(channels, *grey.shape)
+    return picture.movedim(0, -1)

@@ -52,3 +52,20 @@ def value_range(*pictures: Tensor) -> tuple[Tensor, Tensor]:
 def finite(values: Tensor) -> Tensor:
     """The values as fp32 in [0,1]: NaN becomes 0, the rest is clamped."""
     return values.float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
+
+
+def mirrored(x: Tensor, multiple: int, *, edge: bool) -> Tensor:
+    """(...,H,W) continued to the right and down, by its mirror image, to sides of a multiple.
+
+    edge: whether the outermost pixels are repeated (numpy's "symmetric") or not ("reflect"). A
+    picture smaller than what is added is mirrored again.
+    """
+    for axis in (-2, -1):
+        length = x.shape[axis]
+        if length % multiple:
+            places = torch.arange(length + -length % multiple)
+            period = max(1, 2 * length - (0 if edge else 2))
+            places %= period
+            back = period - (1 if edge else 0) - places
+            x = x.index_select(axis, torch.where(places < length, places, back).to(x.device))
+    return x
