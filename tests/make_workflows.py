@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 import requests
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from tests.frontend import SIZE, Frontend, chromium
 from tests.widgets import FIND
@@ -52,6 +52,7 @@ WINDOW, LEAST = (1480, 860), 0.62
 LEFT, TOP, MARGIN = 72, 100, 40
 PICTURE = (280, 320)
 THUMBNAIL = 512
+UPLOADED = "osdface_thumbnail.png"
 
 
 @dataclass
@@ -427,6 +428,65 @@ Files it needs, under `ComfyUI/models`:
         },
         [["load"], ["detect", "checkpoint"], ["text", "step"], ["paste"], ["save"]],
         note_width=720,
+    ),
+    "osdface_scratches": Graph(
+        f"""## Scratches filled, then the faces
+
+An old photograph with scratches, tears or stains. Open your picture in *Load Image*, right-click it, *Open in MaskEditor*, and paint over
+the damage. *DiffIR Inpaint* fills what you painted and leaves every other pixel as it is; *OSDFace Restore* then does the faces.
+
+{NEEDS}- `diffir/DiffIRS2-place.safetensors`: DiffIR for holes in any picture; `DiffIRS2-celeba.safetensors` is for upright faces at 256 px
+
+DiffIR's authors offer their files on [Google Drive](https://drive.google.com/drive/folders/1RQXRWMqVaAsyyQt8T-3KtpS68ef8dh90) alone, so nothing fetches them: download the folder, then
+`python install.py --from FOLDER`.
+{FETCH}
+**Wide damage?** Set `working_size` to *512*: a hole is then seen with more of what is around it. **An edge shows?** Raise `feather`.
+""",
+        {
+            "load": load_image("Load Image: paint the mask here"),
+            "checkpoint": checkpoint(),
+            "fill": Node(
+                "DiffIRInpaint",
+                {"image": "load.IMAGE", "mask": "load.MASK"},
+                {"diffir_name": "DiffIRS2-place.safetensors", "working_size": "picture"},
+                size=(340, 0),
+            ),
+            "filled": show("fill.image", "Filled", (340, 320)),
+            "restore": Node(
+                "OSDFaceRestore",
+                {"image": "fill.image", "model": "checkpoint.MODEL", "vae": "checkpoint.VAE"},
+                size=(340, 0),
+            ),
+            "save": save("restore.image", "osdface_scratches", (380, 420)),
+        },
+        [["load", "checkpoint"], ["fill", "filled"], ["restore"], ["save"]],
+        {"1. Fill": ["fill", "filled"], "2. Restore the faces": ["restore", "save"]},
+        note_width=720,
+    ),
+    "diffir_motion_blur": Graph(
+        """## Motion blur taken away
+
+A picture, or the frames of a video, that moved while it was taken: *DiffIR Enhance* sharpens it, without a checkpoint or a text. With one
+of its other files the same node enlarges.
+
+File it needs, under `ComfyUI/models`:
+
+- `diffir/DiffIRS2-deblur.safetensors`: DiffIR for motion blur
+
+DiffIR's authors offer their files on [Google Drive](https://drive.google.com/drive/folders/1JWYaP9VVPX_Mh2w1Vezn74hck-oWSyMh) alone, so nothing fetches them: download the folder, then, in this pack's folder, with
+ComfyUI's Python, `python install.py --from FOLDER`.
+""",
+        {
+            "load": load_image(),
+            "enhance": Node(
+                "DiffIREnhance",
+                {"image": "load.IMAGE"},
+                {"diffir_name": "DiffIRS2-deblur.safetensors"},
+                size=(340, 0),
+            ),
+            "save": save("enhance.image", "diffir_motion_blur", (380, 420)),
+        },
+        [["load"], ["enhance"], ["save"]],
     ),
     "osediff_compare": Graph(
         f"""## OSDFace and OSEDiff on the same face
@@ -886,6 +946,24 @@ def sepia(picture: Image.Image) -> Image.Image:
     return ImageOps.colorize(grey, "#2b1d10", "#e8d3a8", "#957a55")
 
 
+def scratched(picture: Image.Image) -> Image.Image:
+    """The picture with the damage of an old print: a fold and three scratches."""
+    pen = ImageDraw.Draw(picture)
+    pen.line([(0, 180), (260, 205), (640, 170)], fill="#efe6d2", width=5)
+    for x, lean in ((150, 40), (330, -25), (470, 60)):
+        pen.line([(x, 0), (x + lean, 340), (x + lean // 2, 640)], fill="#f4ecd8", width=3)
+    return picture
+
+
+def moved(picture: Image.Image) -> Image.Image:
+    """The picture as if the camera had moved sideways."""
+    shifted = (ImageChops.offset(picture, 3 * i, i) for i in range(12))
+    mean = next(shifted)
+    for i, frame in enumerate(shifted, start=2):
+        mean = Image.blend(mean, frame, 1 / i)
+    return mean
+
+
 def film(frames: list[Image.Image]) -> Image.Image:
     """Frames as on a strip of film."""
     strip = Image.new("RGB", (15 + 315 * len(frames), 400), "#101010")
@@ -957,6 +1035,10 @@ def illustration(address: str, name: str, folder: Path) -> Image.Image:
     if name in ("osdface_old_photo", "osdface_old_photo_upscaler"):
         which = "male_012" if name == "osdface_old_photo_upscaler" else "female_008"
         return with_faces(address, sepia(portrait(folder, which)))
+    if name == "osdface_scratches":
+        return uploaded(address, scratched(sepia(portrait(folder, "male_014"))))
+    if name == "diffir_motion_blur":
+        return uploaded(address, moved(portrait(folder, "female_012")))
     if name == "osediff_faces":
         return with_faces(address, portrait(folder, "male_006"))
     if name == "osediff_compare":
@@ -970,16 +1052,21 @@ def illustration(address: str, name: str, folder: Path) -> Image.Image:
     return with_faces(address, Image.open(folder / "astronaut.png").convert("RGB"))
 
 
-def with_faces(address: str, picture: Image.Image, **choice: Any) -> Image.Image:
-    """The picture as Face Detect & Align previews it."""
+def uploaded(address: str, picture: Image.Image) -> Image.Image:
+    """The picture, which Load Image shows from now on."""
     data = io.BytesIO()
     picture.save(data, "PNG")
-    files = {"image": ("osdface_thumbnail.png", data.getvalue(), "image/png")}
-    name = requests.post(
-        f"{address}/upload/image", files=files, data={"overwrite": "true"}, timeout=60
-    ).json()["name"]
+    files = {"image": (UPLOADED, data.getvalue(), "image/png")}
+    over = {"overwrite": "true"}
+    requests.post(f"{address}/upload/image", files=files, data=over, timeout=60).raise_for_status()
+    return picture
+
+
+def with_faces(address: str, picture: Image.Image, **choice: Any) -> Image.Image:
+    """The picture as Face Detect & Align previews it."""
+    uploaded(address, picture)
     prompt = {
-        "1": {"class_type": "LoadImage", "inputs": {"image": name}},
+        "1": {"class_type": "LoadImage", "inputs": {"image": UPLOADED}},
         "2": {"class_type": "FaceDetectAlign", "inputs": FIND | {"image": ["1", 0]} | choice},
         "3": {"class_type": "PreviewImage", "inputs": {"images": ["2", 2]}},
     }

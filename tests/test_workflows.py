@@ -28,6 +28,8 @@ PROMISED = {
     "osdface_old_photo_upscaler",
     "osediff_faces",
     "osediff_compare",
+    "osdface_scratches",
+    "diffir_motion_blur",
     "osdface_one_person",
     "osdface_video",
     "osdface_strengths",
