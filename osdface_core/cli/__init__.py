@@ -1,4 +1,4 @@
-"""The command line: `python -m osdface_core restore IN OUT`, and `upscale IN OUT`."""
+"""The command line: `python -m osdface_core restore IN OUT`, `upscale`, `deblur`, `inpaint`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
     from . import job
 
     started = time.perf_counter()
-    inputs = tuple(path for path in (options.keep,) if path and path.exists())
+    others = (options.keep, getattr(options, "mask", None))
+    inputs = tuple(path for path in others if path and path.exists())
     items = job.plan(options.input, options.output, options.overwrite, inputs)
     entries = [_left_out(item) for item in items if item.reason]
     for item in items:
@@ -69,10 +70,13 @@ def run(options: argparse.Namespace) -> int:
     settled, reported = options, True
     try:
         if todo:
-            from . import restorer, upscaler
+            from . import enhancer, restorer, upscaler
 
-            command = upscaler if options.command == "upscale" else restorer
-            settled = command.resolve(options)
+            if enhancer.does(options):
+                settled = enhancer.resolve(options)
+            else:
+                command = upscaler if options.command == "upscale" else restorer
+                settled = command.resolve(options)
             # A single video has its own bar, by frames.
             alone = len(todo) == 1 and todo[0].source.suffix.lower() in job.VIDEOS
             with (
@@ -133,11 +137,18 @@ def _check_report(options: argparse.Namespace, items: list[Any]) -> None:
     report = options.report.resolve()
     weights = [
         Path(path).resolve()
-        for path in (options.model, options.lora, options.vre, getattr(options, "osediff", None))
+        for path in (
+            options.model,
+            options.lora,
+            options.vre,
+            getattr(options, "osediff", None),
+            getattr(options, "diffir", None),
+        )
         if path not in (None, BUILTIN, NONE)
     ]
     files = [
         options.keep,
+        getattr(options, "mask", None),
         Path(options.output),
         *(path for item in items for path in (item.source, item.target)),
     ]

@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from ..errors import OSDFaceError
-from . import pictures
+from . import enhancer, pictures
+from .enhancer import Enhancer
 from .restorer import Restorer
 from .upscaler import Upscaler
 
@@ -40,6 +41,9 @@ VIDEOS = (
     ".3gp",
     ".ogv",
 )
+# What a command works with.
+Networks = Restorer | Upscaler | Enhancer
+
 EXISTS = "its output is there already"
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 
@@ -162,12 +166,14 @@ def _files(source: Path, target: Path) -> Iterator[Path]:
 # One file
 
 
-def networks(options: argparse.Namespace) -> Restorer | Upscaler:
+def networks(options: argparse.Namespace) -> Networks:
     """What the command works with. Raises OSDFaceError for weights that do not fit."""
+    if enhancer.does(options):
+        return Enhancer(options)
     return Upscaler(options) if options.command == "upscale" else Restorer(options)
 
 
-def work(item: Item, restorer: Restorer | Upscaler) -> dict[str, Any]:
+def work(item: Item, restorer: Networks) -> dict[str, Any]:
     """Does one file and returns its entry of the report.
 
     A file that cannot be done is named in the entry and leaves nothing behind.
@@ -187,7 +193,7 @@ def work(item: Item, restorer: Restorer | Upscaler) -> dict[str, Any]:
     return entry | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def _picture(item: Item, restorer: Restorer | Upscaler) -> dict[str, Any]:
+def _picture(item: Item, restorer: Networks) -> dict[str, Any]:
     given = pictures.read(item.source)
     pictures.check_target(given, item.target)
     after, mask, faces = restorer.picture(given.pixels)
@@ -204,7 +210,7 @@ def _picture(item: Item, restorer: Restorer | Upscaler) -> dict[str, Any]:
     return {"width": width, "height": height, "faces": faces}
 
 
-def _video(item: Item, restorer: Restorer | Upscaler) -> dict[str, Any]:
+def _video(item: Item, restorer: Networks) -> dict[str, Any]:
     from . import video
 
     says: dict[str, Any] = {}
@@ -220,7 +226,7 @@ def _video(item: Item, restorer: Restorer | Upscaler) -> dict[str, Any]:
 
         def fill(fresh: Path) -> None:
             crf = restorer.options.crf
-            if isinstance(restorer, Upscaler):
+            if not isinstance(restorer, Restorer):
                 says.update(video.upscale(item.source, fresh, restorer, crf, progress))
             else:
                 says.update(video.restore(item.source, fresh, restorer, crf, progress))

@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from ..diffir.enhance import DEFAULT as ENHANCE
+from ..diffir.inpaint import SIDES
 from ..faces.choose import ORDER, SELECT
 from ..faces.files import DETECTORS
 from ..faces.paste import MASK_TYPES
@@ -49,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m osdface_core", description="OSDFace from the command line."
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="restore | upscale")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="restore | upscale | deblur | inpaint"
+    )
     restore = commands.add_parser(
         "restore",
         help="restore the faces of a picture, a folder or a video",
@@ -74,13 +78,98 @@ def parser() -> argparse.ArgumentParser:
     _add_files(upscale)
     _add_weights(upscale)
     _add_upscaling(upscale)
+    _add_diffir(upscale)
     _add_machine(upscale)
     _add_faces(upscale)
     # What else is set of faces has the defaults of `restore`.
     given = vars(upscale.parse_args(["in", "out"]))
     defaults = vars(restore.parse_args(["in", "out"]))
     upscale.set_defaults(**{k: v for k, v in defaults.items() if k not in given})
+    deblur = commands.add_parser(
+        "deblur",
+        help="take motion blur away from pictures and videos by DiffIR",
+        description="Takes motion blur away from a picture, a folder of pictures and videos (with "
+        "all below it), or a video, by DiffIR.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inpaint = commands.add_parser(
+        "inpaint",
+        help="fill scratches and other holes of pictures and videos by DiffIR",
+        description="Fills the holes of a picture, of a folder of pictures and videos (with all "
+        "below it), or of a video, by DiffIR; every other pixel of a picture stays.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for command in (deblur, inpaint):
+        _add_files(command)
+        _add_diffir(command)
+        _add_models_dir(command.add_argument_group("folders").add_argument)
+        _add_machine(command, precision=False)
+    _add_tiles(deblur.add_argument_group("tiles").add_argument)
+    _add_holes(inpaint)
+    for command, needed in ((deblur, []), (inpaint, ["--mask", "mask"])):
+        given = vars(command.parse_args(["in", "out", *needed]))
+        command.set_defaults(faces=False, **{k: v for k, v in defaults.items() if k not in given})
     return top
+
+
+def _add_diffir(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("DiffIR").add_argument
+    add(
+        "--diffir",
+        metavar="FILE",
+        help="DiffIR's weights, as downloaded or as install.py --from made them (those of the "
+        "models folder)",
+    )
+    add(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="of the vector that the networks start from; changes little (%(default)s)",
+    )
+
+
+def _add_tiles(add: Callable[..., object]) -> None:
+    add(
+        "--tile",
+        type=number(int, 0, 8192),
+        default=ENHANCE.tile,
+        metavar="PX",
+        help="side of the tiles of a large result, at least 128; 0 makes it whole (%(default)s)",
+    )
+    add(
+        "--overlap",
+        type=number(int, 0, 4096),
+        default=ENHANCE.overlap,
+        metavar="PX",
+        help="pixels that neighbouring tiles share (%(default)s)",
+    )
+
+
+def _add_holes(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("holes").add_argument
+    add(
+        "--mask",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="a picture of the same size that is not black where pixels are to be filled",
+    )
+    add(
+        "--working-size",
+        choices=SIDES,
+        default=SIDES[0],
+        help="pixels of the shorter side while it is filled (%(default)s)",
+    )
+    add(
+        "--feather",
+        type=number(int, 0, 256),
+        default=0,
+        metavar="PX",
+        help="inside of the hole's edge, over which the fill fades in (%(default)s)",
+    )
 
 
 def _add_files(command: argparse.ArgumentParser) -> None:
@@ -121,23 +210,28 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
     )
     add("--lora", help="OSDFace's LoRA; `none` for a model that already holds it")
     add("--vre", metavar="FILE", help="OSDFace's visual embedder")
+    _add_models_dir(add)
+    add("--download", action="store_true", help="fetch weights that are missing (8 GB)")
+
+
+def _add_models_dir(add: Callable[..., object]) -> None:
     add(
         "--models-dir",
         metavar="DIR",
         type=Path,
         help="where weights are looked for by name (ComfyUI's models, or ~/.cache/osdface)",
     )
-    add("--download", action="store_true", help="fetch weights that are missing (8 GB)")
 
 
-def _add_machine(command: argparse.ArgumentParser) -> None:
+def _add_machine(command: argparse.ArgumentParser, precision: bool = True) -> None:
     add = command.add_argument_group("machine").add_argument
     add("--device", help="cuda, cuda:1, xpu, mps, cpu ... (the fastest there is)")
-    add(
-        "--dtype",
-        choices=("fp32", "fp16", "bf16"),
-        help="precision (half where the device has it; fp32 for the built-in model)",
-    )
+    if precision:
+        add(
+            "--dtype",
+            choices=("fp32", "fp16", "bf16"),
+            help="precision (half where the device has it; fp32 for the built-in model)",
+        )
     add(
         "--workers",
         type=number(int, 1, 4096),
@@ -160,6 +254,13 @@ def _add_upscaling(command: argparse.ArgumentParser) -> None:
         default=UPSCALE.scale,
         metavar=f"1..{MAX_SCALE:g}",
         help="how many times as wide and high (%(default)s)",
+    )
+    add(
+        "--method",
+        choices=("osediff", "diffir"),
+        default="osediff",
+        help="which networks enlarge; those of DiffIR need no --model, and --scale is 1, 2 or 4 "
+        "(%(default)s)",
     )
     add(
         "--osediff",

@@ -25,6 +25,7 @@ from ..faces.face import Face
 from ..faces.track import thumbnails
 from ..osediff.upscale import result_size
 from ..pictures.geometry import compose, scaling
+from .enhancer import Enhancer
 from .restorer import Restorer, describe_faces
 from .upscaler import Upscaler
 
@@ -109,7 +110,7 @@ def restore(
 def upscale(
     source: Path,
     target: Path,
-    upscaler: Upscaler,
+    upscaler: Upscaler | Enhancer,
     crf: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:

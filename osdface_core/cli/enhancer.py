@@ -1,0 +1,118 @@
+"""Loads a network of DiffIR once, and enlarges, deblurs or fills pictures and frames by it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chunks import Progress, no_progress
+from ..diffir import enhance as enhancing
+from ..diffir.enhance import EnhanceOptions, enhance
+from ..diffir.files import FOLDER, missing
+from ..diffir.inpaint import InpaintOptions, inpaint
+from ..diffir.network import DEBLUR, INPAINT, build_network, start_vector
+from ..diffir.weights import read_weights
+from ..errors import OSDFaceError
+from .pictures import read_mask
+from .restorer import given, settle_machine, store_in
+
+DIFFIR = "diffir"
+# The file of each job that is taken where none is named.
+DEBLURRER, INPAINTER = "DiffIRS2-deblur.safetensors", "DiffIRS2-celeba.safetensors"
+ENLARGER = "DiffIRS2-GANx{:g}-V2.safetensors"
+
+
+def does(options: argparse.Namespace) -> bool:
+    """Whether the options are of a command that DiffIR does."""
+    return options.command in (DEBLUR, INPAINT) or getattr(options, "method", "") == DIFFIR
+
+
+def resolve(options: argparse.Namespace) -> argparse.Namespace:
+    """The options with everything decided that depends on the machine.
+
+    Raises OSDFaceError for weights that are missing, and for options of another method.
+    """
+    options = argparse.Namespace(**vars(options))
+    if options.command != INPAINT:
+        settings = EnhanceOptions(options.tile, options.overlap)
+        enhancing.check(torch.zeros(0, 8, 8, 3), settings)
+    if options.faces:
+        raise OSDFaceError(
+            "--faces goes with --method osediff: leave it out, and run restore on the result."
+        )
+    settle_machine(options)
+    if options.diffir:
+        options.diffir = given("diffir", options.diffir)
+    else:
+        names = {DEBLUR: DEBLURRER, INPAINT: INPAINTER}
+        name = names.get(options.command) or ENLARGER.format(options.scale)
+        path = store_in(options.models_dir).folders[FOLDER][0] / name
+        if not path.is_file():
+            raise missing(name)
+        options.diffir = str(path)
+    if options.command == INPAINT:
+        options.mask = Path(given("mask", str(options.mask)))
+    return options
+
+
+class Enhancer:
+    """The network, and the settings of a run.
+
+    options: as `resolve` gives them, with the scale that the file has. Raises OSDFaceError for
+    weights that do not fit the command.
+    """
+
+    # Nothing here looks for faces.
+    restorer = None
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = argparse.Namespace(**vars(options))
+        self.device, file = torch.device(options.device), Path(options.diffir)
+        self.network = build_network(read_weights(file), source=file.name).to(self.device)
+        job, wanted = self.network.shape.job, options.command
+        # A network of scale 1 cleans, whatever it was trained for.
+        if job != wanted and (INPAINT in (job, wanted) or wanted == DEBLUR):
+            raise OSDFaceError(
+                f"--diffir is {file.name}, which is of DiffIR's networks to {job}; one to {wanted} "
+                "is wanted: name another file."
+            )
+        self.options.scale = float(self.network.shape.scale)
+        self.start = start_vector(options.seed)
+        self.mask = read_mask(options.mask) if wanted == INPAINT else torch.zeros(1, 1, 1)
+
+    @torch.inference_mode()
+    def enlarge(self, pictures: Tensor, progress: Progress | None = None) -> Tensor:
+        """Pictures (B,H,W,C) in [0,1], done. Raises OSDFaceError where NaN comes out."""
+        shared: dict[str, Any] = {
+            "start": self.start,
+            "progress": lambda total: progress or no_progress,
+        }
+        if self.options.command == INPAINT:
+            holes = InpaintOptions(self.options.working_size, self.options.feather)
+            result = inpaint(pictures, self.mask, self._load, holes, **shared)
+        else:
+            tiles = EnhanceOptions(self.options.tile, self.options.overlap)
+            result = enhance(pictures, self._load, tiles, **shared)
+        if result.failed:
+            raise OSDFaceError(
+                f"Picture {result.failed[0]} came out as NaN: name another file with --diffir."
+            )
+        return result.pictures
+
+    def picture(
+        self, pixels: Tensor, progress: Progress | None = None
+    ) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+        """Does a picture (H,W,C) in [0,1].
+
+        Returns the result, a mask (h,w) of what has changed, and no faces for the report.
+        """
+        after = self.enlarge(pixels[None], progress)[0]
+        is_filled = self.options.command == INPAINT
+        return after, self.mask[0] if is_filled else torch.ones(after.shape[:2]), []
+
+    def _load(self, memory: int) -> Any:
+        return self.network, self.device
