@@ -109,7 +109,7 @@ def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 def test_every_option_of_the_nodes_has_the_nodes_name_and_default() -> None:
     nodes = json.loads((ROOT / "tests" / "interfaces.json").read_text())
     graph = json.loads((ROOT / "tests" / "osdface_basic_api.json").read_text())
-    others = "FaceSelect", "OSEDiffUpscale"
+    others = "FaceSelect", "OSEDiffUpscale", "DiffIREnhance", "DiffIRInpaint"
     inputs = {name for node, (inputs, _) in nodes.items() if node not in others for name in inputs}
     elsewhere = {
         "image",
@@ -161,6 +161,17 @@ def test_upscale_has_its_node_s_names_and_defaults() -> None:
     assert {name: options[name] for name in restore if name not in ("command", "color_match")} == {
         name: value for name, value in restore.items() if name not in ("command", "color_match")
     }
+
+
+def test_diffirs_commands_have_its_nodes_names_and_defaults() -> None:
+    from osdface_core.diffir import enhance, inpaint
+
+    deblur = vars(parser().parse_args(["deblur", "in", "out"]))
+    assert (deblur["tile"], deblur["overlap"]) == (enhance.DEFAULT.tile, enhance.DEFAULT.overlap)
+    filling = vars(parser().parse_args(["inpaint", "in", "out", "--mask", "m.png"]))
+    assert filling["working_size"] == inpaint.DEFAULT.side
+    assert filling["feather"] == inpaint.DEFAULT.feather
+    assert deblur["seed"] == filling["seed"] == 0
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ from osdface_core.training.config import read_config  # noqa: E402
 from osdface_core.training.detector import DetectorConfig  # noqa: E402
 from osdface_core.training.loop import Run, accelerator_for, checkpoints  # noqa: E402
 from osdface_core.training.networks import UNetConfig, load_unet  # noqa: E402
+from osdface_core.training.osediff import OSEDiffConfig  # noqa: E402
 from osdface_core.training.stage1 import Stage1Config  # noqa: E402
 from osdface_core.training.stage2 import Stage2Config  # noqa: E402
 
@@ -55,6 +56,7 @@ KINDS = {
     "stage2": Stage2Config,
     "autoencoder": AutoencoderConfig,
     "detector": DetectorConfig,
+    "osediff": OSEDiffConfig,
 }
 SIDE = 64
 QUIET = {"cpu": True, "workers": 0, "samples": 0, "log_every": 1, "ema": 0.9}
