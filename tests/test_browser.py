@@ -614,8 +614,12 @@ def test_the_template_browser_lists_ours_with_pictures(site: Site) -> None:
     ours = re.compile("^osdface$", re.I)
     folder = page.get_by_role("option", name=ours)
     folder.or_(page.get_by_role("dialog").get_by_role("button", name=ours)).first.click()
-    cards = page.locator("[data-testid^=template-workflow-osdface]")
+    cards = page.locator("[data-testid^=template-workflow-]")
     cards.first.wait_for(timeout=20_000)
+    for _ in WORKFLOWS:
+        # Further ones come as the list is scrolled.
+        cards.last.scroll_into_view_if_needed()
+        page.wait_for_timeout(300)
     assert cards.count() == len(WORKFLOWS)
     for path in WORKFLOWS:
         card = page.get_by_test_id(f"template-workflow-{path.stem}")

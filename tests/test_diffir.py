@@ -512,8 +512,11 @@ def test_tiles_are_steered_by_the_whole_picture_and_leave_no_hole(kind: str) -> 
     assert network.seen[0] == (whole.shape[1] // scale + -150 % network.shape.multiple, 176)
     assert len(network.seen) == 1 + 4
     assert sum(done) == steps(150, 170, network, options) == 5
-    assert (tiled - whole).abs().max() < 1e-5
-    assert (tiled - whole).abs().max() > 0
+    # A tile's outermost pixel, which sees an edge where there is none, counts for 0.5 / 64 at most.
+    assert 0 < (tiled - whole).abs().max() < 4e-3
+    # What one tile alone makes is the whole's.
+    inside = 20 * scale
+    assert (tiled - whole)[:, :inside, :inside].abs().max() < 1e-6
 
 
 def test_pictures_of_a_batch_are_each_alone_and_again_the_same() -> None:
