@@ -814,7 +814,7 @@ def test_the_vae_of_an_accelerator_takes_all_faces_at_once(
     for half in ("encode", "decode"):
         monkeypatch.setattr(network, half, counted(getattr(network, half)))
     monkeypatch.setattr(host.backbone.mm, "is_device_cpu", lambda device: False)
-    assert (run(host, "OSDFaceOneStep", **given) - wanted).abs().max() < 1e-5
+    assert (run(host, "OSDFaceOneStep", **given) - wanted).abs().max() < 1e-4
     assert sizes == [3, 3]
 
 
