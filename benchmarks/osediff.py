@@ -110,8 +110,6 @@ class Paper:
 class Ours(speed.Ours):
     """The node, called as ComfyUI calls it."""
 
-    stages = STAGES
-
     def __init__(self, given: argparse.Namespace) -> None:
         from osdface_core.osediff.convert import convert
 

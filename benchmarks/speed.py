@@ -219,8 +219,6 @@ class Paper:
 class Ours:
     """The nodes, called as ComfyUI calls them, in ComfyUI's process."""
 
-    stages = STAGES
-
     def __init__(self, given: argparse.Namespace) -> None:
         self.base = base = Path(tempfile.mkdtemp())
         for name in ("checkpoints", "osdface", "loras", "facedetection"):

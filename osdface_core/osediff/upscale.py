@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..chunks import Progress, no_progress
 from ..errors import OSDFaceError
-from ..pictures.color import LUMA, coarse_part
+from ..pictures.color import as_given, coarse_part
 from ..pictures.picture import all_finite, check_pictures, rgb_of
 from ..sd21.backbone import SIDE, STRIDE, TEXT_WIDTH, TOKENS, VISUAL_MINIMUM, Backbone
 from ..sd21.one_step import Restored, padded
@@ -365,12 +365,9 @@ def _tiled(
 
 def _with_channels(picture: Tensor, given: Tensor) -> Tensor:
     """The picture (3,H,W) as (H,W,C), with the channels and the lack of colour of `given`."""
-    channels = given.shape[2]
-    if channels < 3 or bool((given[..., :1] == given[..., 1:3]).all()):
-        grey = torch.einsum("c,chw->hw", picture.new_tensor(LUMA), picture)
-        picture = grey.expand(min(channels, 3) if channels >= 3 else 1, *grey.shape)
-    extra = given[..., len(picture) :].movedim(-1, 0)
-    if len(extra):
-        extra = resized(extra[None].to(picture.device), *picture.shape[1:])[0]
-        picture = torch.cat([picture, extra])
-    return picture.movedim(0, -1)
+    colours = as_given(picture, given)
+    extra = given[..., colours.shape[2] :].movedim(-1, 0)
+    if not len(extra):
+        return colours
+    extra = resized(extra[None].to(picture.device), *picture.shape[1:])[0]
+    return torch.cat([colours, extra.movedim(0, -1)], -1)
