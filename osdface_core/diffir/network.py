@@ -215,8 +215,9 @@ class Norm(nn.Module):
             bias = self.body.bias.to(x)
             pixels = F.layer_norm(pixels, weight.shape, weight, bias, EPSILON)
         else:
-            variance = pixels.var(-1, correction=0, keepdim=True)
-            pixels, scale = pixels * (variance + EPSILON).rsqrt(), scale * weight
+            # The layer norm's by-product; var takes ten times as long as a whole layer norm.
+            *_, deviation = torch.native_layer_norm(pixels, weight.shape, None, None, EPSILON)
+            pixels, scale = pixels * deviation.to(x), scale * weight
         return torch.addcmul(shift, pixels, scale).movedim(-1, 1)
 
 
@@ -360,6 +361,8 @@ class Transformer(nn.Module):
 
     def forward(self, lq: Tensor, prior: Tensor, tick: Tick) -> Tensor:
         def through(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+            # Channels last, for the norms; a pixel shuffle gives channels first.
+            x = x.contiguous(memory_format=torch.channels_last)
             for block in blocks:
                 tick()
                 x = block(x, prior)
