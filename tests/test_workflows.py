@@ -98,16 +98,24 @@ def widgets(node: dict[str, Any]) -> dict[str, Any]:
 
 def as_api(workflow: dict[str, Any]) -> dict[str, Any]:
     """The API form of a workflow in the UI's format: inputs that are widgets hold their values in
-    order, the others are links.
+    order, the others are links. A node that is passed over hands on its first input of the type.
     """
     links = {link[0]: link for link in workflow["links"]}
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+
+    def origin(number: int) -> list[Any]:
+        _, start, slot, _, _, kind = links[number]
+        if nodes[start]["mode"] != PASSED_OVER:
+            return [str(start), slot]
+        return origin(next(i["link"] for i in nodes[start]["inputs"] if i["type"] == kind))
+
     prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] != "MarkdownNote":
+        if node["type"] != "MarkdownNote" and node["mode"] != PASSED_OVER:
             inputs = widgets(node)
             for given in node["inputs"]:
                 if given["link"] is not None:
-                    inputs[given["name"]] = [str(links[given["link"]][1]), links[given["link"]][2]]
+                    inputs[given["name"]] = origin(given["link"])
             prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
 
