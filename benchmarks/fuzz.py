@@ -4,7 +4,8 @@
                               [--replay FILE]
 
 Each graph must end in a right result or in one sentence. The networks are the small built-in ones,
-which OSEDiff Upscale takes only here (benchmarks/fuzz_nodes.py); the pictures are those of
+which OSEDiff Upscale takes only here (benchmarks/fuzz_nodes.py), and DiffIR's at small size with
+random weights; the pictures are those of
 tests/photographs.py. A graph is refused by the host's validation, ends in one of our sentences, or
 is judged by nodes in the server (benchmarks/fuzz_nodes.py): shapes, finite values, pixels outside
 of the mask bit for bit, the very picture where there is no face, inputs not written into. Anything
@@ -36,11 +37,13 @@ import requests
 import torch
 import websocket
 from PIL import Image
+from safetensors.torch import save_file
 
 from osdface_core.faces.face_parser import ParseNet
 from tests import photographs
 from tests.conftest import comfyui_path
 from tests.frontend import server
+from tests.test_diffir import small
 
 ROOT = Path(__file__).resolve().parents[1]
 Graph = dict[str, dict[str, Any]]
@@ -55,7 +58,25 @@ OURS = (
     "OSDFaceBuiltinModel",
     "OSDFaceRestore",
     "OSEDiffUpscale",
+    "FaceMaskToCrops",
+    "DiffIREnhance",
+    "DiffIRInpaint",
 )
+# DiffIR's files that are there, by node: what each enlarges by.
+DIFFIR = {
+    "DiffIREnhance": {
+        "DiffIRS2-GANx2-V2.safetensors": 2,
+        "DiffIRS2-GANx1-V2.safetensors": 1,
+        "DiffIRS2-deblur.safetensors": 1,
+    },
+    "DiffIRInpaint": {"DiffIRS2-celeba.safetensors": 1, "DiffIRS2-place.safetensors": 1},
+}
+SMALL_DIFFIR = {
+    "x2": ("GANx2-V2",),
+    "x1": ("GANx1-V2",),
+    "deblur": ("deblur",),
+    "inpaint": ("celeba", "place"),
+}
 # Seconds for a graph before the server counts as hanging, and the waits that they are divided into.
 PATIENCE, WAITS = 240, 12
 # Seconds for an answer to a request, which comes at once unless the machine was asleep.
@@ -320,6 +341,11 @@ class Maker:
             "osediff_name": lambda: self.pick(
                 ("osediff.safetensors",) * 19 + ("osediff_face.safetensors",)
             ),
+            "diffir_name": lambda: self.pick(
+                (*DIFFIR[kind],) * 9
+                + ("DiffIRS2-GANx4.safetensors", "DiffIRS2-celeba.safetensors", "notes.safetensors")
+            ),
+            "working_size": lambda: self.pick(("256",) * 4 + ("picture",) * 4 + ("512",)),
             "confidence": lambda: (
                 self.pick((0.9,) * 8 + (0.5, 0.7, 0.999, 0.3)) if not self.chance(0.02) else 0.05
             ),
@@ -550,6 +576,13 @@ class Maker:
         made = {"frames": self.pick((0, 1, 1, 2, 3)), "values": self.pick(MASKS)}
         return [self.node("FuzzMask", width=width, height=height, seed=self.seed(), **made), 0]
 
+    def holes(self, image: Link) -> Link:
+        """A mask, most often of the picture's size and of some of its pixels."""
+        if self.chance(0.4):
+            return self.mask(image)
+        mask = [self.node("ImageToMask", image=image, channel=self.pick(("red", "green"))), 0]
+        return [self.node("ThresholdMask", mask=mask, value=self.pick((0.3, 0.7, 0.95))), 0]
+
     # Models
 
     def model(self) -> tuple[Link, Link]:
@@ -623,6 +656,9 @@ class Maker:
     def whole(self) -> None:
         image = self.picture()
         faces, crops = self.detected(image)
+        if self.chance(0.3):
+            masks = self.ours("FaceMaskToCrops", faces=faces, mask=self.holes(image))
+            crops = [self.ours("DiffIRInpaint", image=crops, mask=[masks, 0]), 0]
         restored = self.step(crops)
         if self.chance(0.05):
             restored = self.changed(restored)
@@ -679,6 +715,18 @@ class Maker:
             conditioning=self.conditioning([text, 0]),
         )
 
+    def only_fill(self) -> None:
+        image = self.picture()
+        self.ours("DiffIRInpaint", image=image, mask=self.holes(image))
+
+    def only_enhance(self) -> None:
+        self.ours("DiffIREnhance", image=self.picture())
+
+    def only_masks(self) -> None:
+        image = self.picture()
+        faces, _ = self.detected(image)
+        self.ours("FaceMaskToCrops", faces=faces, mask=self.holes(image))
+
     def only_paste(self) -> None:
         image = self.picture()
         faces, crops = self.detected(image)
@@ -702,6 +750,9 @@ class Maker:
             + (self.only_paste,) * 3
             + (self.only_find,) * 2
             + (self.only_upscale,) * 3
+            + (self.only_fill,) * 3
+            + (self.only_enhance,) * 2
+            + (self.only_masks,)
         )()
         if self.chance(0.06):
             self.rewire()
@@ -785,6 +836,18 @@ class Maker:
                     image=links["image"],
                     after=[name, 0],
                     upscale=inputs["upscale"],
+                )
+            elif kind == "DiffIREnhance" and "image" in links:
+                scale = DIFFIR[kind].get(str(inputs.get("diffir_name")), 1)
+                self.node("JudgeUpscale", image=links["image"], after=[name, 0], upscale=scale)
+            elif kind == "DiffIRInpaint" and {"image", "mask"} <= set(links):
+                if not self.lazy(name):
+                    self.node(
+                        "JudgeFill", image=links["image"], mask=links["mask"], after=[name, 0]
+                    )
+            elif kind == "FaceMaskToCrops" and {"faces", "mask"} <= set(links):
+                self.node(
+                    "JudgeMasks", faces=links["faces"], mask=links["mask"], after=[name, 0]
                 )
             elif kind == "FacePasteBack" and {"image", "faces"} <= set(links):
                 self.node(
@@ -872,6 +935,7 @@ def populate(base: Path) -> tuple[list[str], list[str]]:
         "models/osdface",
         "models/facedetection",
         "models/loras",
+        "models/diffir",
         "custom_nodes/fuzz",
         "input",
         "output",
@@ -885,6 +949,11 @@ def populate(base: Path) -> tuple[list[str], list[str]]:
     photographs.write_detector(base / "models" / "facedetection")
     torch.manual_seed(0)
     torch.save(ParseNet().state_dict(), base / "models" / "facedetection" / "parsing_parsenet.pth")
+    for kind, files in SMALL_DIFFIR.items():
+        for name in files:
+            file = base / "models" / "diffir" / f"DiffIRS2-{name}.safetensors"
+            save_file(small(kind).state_dict(), file)
+    (base / "models" / "diffir" / "notes.safetensors").write_text("no tensors")
     return write_pictures(base / "input")
 
 
@@ -971,6 +1040,9 @@ def outcome(
                 "nobody",
                 "step",
                 "enlarged",
+                "filled",
+                "no hole",
+                "masks",
                 "1 found",
                 "0 found",
                 "prompts",
@@ -986,6 +1058,9 @@ RIGHT = {
     "nothing changed": "faces, and nothing to be changed",
     "step": "crops restored",
     "enlarged": "pictures enlarged",
+    "filled": "holes filled, the rest of the picture bit for bit",
+    "no hole": "no hole, the very picture",
+    "masks": "masks carried into crops",
     "1 found": "faces found",
     "0 found": "no face found",
     "prompts": "prompts made",

@@ -607,6 +607,39 @@ class JudgeUpscale(Judge):
         return {"ui": {"verdict": ["enlarged"]}}
 
 
+class JudgeFill(Judge):
+    INPUTS: ClassVar = {"image": "IMAGE", "mask": "MASK", "after": "IMAGE"}
+
+    def run(self, image: Tensor, mask: Tensor, after: Tensor) -> Any:
+        sealed(image)
+        judge(
+            after.shape == image.shape and after.dtype == image.dtype,
+            f"{after.shape} {after.dtype} of {image.shape} {image.dtype}",
+        )
+        judge(bool(after.isfinite().all()), "not finite")
+        holes = (mask if mask.ndim == 3 else mask[None]) != 0
+        hole = bool(holes.any())
+        # A mask of another size is refused where it has a hole.
+        holes = holes.expand(image.shape[:3]) if hole else torch.zeros(image.shape[:3]).bool()
+        judge(torch.equal(bits(after[~holes]), bits(image[~holes])), "outside of holes: changed")
+        judge(torch.equal(bits(after[..., 3:]), bits(image[..., 3:])), "alpha has changed")
+        return {"ui": {"verdict": ["filled" if hole and len(image) else "no hole"]}}
+
+
+class JudgeMasks(Judge):
+    INPUTS: ClassVar = {"faces": "OSDFACE_FACES", "mask": "MASK", "after": "MASK"}
+
+    def run(self, faces: Any, mask: Tensor, after: Tensor) -> Any:
+        side = faces.crop_size
+        judge(
+            after.shape == (len(faces), side, side) and after.dtype == torch.float32,
+            f"{after.shape} {after.dtype} of {len(faces)} faces",
+        )
+        judge(bool(((after == 0) | (after == 1)).all()), "neither 0 nor 1")
+        judge(bool((mask != 0).any()) or not after.any(), "a hole out of nothing")
+        return {"ui": {"verdict": ["masks"]}}
+
+
 def with_small_networks() -> None:
     """Lets OSEDiff Upscale take the built-in model, for which there are no weights, as
     osediff.safetensors. So what the node does around its networks is run.
@@ -654,5 +687,6 @@ NODE_CLASS_MAPPINGS = {
             FuzzKeep,
         ),
         *(JudgePaste, JudgeFaces, JudgeStep, JudgePrompts, JudgeUpscale),
+        *(JudgeFill, JudgeMasks),
     )
 }

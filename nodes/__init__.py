@@ -8,6 +8,7 @@ from .comfy.guard import with_input_checks
 from .diffir_enhance import DiffIREnhance
 from .diffir_inpaint import DiffIRInpaint
 from .face_detect_align import FaceDetectAlign
+from .face_mask_to_crops import FaceMaskToCrops
 from .face_paste_back import FacePasteBack
 from .face_select import FaceSelect
 from .osdface_builtin import OSDFaceBuiltinModel
@@ -25,6 +26,7 @@ NODE_CLASS_MAPPINGS = {
     "FaceSelect": FaceSelect,
     "OSDFaceVRE": OSDFaceVRE,
     "OSDFaceOneStep": OSDFaceOneStep,
+    "FaceMaskToCrops": FaceMaskToCrops,
     "FacePasteBack": FacePasteBack,
     "OSDFaceBuiltinModel": OSDFaceBuiltinModel,
     "OSEDiffUpscale": OSEDiffUpscale,

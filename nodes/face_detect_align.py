@@ -73,7 +73,7 @@ class FaceDetectAlign(io.ComfyNode):
                 io.Int.Input(
                     "crop_size",
                     default=512,
-                    min=512,
+                    min=256,
                     max=1024,
                     step=64,
                     tooltip="Side of the crops in pixels. OSDFace was trained at 512; larger ones "

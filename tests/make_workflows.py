@@ -35,6 +35,7 @@ HUB = "https://huggingface.co/"
 CHECKPOINT = "v2-1_512-ema-pruned.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 KOHYA = "osdface_lora_kohya.safetensors"
+PLACE, CELEBA = "DiffIRS2-place.safetensors", "DiffIRS2-celeba.safetensors"
 OSEDIFF, OSEDIFF_FACE = "osediff.safetensors", "osediff_face.safetensors"
 UPSCALER = "RealESRGAN_x4plus.safetensors"
 MODELS = {
@@ -57,18 +58,21 @@ UPLOADED = "osdface_thumbnail.png"
 
 @dataclass
 class Node:
-    """links: input -> "node.output". size: at least; what the widgets need comes on top."""
+    """links: input -> "node.output". size: at least; what the widgets need comes on top. bypassed:
+    passed over until a person presses Ctrl+B on it.
+    """
 
     type: str
     links: dict[str, str] = field(default_factory=dict)
     widgets: dict[str, Any] = field(default_factory=dict)
     title: str = ""
     size: tuple[int, int] = (270, 0)
+    bypassed: bool = False
 
 
 @dataclass
 class Graph:
-    """columns: the nodes' keys from left to right, top to bottom. groups: title -> the keys within."""
+    """columns: the nodes' keys from left to right, top to bottom, "" for a gap. groups: title -> the keys within."""
 
     note: str
     nodes: dict[str, Node]
@@ -141,6 +145,29 @@ def enlarge(image: str = "load.IMAGE", title: str = "", **widgets: Any) -> Node:
     return Node("OSEDiffUpscale", links, widgets, title, (320, 0))
 
 
+def fill(image: str, mask: str, title: str, **widgets: Any) -> Node:
+    return Node("DiffIRInpaint", {"image": image, "mask": mask}, widgets, title, (320, 0))
+
+
+def faces_filled() -> dict[str, Node]:
+    """Faces of the filled picture, each with the part of the painted mask that lies on it, filled
+    again where it is upright, and restored.
+    """
+    return {
+        "detect": detect("fill.image"),
+        "carry": Node("FaceMaskToCrops", {"faces": "detect.faces", "mask": "load.MASK"}),
+        "fill_faces": fill(
+            "detect.crops",
+            "carry.mask",
+            "DiffIR Inpaint: the upright faces",
+            diffir_name=CELEBA,
+            working_size="256",
+        ),
+        "prompts": prompts("fill_faces.image"),
+        "step": step("fill_faces.image"),
+    }
+
+
 NEEDS = """Files it needs, under `ComfyUI/models`:
 
 - `checkpoints/v2-1_512-ema-pruned.safetensors`: Stable Diffusion 2.1-**base** (512 px)
@@ -151,6 +178,13 @@ NEEDS = """Files it needs, under `ComfyUI/models`:
 FETCH = "\nMissing some? In this pack's folder, with ComfyUI's Python: `python install.py --checkpoint`.\n"
 OSEDIFF_FETCH = """
 Missing some? In this pack's folder, with ComfyUI's Python: `python install.py --checkpoint --osediff`.
+"""
+DIFFIR_NEEDS = f"""- `diffir/{PLACE}`: DiffIR for holes in any picture
+- `diffir/{CELEBA}`: DiffIR for holes in upright faces
+"""
+DIFFIR_FETCH = """
+Missing some? In this pack's folder, with ComfyUI's Python: `python install.py --checkpoint{more}`. DiffIR's authors offer their files on
+[Google Drive](https://drive.google.com/drive/folders/1RQXRWMqVaAsyyQt8T-3KtpS68ef8dh90) alone: download the folder, then `python install.py --from FOLDER`.
 """
 SUBJECT = "`vre_name`, `lora_name` and `detector` need no change."
 
@@ -430,38 +464,100 @@ Files it needs, under `ComfyUI/models`:
         note_width=720,
     ),
     "osdface_scratches": Graph(
-        f"""## Scratches filled, then the faces
+        f"""## An old photograph with scratches
 
-An old photograph with scratches, tears or stains. Open your picture in *Load Image*, right-click it, *Open in MaskEditor*, and paint over
-the damage. *DiffIR Inpaint* fills what you painted and leaves every other pixel as it is; *OSDFace Restore* then does the faces.
+Scratches, tears, stains. Open your photograph in *Load Image*, right-click it, *Open in MaskEditor*, and paint over the damage, a little
+wider than it is. What you painted is filled, all else stays as it is. Then each face is cut out upright, the painted part of it is filled
+once more by the network that knows faces, restored by OSDFace, and put back.
 
-{NEEDS}- `diffir/DiffIRS2-place.safetensors`: DiffIR for holes in any picture; `DiffIRS2-celeba.safetensors` is for upright faces at 256 px
-
-DiffIR's authors offer their files on [Google Drive](https://drive.google.com/drive/folders/1RQXRWMqVaAsyyQt8T-3KtpS68ef8dh90) alone, so nothing fetches them: download the folder, then
-`python install.py --from FOLDER`.
-{FETCH}
-**Wide damage?** Set `working_size` to *512*: a hole is then seen with more of what is around it. **An edge shows?** Raise `feather`.
+{NEEDS}{DIFFIR_NEEDS}{DIFFIR_FETCH.format(more="")}
+**Wide damage?** Set `working_size` in the first *DiffIR Inpaint* to *512*: a hole is then seen with more of what is around it. **An edge
+shows?** Raise `feather`. **Only one of DiffIR's files?** Select the *DiffIR Inpaint* of the other and press Ctrl+B: it is passed over.
 """,
         {
             "load": load_image("Load Image: paint the mask here"),
             "checkpoint": checkpoint(),
-            "fill": Node(
-                "DiffIRInpaint",
-                {"image": "load.IMAGE", "mask": "load.MASK"},
-                {"diffir_name": "DiffIRS2-place.safetensors", "working_size": "picture"},
-                size=(340, 0),
+            "fill": fill(
+                "load.IMAGE",
+                "load.MASK",
+                "DiffIR Inpaint: the whole picture",
+                diffir_name=PLACE,
+                working_size="picture",
             ),
-            "filled": show("fill.image", "Filled", (340, 320)),
-            "restore": Node(
-                "OSDFaceRestore",
-                {"image": "fill.image", "model": "checkpoint.MODEL", "vae": "checkpoint.VAE"},
-                size=(340, 0),
-            ),
-            "save": save("restore.image", "osdface_scratches", (380, 420)),
+            "filled": show("fill.image", "Filled", (320, 330)),
+            **faces_filled(),
+            "paste": paste("fill.image", color_match="mean-std"),
+            "save": save("paste.image", "osdface_scratches", (380, 420)),
         },
-        [["load", "checkpoint"], ["fill", "filled"], ["restore"], ["save"]],
-        {"1. Fill": ["fill", "filled"], "2. Restore the faces": ["restore", "save"]},
-        note_width=720,
+        [
+            ["load", "checkpoint"],
+            ["fill", "filled"],
+            ["detect"],
+            ["carry", "fill_faces"],
+            ["prompts", "step"],
+            ["paste", "save"],
+        ],
+        {
+            "1. Fill the picture": ["fill", "filled"],
+            "2. Fill the faces": ["detect", "carry", "fill_faces"],
+            "3. Restore the faces": ["prompts", "step"],
+        },
+        note_width=760,
+    ),
+    "osdface_old_photo_complete": Graph(
+        f"""## The whole way of an old photograph
+
+1. Open it in *Load Image*, right-click it, *Open in MaskEditor*, paint over scratches and tears, a little wider than they are. They are filled.
+2. The filled photograph is enlarged four times and restored by OSEDiff. **No OSEDiff?** Select the nodes of frame *2a*, press Ctrl+B; select those of *2b*, press Ctrl+B: an upscale model enlarges instead. One of the two frames is always passed over.
+3. Its faces are cut out upright, the painted parts are filled once more by the network that knows faces, and OSDFace restores them.
+4. They are put into the enlarged photograph.
+
+{NEEDS}{DIFFIR_NEEDS}- for *2a* `osediff/osediff.safetensors`: OSEDiff
+- for *2b* `upscale_models/RealESRGAN_x4plus.safetensors`, or any other upscale model
+{DIFFIR_FETCH.format(more=" --osediff")}
+**No scratches?** Paint nothing: both *DiffIR Inpaint* pass the picture on and need no file. **Large scan?** Shrink it to about 1000 px before.
+""",
+        {
+            "load": load_image("Load Image: paint the mask here"),
+            "checkpoint": checkpoint(),
+            "fill": fill(
+                "load.IMAGE",
+                "load.MASK",
+                "DiffIR Inpaint: the whole picture",
+                diffir_name=PLACE,
+                working_size="picture",
+            ),
+            "upscaler": Node(
+                "UpscaleModelLoader", widgets={"model_name": UPSCALER}, size=(320, 0), bypassed=True
+            ),
+            "model_enlarge": Node(
+                "ImageUpscaleWithModel",
+                {"upscale_model": "upscaler.UPSCALE_MODEL", "image": "fill.image"},
+                size=(320, 0),
+                bypassed=True,
+            ),
+            "text": text(),
+            "enlarge": enlarge("model_enlarge.IMAGE"),
+            **faces_filled(),
+            "paste": paste("enlarge.image", color_match="mean-std"),
+            "save": save("paste.image", "osdface_old_photo", (380, 420)),
+        },
+        [
+            ["load", "checkpoint"],
+            ["fill"],
+            ["text", "enlarge", "", "upscaler", "model_enlarge"],
+            ["detect"],
+            ["carry", "fill_faces", "prompts", "step"],
+            ["paste", "save"],
+        ],
+        {
+            "1. Fill the scratches": ["fill"],
+            "2b. or an upscale model": ["upscaler", "model_enlarge"],
+            "2a. Enlarge by OSEDiff": ["text", "enlarge"],
+            "3. Restore the faces": ["detect", "carry", "fill_faces", "prompts", "step"],
+            "4. Put together": ["paste", "save"],
+        },
+        note_width=860,
     ),
     "diffir_motion_blur": Graph(
         """## Motion blur taken away
@@ -808,6 +904,7 @@ async ({nodes, columns, groups, note, noteWidth, versions, models}) => {
     const node = LiteGraph.createNode(spec.type)
     if (!node) throw new Error(`no node ${spec.type}`)
     if (spec.title) node.title = spec.title
+    if (spec.bypassed) node.mode = 4
     graph.add(node)
     made[key] = node
     for (const [name, value] of Object.entries(spec.widgets)) {
@@ -831,15 +928,19 @@ async ({nodes, columns, groups, note, noteWidth, versions, models}) => {
     const needed = made[key].computeSize()
     made[key].setSize([Math.max(spec.size[0], needed[0]), Math.max(spec.size[1], needed[1])])
   }
-  const GAP_X = 55, GAP_Y = 30, PAD = 14
+  const GAP_X = 55, GAP_Y = 30, GAP_GROUPS = 45, PAD = 14
   let x = 0
   for (const column of columns) {
     let y = TITLE
     for (const key of column) {
+      if (!key) {
+        y += GAP_GROUPS
+        continue
+      }
       made[key].pos = [x, y]
       y += made[key].size[1] + TITLE + GAP_Y
     }
-    x += Math.max(...column.map((key) => made[key].size[0])) + GAP_X
+    x += Math.max(...column.filter((key) => key).map((key) => made[key].size[0])) + GAP_X
   }
   let top = 0
   for (const [title, keys] of Object.entries(groups)) {
@@ -948,6 +1049,7 @@ def sepia(picture: Image.Image) -> Image.Image:
 
 def scratched(picture: Image.Image) -> Image.Image:
     """The picture with the damage of an old print: a fold and three scratches."""
+    picture = picture.resize((640, 640))
     pen = ImageDraw.Draw(picture)
     pen.line([(0, 180), (260, 205), (640, 170)], fill="#efe6d2", width=5)
     for x, lean in ((150, 40), (330, -25), (470, 60)):
@@ -1035,8 +1137,9 @@ def illustration(address: str, name: str, folder: Path) -> Image.Image:
     if name in ("osdface_old_photo", "osdface_old_photo_upscaler"):
         which = "male_012" if name == "osdface_old_photo_upscaler" else "female_008"
         return with_faces(address, sepia(portrait(folder, which)))
-    if name == "osdface_scratches":
-        return uploaded(address, scratched(sepia(portrait(folder, "male_014"))))
+    if name in ("osdface_scratches", "osdface_old_photo_complete"):
+        which = "male_014" if name == "osdface_scratches" else "female_004"
+        return uploaded(address, scratched(sepia(portrait(folder, which))))
     if name == "diffir_motion_blur":
         return uploaded(address, moved(portrait(folder, "female_012")))
     if name == "osediff_faces":

@@ -194,6 +194,28 @@ def test_pictures_at_once_are_each_alone(network_of: Callable[[str], DiffIR]) ->
         assert (network.restore(pair[i : i + 1], prior)[0] - together[i]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_half_precision_holds_a_large_bright_picture(dtype: torch.dtype) -> None:
+    """Its sums over all pixels are beyond the range of fp16, and beyond the precision of bf16."""
+    network = small("x4")
+    for name, parameter in network.named_parameters():
+        if name.endswith("attn.qkv_dwconv.weight"):
+            parameter.mul_(200)
+        if name == "condition.E.7.bias":
+            parameter.add_(3)
+    given = pictures(1, 320, 320).movedim(-1, 1) * 0.2 + 0.8
+    found = []
+    for precision in (torch.float32, dtype):
+        network.to(precision)
+        prior = network.prior(given.to(precision), start_vector().to(precision))
+        found.append((prior.float(), network.restore(given.to(precision), prior).float()))
+    (prior, wanted), (of_half, half) = found
+    epsilon = torch.finfo(dtype).eps
+    assert (of_half - prior).abs().max() < 8 * epsilon * prior.abs().max()
+    assert (half - wanted).abs().max() < 8 * epsilon
+
+
 def without_a_layer(state: dict[str, Tensor]) -> None:
     del state["G.latent.0.attn.qkv.weight"]
 

@@ -34,7 +34,7 @@ def find(host: Any, **changed: Any) -> Any:
         (
             "crop_size",
             7,
-            "`crop_size` is 7; a whole number from 512 to 1024 is wanted: look at what is "
+            "`crop_size` is 7; a whole number from 256 to 1024 is wanted: look at what is "
             "connected to it.",
         ),
         (

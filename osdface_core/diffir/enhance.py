@@ -159,7 +159,7 @@ def enhance(
     out = torch.empty(count, *size, channels, device=pictures.device, dtype=pictures.dtype)
     report = progress(count * steps(height, width, network, options))
     tick = partial(report, 0)
-    start = (start_vector() if start is None else start).to(device)
+    start = (start_vector() if start is None else start).to(device, network.dtype)
     failed: list[int] = []
     # What memory has held, also for the next picture.
     longest = scale * -(-max(height, width) // shape.multiple) * shape.multiple
@@ -167,7 +167,7 @@ def enhance(
     for i in range(count):
         colours = rgb_of(pictures[i]).movedim(-1, 0).float().clamp(0, 1)
         lq = mirrored(colours[None], shape.multiple, edge=False)
-        read = partial(network.prior, lq.to(device), start, tick)
+        read = partial(network.prior, lq.to(start), start, tick)
         prior, at_once = shrinking(read, at_once, LEAST_AT_ONCE, out_of_memory)
         report(1)
         work = partial(_restored, network, lq, prior, report, options.overlap)

@@ -119,7 +119,7 @@ def inpaint(
             "choose another file, or take DiffIR Enhance."
         )
     report = progress(len(wanted))
-    start = (start_vector() if start is None else start).to(device)
+    start = (start_vector() if start is None else start).to(device, network.dtype)
     failed: list[int] = []
     for i in wanted:
         colours = rgb_of(pictures[i]).movedim(-1, 0)[None].float().clamp(0, 1)

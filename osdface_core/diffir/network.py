@@ -238,17 +238,23 @@ class Attention(_Modulated):
         height, width = x.shape[2:]
         joined = self.qkv_dwconv(self.qkv(x))
         channels = joined.shape[1] // 3
-        # Of channels-last pixels torch sums a channel with a thousand times the rounding error.
+        # Of channels-last pixels torch sums a channel with a thousand times the rounding error; and
+        # sums over all pixels are beyond half precision's range.
         q, k = (
-            part.contiguous().flatten(2).unflatten(1, (self.heads, -1))
+            part.contiguous().to(_summing(x)).flatten(2).unflatten(1, (self.heads, -1))
             for part in joined[:, : 2 * channels].chunk(2, 1)
         )
         v = joined[:, 2 * channels :].flatten(2).unflatten(1, (self.heads, -1))
         # The lengths of q and k divide their products, which are few, instead of their pixels.
         cosines = q @ k.mT / (_lengths(q) * _lengths(k).mT)
-        shares = (cosines * self.temperature.to(x)).softmax(-1)
+        shares = (cosines * self.temperature.to(cosines)).softmax(-1).to(v)
         mixed = (v.mT @ shares.mT).transpose(1, 2).flatten(2)
         return self.project_out(mixed.unflatten(1, (height, width)).movedim(-1, 1))
+
+
+def _summing(x: Tensor) -> torch.dtype:
+    """The precision in which sums over all of a picture's pixels are held: fp32, or finer."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _lengths(x: Tensor) -> Tensor:
@@ -434,13 +440,14 @@ class Condition(nn.Module):
     def forward(self, lq: Tensor, tick: Tick, at_once: int) -> Tensor:
         x = _gathered(lq, self.gather)
         height, width = x.shape[2:]
-        total = x.new_zeros(len(x), PRIOR)
+        # Half precision could not hold a large picture's sum.
+        total = x.new_zeros(len(x), PRIOR, dtype=_summing(x))
         for top, bottom in _strips(height, max(1, at_once // width)):
             tick()
             first = max(0, top - self.reach)
             seen = self.E(x[:, :, first : bottom + self.reach])
-            total += seen[:, :, top - first : bottom - first].contiguous().sum((2, 3))
-        return self.mlp(total / (height * width))
+            total += seen[:, :, top - first : bottom - first].contiguous().sum((2, 3), dtype=total.dtype)
+        return self.mlp((total / (height * width)).to(x))
 
 
 def _strips(height: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -473,6 +480,11 @@ class DiffIR(nn.Module):
         self.G = Transformer(shape, operations)
         self.condition = Condition(shape, operations)
         self.denoise = _Denoiser(operations)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that it computes in."""
+        return self.G.patch_embed.proj.weight.dtype
 
     def priors(self, condition: Tensor, start: Tensor) -> list[Tensor]:
         """The vectors (B,256) after each of the four steps; the last is the prior.

@@ -5,13 +5,21 @@ Coordinates are (x, y) in pixels of the picture, pixel centres at .5.
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import OSDFaceError
-from ..pictures.geometry import Affine, Box, Points
+from ..pictures.geometry import Affine, Box, Points, scale_of
+
+log = logging.getLogger(__name__)
+
+# Limits of a crop's side in the picture, in pixels and in multiples of the picture's longer side:
+# no face lies beyond them, and a larger crop would not fit into memory.
+SMALLEST_CROP, LARGEST_CROP = 0.5, 100
 
 
 @dataclass(frozen=True)
@@ -90,3 +98,23 @@ class Faces:
     def empty(frames: int, height: int, width: int, crop_size: int = 512) -> Faces:
         """No face: a batch of zero crops."""
         return Faces((), torch.zeros(0, crop_size, crop_size, 3), frames, height, width, crop_size)
+
+
+def has_place(faces: Faces, i: int) -> bool:
+    """Whether the matrix of face `i` puts its crop somewhere near the picture; a log tells if not."""
+    face = faces.faces[i]
+    scale = scale_of(face.matrix)
+    placed = (
+        math.isfinite(scale)
+        and scale > 0
+        and all(map(math.isfinite, face.matrix[0] + face.matrix[1]))
+        and SMALLEST_CROP < faces.crop_size / scale < LARGEST_CROP * max(faces.width, faces.height)
+    )
+    if not placed:
+        log.warning(
+            "Face %d of picture %d has no place in it (its matrix is %s) and is left out.",
+            face.number,
+            face.frame,
+            face.matrix,
+        )
+    return placed

@@ -19,7 +19,7 @@ from ..pictures.color import COLOR_MATCHES, LUMA, match_color
 from ..pictures.geometry import Affine, bounds, compose, inverse, scale_of, scaling, translated
 from ..pictures.picture import all_finite, check_pictures, rgb_of, value_range
 from ..pictures.resampling import back_project, sample_affine, warp
-from .face import Faces
+from .face import Faces, has_place
 from .face_parser import feather_mask
 
 log = logging.getLogger(__name__)
@@ -31,9 +31,6 @@ MASK_TYPES = ("parsing", "ellipse", "box")
 ELLIPSE_CENTRE = (0.5, 0.52)
 ELLIPSE_RADII = (0.42, 0.47)
 PARSED_AT_ONCE = 8
-# Limits of a crop's side in the picture, in pixels and in multiples of the picture's longer side:
-# no face lies beyond them, and a larger crop would not fit into memory.
-SMALLEST_CROP, LARGEST_CROP = 0.5, 100
 
 Parser = Callable[[Tensor], Tensor]
 
@@ -250,26 +247,7 @@ def _pasted(faces: Faces, restored: Tensor, skip_unchanged: bool) -> list[int]:
                 face.number,
                 face.frame,
             )
-    return [i for i in range(len(faces)) if fit[i] and changed[i] and _has_place(faces, i)]
-
-
-def _has_place(faces: Faces, i: int) -> bool:
-    face = faces.faces[i]
-    scale = scale_of(face.matrix)
-    placed = (
-        math.isfinite(scale)
-        and scale > 0
-        and all(map(math.isfinite, face.matrix[0] + face.matrix[1]))
-        and SMALLEST_CROP < faces.crop_size / scale < LARGEST_CROP * max(faces.width, faces.height)
-    )
-    if not placed:
-        log.warning(
-            "Face %d of picture %d has no place in it (its matrix is %s) and is left out.",
-            face.number,
-            face.frame,
-            face.matrix,
-        )
-    return placed
+    return [i for i in range(len(faces)) if fit[i] and changed[i] and has_place(faces, i)]
 
 
 def _parsed_masks(

@@ -18,6 +18,9 @@ from .geometry import Affine, bounds, compose, inverse, scale_of, scaling, trans
 # result.
 CUBIC_RADIUS = 2
 FILTER_RADIUS = 6
+# Of the shrinking filter, the part that counts, in the same pixels: the waves beyond carry less than
+# a tenth of an edge.
+WAVES = 3
 # A picture is shrunk up to this factor by interpolation alone: the filter would gain 2 dB there,
 # for four times the samples.
 MAX_UNFILTERED = 1.2
@@ -95,6 +98,38 @@ def warp(
             samples = filter_columns(samples, kernel, fine).transpose(1, 2)
         result[:, first : first + rows] = samples
     return result
+
+
+def touched(holes: Tensor, matrix: Affine, height: int, width: int) -> Tensor:
+    """Where the result of `warp` shows something of the picture's holes: true in (height,width).
+
+    That is every pixel whose kernel reaches a hole, the shrinking filter's up to WAVES, so that
+    nothing of a hole is lost however thin it is. A pixel whose centre lies outside of the source is
+    never one.
+
+    holes: (H,W) of truth values.
+    matrix: takes a point of the source to its place in the result.
+    height: of the result.
+    width: of the result.
+    """
+    back = inverse(matrix)
+    step = scale_of(back)
+    reach = WAVES * step if step > MAX_UNFILTERED else CUBIC_RADIUS
+    across = torch.arange(width, dtype=torch.float64) + 0.5
+    down = (torch.arange(height, dtype=torch.float64) + 0.5)[:, None]
+    inside = torch.ones(height, width, dtype=torch.bool)
+    spans = []
+    for (from_x, from_y, shift), size in zip(back, (holes.shape[1], holes.shape[0]), strict=True):
+        place = from_x * across + from_y * down + shift
+        inside &= (place >= 0) & (place <= size)
+        # The first and past the last of the pixels whose centres lie within reach.
+        ends = (place - reach - 0.5).floor() + 1, (place + reach - 0.5).ceil()
+        spans.append([end.clamp(0, size).long().to(holes.device) for end in ends])
+    (left, right), (top, bottom) = spans
+    # How many holes lie above and to the left of each corner between four pixels.
+    count = F.pad(holes.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32), (1, 0, 1, 0))
+    found = count[bottom, right] - count[top, right] - count[bottom, left] + count[top, left]
+    return (found > 0) & inside.to(holes.device)
 
 
 def _span(low: float, high: float, size: int) -> tuple[int, int]:
