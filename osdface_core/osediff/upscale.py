@@ -16,7 +16,7 @@ from ..errors import OSDFaceError
 from ..pictures.color import as_given, coarse_part, match_luminance
 from ..pictures.picture import all_finite, check_pictures, rgb_of
 from ..sd21.backbone import SIDE, STRIDE, TEXT_WIDTH, TOKENS, VISUAL_MINIMUM, Backbone
-from ..sd21.one_step import Restored, padded
+from ..sd21.one_step import Restored, padded, retry_in_fp32
 from ..sd21.tiles import OVERLAP, TILE, denoise_in_tiles, in_tiles, tile_starts
 
 log = logging.getLogger(__name__)
@@ -338,18 +338,10 @@ def upscale(
 
     for start in range(0, count, GROUP):
         work(list(range(start, min(start + GROUP, count))))
-    again: tuple[int, ...] = ()
-    if failed:
-        with backbone.fp32_fallback() as was_half:
-            if was_half:
-                again = tuple(failed)
-                failed.clear()
-                for i in again:
-                    log.warning("Picture %d came out as NaN and is computed again in fp32.", i)
-                    work([i])
+    again, starved = retry_in_fp32(backbone, failed, lambda i: work([i]))
     for i in failed:
         log.warning("Picture %d came out as NaN and is only enlarged.", i)
-    return Restored(out, tuple(failed), tuple(i for i in again if i not in failed))
+    return Restored(out, tuple(failed), tuple(i for i in again if i not in failed), starved)
 
 
 def _pixels(latents: slice) -> slice:
