@@ -70,7 +70,9 @@ class FacePasteBack(io.ComfyNode):
                     default=COLOR_MATCHES[0],
                     tooltip="Gives the restored face the picture's colours. mean-std: its overall "
                     "colour and contrast. "
-                    "wavelet: all but its detail, so that light and shadow stay too.",
+                    "wavelet: all but its detail, so that light and shadow stay too. "
+                    "luminance: its colours stay, only light and dark are restored. "
+                    "Black-and-white and sepia stay so with any of them.",
                 ),
                 io.Mask.Input(
                     "keep",

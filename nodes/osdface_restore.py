@@ -25,7 +25,7 @@ from ..osdface_core.osdface.vre import embedder_files
 from ..osdface_core.pictures.picture import all_finite, check_pictures
 from ..osdface_core.sd21.one_step import Restored
 from .comfy import backbone, files, networks
-from .comfy.backbone import NAN_REMEDY, check_restored
+from .comfy.backbone import NAN_REMEDY, STARVED, check_restored, without_starved
 from .comfy.base_model import prompt_options
 from .comfy.on_demand import on_demand
 from .comfy.picture_cache import cached_for_picture
@@ -224,7 +224,8 @@ def _notes(faces: Faces, restored: Restored) -> str:
         f"\npicture {faces.faces[i].frame}, face {faces.faces[i].number} came out as NaN {fate}"
         for which, fate in (
             (restored.recomputed, "in half precision and was computed again in fp32"),
-            (restored.failed, f"and is left as it was: {NAN_REMEDY}"),
+            (restored.starved, f"and is left as it was, as {STARVED}"),
+            (without_starved(restored), f"and is left as it was: {NAN_REMEDY}"),
         )
         for i in which
     )

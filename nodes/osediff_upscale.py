@@ -83,7 +83,9 @@ class OSEDiffUpscale(io.ComfyNode):
                     options=list(COLOR_MATCHES),
                     default=COLOR_MATCHES[0],
                     tooltip="Gives the result the picture's colours. adain: its overall colour and "
-                    "contrast. wavelet: all but its detail, so that light and shadow stay too.",
+                    "contrast. wavelet: all but its detail, so that light and shadow stay too. "
+                    "luminance: its colours stay, only light and dark are restored. "
+                    "Black-and-white and sepia stay so with any of them.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The enlarged pictures.")],

@@ -372,8 +372,8 @@ restored by OSDFace and put back. Both work on **one checkpoint**, which is load
 {NEEDS}- `osediff/osediff.safetensors`: OSEDiff
 {OSEDIFF_FETCH}
 **Large?** The result is made in tiles of 768 px; lower `tile` where memory is short. **Bolder detail?** Say in *CLIP Text Encode* what is
-seen, or connect the tags of a tagger node. `color_match` *wavelet* keeps a sepia face sepia. For scratches and tears mend the photograph
-first.
+seen, or connect the tags of a tagger node. Black-and-white and sepia stay so by themselves; `color_match` *luminance* keeps the colours of
+any photograph. For scratches and tears mend the photograph first.
 """,
         {
             "load": load_image("The photograph"),
@@ -383,7 +383,7 @@ first.
             "detect": detect("enlarge.image"),
             "prompts": prompts(),
             "step": step(),
-            "paste": paste("enlarge.image", color_match="wavelet"),
+            "paste": paste("enlarge.image", color_match="luminance"),
             "save": save("paste.image", "osdface_old_photo"),
         },
         [
@@ -406,7 +406,8 @@ is enlarged faithfully and the faces are restored.
 
 {NEEDS}- `upscale_models/RealESRGAN_x4plus.safetensors`: any 4x (or 2x) upscale model does; ComfyUI offers this one for download
 {FETCH}
-`color_match` *wavelet* keeps the photograph's tone: a sepia face stays sepia. For scratches and tears mend the photograph first.
+Black-and-white and sepia stay so by themselves; `color_match` *luminance* keeps the colours of any photograph. For scratches and tears
+mend the photograph first.
 Large scans: shrink them to about 1000 px before, since a face is worked at 512 px.
 """,
         {
@@ -420,7 +421,7 @@ Large scans: shrink them to about 1000 px before, since a face is worked at 512 
             "detect": detect(),
             "prompts": prompts(),
             "step": step(),
-            "paste": paste("enlarge.IMAGE", color_match="wavelet"),
+            "paste": paste("enlarge.IMAGE", color_match="luminance"),
             "save": save("paste.image", "osdface_old_photo"),
         },
         [

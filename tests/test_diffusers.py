@@ -143,6 +143,32 @@ def test_half_precision_stays_near_and_fp32_comes_back(
     assert small.dtype == next(small.unet.parameters()).dtype == dtype
 
 
+@pytest.mark.parametrize("after", [1, 20, 60])
+def test_where_memory_ends_on_the_way_to_fp32_all_goes_back(
+    small: db.DiffusersBackbone, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a UNet in fp32 beside a VAE in fp16 would fail at every later picture."""
+    small.to(torch.float16)
+    pixels, prompts = torch.rand(1, 3, 64, 64), torch.rand(1, 77, 1024)
+    wanted = small.denoise(small.encode(pixels), prompts, 399)
+    apply, moved = torch.nn.Module._apply, 0
+
+    def runs_out(module: torch.nn.Module, work: Any, *rest: Any) -> torch.nn.Module:
+        nonlocal moved
+        moved += 1
+        if moved == after:
+            raise torch.OutOfMemoryError("out of memory")
+        return apply(module, work, *rest)
+
+    monkeypatch.setattr(torch.nn.Module, "_apply", runs_out)
+    with pytest.raises(torch.OutOfMemoryError), small.fp32_fallback():
+        pass
+    for network in (small.unet, small.vae):
+        assert {p.dtype for p in network.parameters()} == {torch.float16}
+    assert small.dtype == torch.float16
+    assert torch.equal(small.denoise(small.encode(pixels), prompts, 399), wanted)
+
+
 def rewritten(folder: Path, part: str, file: str, **changes: Any) -> None:
     path = folder / part / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

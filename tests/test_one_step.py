@@ -194,6 +194,35 @@ def test_a_face_without_numbers_in_fp32_either_is_left_as_it_was_and_told_apart(
     assert (result.failed, result.recomputed) == ((1,), ())
 
 
+@pytest.mark.parametrize("where", ["on the way in", "at the face"])
+def test_where_fp32_has_too_little_memory_that_face_is_left_and_all_others_are_done(
+    where: str,
+) -> None:
+    class Full(Narrow):
+        @contextmanager
+        def fp32_fallback(self) -> Iterator[bool]:
+            if where == "on the way in":
+                raise OutOfMemory
+            with super().fp32_fallback() as was_half:
+                yield was_half
+
+        def encode(self, pixels: Tensor) -> Tensor:
+            if not self.half:
+                raise OutOfMemory
+            return super().encode(pixels) * 0.5
+
+    given = crops(4, 512, 512)
+    given[[1, 3]] *= 0.25
+    backbone = Full()
+    # 0.5 of a bright crop is as dark as the limit: its brightest pixel decides.
+    given[[0, 2], 0, 0] = 1.0
+    result = restore(given, prompts(4), backbone)
+    assert torch.equal(result.pictures[[0, 2]], given[[0, 2]] * 0.5)
+    assert torch.equal(result.pictures[[1, 3]], given[[1, 3]])
+    assert (result.failed, result.recomputed, result.starved) == ((1, 3), (), (1, 3))
+    assert backbone.half
+
+
 def test_the_input_is_not_changed() -> None:
     given = crops(2)
     before = given.clone()

@@ -20,7 +20,6 @@ from osdface_core.catalogue import CATALOGUE
 from osdface_core.errors import OSDFaceError
 from osdface_core.osediff.convert import convert
 from osdface_core.osediff.upscale import (
-    COLOR_MATCHES,
     DEFAULT,
     UpscaleOptions,
     match_color,
@@ -385,7 +384,7 @@ def test_black_and_white_stays_so(channels: int) -> None:
     assert torch.equal(found[..., colours:], given[..., colours:])
 
 
-@pytest.mark.parametrize("method", COLOR_MATCHES)
+@pytest.mark.parametrize("method", ["adain", "wavelet", "none"])
 def test_colours_are_matched_as_the_released_code_does_it(method: str, more_golden: Path) -> None:
     """Its pictures have 8 bits before and after."""
     truth = load_file(more_golden / "osediff" / "golden.safetensors")

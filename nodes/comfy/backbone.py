@@ -31,6 +31,10 @@ from .networks import clamp_batch, free_memory, is_out_of_memory
 # Crops whose latents are cached with a VAE: 64 KB each at 512 px, 256 KB at 1024.
 MAX_LATENTS = 128
 NAN_REMEDY = "start ComfyUI with --fp32-vae, or with --force-fp32."
+STARVED = (
+    "memory was too short to compute it again in fp32: restore fewer or smaller pictures at once, "
+    f"or {NAN_REMEDY}"
+)
 RECOMPUTED = (
     "in half precision and were computed again in fp32; --fp32-vae as an option of ComfyUI's start "
     "spares that time."
@@ -178,10 +182,15 @@ class HostBackbone:
 
 
 def check_restored(result: Restored, each: str = "face", several: str = "crops") -> None:
-    """Raises OSDFaceError where everything came out as NaN."""
-    if result.failed and len(result.failed) == len(result.pictures):
+    """Raises OSDFaceError where everything came out as NaN, whatever memory there was."""
+    if not result.starved and result.failed and len(result.failed) == len(result.pictures):
         which = ", ".join(map(str, result.failed))
         raise OSDFaceError(f"Every {each} ({several} {which}) came out as NaN: {NAN_REMEDY}")
+
+
+def without_starved(result: Restored) -> tuple[int, ...]:
+    """Those that came out as NaN in fp32 too, or were in fp32 from the beginning."""
+    return tuple(i for i in result.failed if i not in result.starved)
 
 
 def nan_notes(result: Restored, several: str, left: str) -> str:
@@ -189,7 +198,11 @@ def nan_notes(result: Restored, several: str, left: str) -> str:
 
     several: what they are. left: what became of those that fp32 has no numbers for either.
     """
-    fates = (result.recomputed, RECOMPUTED), (result.failed, f"{left}: {NAN_REMEDY}")
+    fates = (
+        (result.recomputed, RECOMPUTED),
+        (result.starved, f"{left}, as {STARVED}"),
+        (without_starved(result), f"{left}: {NAN_REMEDY}"),
+    )
     return "\n".join(
         f"{several} {', '.join(map(str, which))} came out as NaN {fate}"
         for which, fate in fates

@@ -328,6 +328,7 @@ class Restorer:
             for which, note in (
                 (result.recomputed, "computed again in fp32"),
                 (result.failed, "came out as NaN, left as it was"),
+                (result.starved, "came out as NaN, too little memory for fp32, left as it was"),
             ):
                 notes |= {(faces.faces[i].frame, faces.faces[i].number): note for i in which}
         after, mask = paste(

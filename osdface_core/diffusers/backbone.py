@@ -116,8 +116,9 @@ class DiffusersBackbone:
         if dtype == torch.float32:
             yield False
             return
-        self.to(torch.float32)
         try:
+            # Memory may run out between the two networks; whatever was moved goes back.
+            self.to(torch.float32)
             yield True
         finally:
             self.to(dtype)

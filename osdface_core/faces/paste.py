@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..chunks import Progress, is_out_of_memory, no_progress, on_first
 from ..errors import OSDFaceError
-from ..pictures.color import COLOR_MATCHES, LUMA, match_color
+from ..pictures.color import COLOR_MATCHES, match_color
 from ..pictures.geometry import Affine, bounds, compose, inverse, scale_of, scaling, translated
 from ..pictures.picture import all_finite, check_pictures, rgb_of, value_range
 from ..pictures.resampling import back_project, sample_affine, warp
+from ..pictures.tone import LUMA, tone_curve
 from .face import Faces, has_place
 from .face_parser import feather_mask
 
@@ -43,7 +44,8 @@ class PasteOptions:
     mask_type: one of MASK_TYPES.
     feather: width of the mask's soft edge, as a fraction of the crop's side; it lies inside of the
         mask, whose weight is 0 at the crop's border.
-    color_match: one of COLOR_MATCHES, towards the picture's own colours inside of the mask.
+    color_match: one of COLOR_MATCHES, towards the picture's own colours inside of the mask. Where
+        a face lies in a part of one tone (black-and-white, sepia), it keeps that tone in any case.
     keep_detail: how much of the picture's own detail stays that is finer than the crop can hold, in
         faces larger than the crop, 0..1.
     """
@@ -335,8 +337,12 @@ def _make_patch(
     pixels = warp(crop, from_crop, weight.shape[0], weight.shape[1], grown).movedim(0, -1)
     if options.keep_detail > 0:
         pixels = pixels + options.keep_detail * before
+    pixels = pixels.clamp(lowest, highest)
+    curve = tone_curve(image, (left, top, right, bottom)) if image.shape[-1] >= 3 else None
+    if curve is not None:
+        pixels = curve.toned(pixels)
     # One copy back for both.
-    patch = torch.cat([pixels.clamp(lowest, highest), weight[..., None]], -1).to(image.device)
+    patch = torch.cat([pixels, weight[..., None]], -1).to(image.device)
     return _Patch(rows, columns, patch[..., :3], patch[..., 3])
 
 

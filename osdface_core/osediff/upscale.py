@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..chunks import Progress, no_progress
 from ..errors import OSDFaceError
-from ..pictures.color import as_given, coarse_part
+from ..pictures.color import as_given, coarse_part, match_luminance
 from ..pictures.picture import all_finite, check_pictures, rgb_of
 from ..sd21.backbone import SIDE, STRIDE, TEXT_WIDTH, TOKENS, VISUAL_MINIMUM, Backbone
-from ..sd21.one_step import Restored, padded
+from ..sd21.one_step import Restored, padded, retry_in_fp32
 from ..sd21.tiles import OVERLAP, TILE, denoise_in_tiles, in_tiles, tile_starts
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # The timestep that the weights were trained at.
 TIMESTEP = 999
 MAX_SCALE = 8.0
-COLOR_MATCHES = ("adain", "wavelet", "none")
+COLOR_MATCHES = ("adain", "wavelet", "none", "luminance")
 # Pixels a side of the smallest tile, to which memory that runs out may shrink one.
 LEAST_TILE = 256
 # The VAE takes this times the tile's side whole, as the released encoder does (1024 px for 768).
@@ -131,12 +131,16 @@ def match_color(picture: Tensor, original: Tensor, method: str) -> Tensor:
 
     adain gives each channel the original's mean and standard deviation (Huang and Belongie 2017),
     wavelet keeps the picture's detail and takes the rest from the original (Wang et al. 2023).
+    luminance, which the released code lacks, takes the light from the picture and the colours from
+    the original.
     """
     if method == "adain":
         (mean, std), (wanted_mean, wanted_std) = map(_mean_std, (picture, original))
         picture = (picture - mean) / std * wanted_std + wanted_mean
     elif method == "wavelet":
         picture = picture + coarse_part(original - picture)
+    elif method == "luminance":
+        picture = match_luminance(picture.movedim(0, -1), original.movedim(0, -1)).movedim(-1, 0)
     return picture.clamp(0, 1)
 
 
@@ -334,18 +338,10 @@ def upscale(
 
     for start in range(0, count, GROUP):
         work(list(range(start, min(start + GROUP, count))))
-    again: tuple[int, ...] = ()
-    if failed:
-        with backbone.fp32_fallback() as was_half:
-            if was_half:
-                again = tuple(failed)
-                failed.clear()
-                for i in again:
-                    log.warning("Picture %d came out as NaN and is computed again in fp32.", i)
-                    work([i])
+    again, starved = retry_in_fp32(backbone, failed, lambda i: work([i]))
     for i in failed:
         log.warning("Picture %d came out as NaN and is only enlarged.", i)
-    return Restored(out, tuple(failed), tuple(i for i in again if i not in failed))
+    return Restored(out, tuple(failed), tuple(i for i in again if i not in failed), starved)
 
 
 def _pixels(latents: slice) -> slice:

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .picture import value_range
+from .tone import LUMA, luminance, tone_curve
 
-COLOR_MATCHES = ("none", "mean-std", "wavelet")
-# Shares of red, green and blue in grey (ITU-R BT.601).
-LUMA = (0.299, 0.587, 0.114)
+COLOR_MATCHES = ("none", "mean-std", "wavelet", "luminance")
 
 # Linear sRGB (IEC 61966-2-1) to CIE XYZ divided by the white point D65.
 _XYZ = (
@@ -33,14 +32,23 @@ def match_color(restored: Tensor, original: Tensor, weight: Tensor, method: str)
     """
     if method == "none":
         return restored
-    result = (
-        match_mean_std(restored, original, weight)
-        if method == "mean-std"
-        else match_wavelet(restored, original, weight)
-    )
+    if method == "luminance":
+        result = match_luminance(restored, original)
+    elif method == "mean-std":
+        result = match_mean_std(restored, original, weight)
+    else:
+        result = match_wavelet(restored, original, weight)
     result = result.clamp(*value_range(restored, original))
     # Nothing is known where no pixel is face.
     return torch.where((weight > 0).any(), result, restored)
+
+
+def match_luminance(restored: Tensor, original: Tensor) -> Tensor:
+    """Keeps the restored crop's luminance, and the original's differences of colour from it.
+
+    restored, original (H,W,3) -> (H,W,3).
+    """
+    return original + (luminance(restored) - luminance(original))[..., None]
 
 
 def match_mean_std(restored: Tensor, original: Tensor, weight: Tensor) -> Tensor:
@@ -116,14 +124,17 @@ def to_rgb(lab: Tensor) -> Tensor:
 
 
 def as_given(picture: Tensor, given: Tensor) -> Tensor:
-    """RGB (3,H,W) as (H,W,C), with as many colours as `given` (h,w,C), and grey where that is.
+    """RGB (3,H,W) in [0,1] as (H,W,C), with as many colours as `given` (h,w,C) in [0,1] has.
 
-    C counts the colours alone: channels beyond the third are left to the caller.
+    It is grey where that is, and keeps to its tone curve where it has one. C counts the colours
+    alone: channels beyond the third are left to the caller.
     """
     channels = min(given.shape[2], 3)
     if channels == 2:
         channels = 1
     if channels < 3 or bool((given[..., :1] == given[..., 1:3]).all()):
         grey = torch.einsum("c,chw->hw", picture.new_tensor(LUMA), picture)
-        picture = grey.expand(channels, *grey.shape)
-    return picture.movedim(0, -1)
+        return grey.expand(channels, *grey.shape).movedim(0, -1)
+    picture = picture.movedim(0, -1)
+    curve = tone_curve(given)
+    return picture if curve is None else curve.toned(picture)

@@ -43,7 +43,8 @@ class Backbone(Protocol):
     def fp32_fallback(self) -> AbstractContextManager[bool]:
         """A context in which what can overflow in half precision computes in fp32.
 
-        Gives whether anything computed in half precision before.
+        Gives whether anything computed in half precision before. Where memory runs out on the way
+        in, everything is as before.
         """
 
     def out_of_memory(self, error: BaseException) -> bool:

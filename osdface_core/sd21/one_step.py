@@ -27,11 +27,13 @@ class Restored:
     failed: indices of the pictures that came out as NaN and are returned as they were.
     recomputed: indices of those that came out as NaN in half precision and were right when computed
         again in fp32.
+    starved: indices of those of `failed` for which fp32 had too little memory.
     """
 
     pictures: Tensor
     failed: tuple[int, ...] = ()
     recomputed: tuple[int, ...] = ()
+    starved: tuple[int, ...] = ()
 
 
 def check_timestep(timestep: int, trained: int) -> None:
@@ -100,17 +102,50 @@ def one_step(
         in_chunks(
             len(out), batch or backbone.max_batch(height, width), work, backbone.out_of_memory
         )
-    again: tuple[int, ...] = ()
-    if failed:
-        with backbone.fp32_fallback() as was_half:
-            if was_half:
-                again = tuple(failed)
-                failed.clear()
-                for i in again:
-                    log.warning(
-                        "Number %d of the batch came out as NaN and is computed again in fp32.", i
-                    )
-                    work(slice(i, i + 1), 0)
+    again, starved = retry_in_fp32(backbone, failed, lambda i: work(slice(i, i + 1), 0))
+    for i in starved:
+        out[i] = inputs(slice(i, i + 1))[0, :, :height, :width].movedim(0, -1)
     for i in failed:
         log.warning("Number %d of the batch came out as NaN and is left as it was.", i)
-    return Restored(out, tuple(failed), tuple(i for i in again if i not in failed))
+    return Restored(out, tuple(failed), tuple(i for i in again if i not in failed), starved)
+
+
+def retry_in_fp32(
+    backbone: Backbone, failed: list[int], work: Callable[[int], None]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Computes again in fp32 what came out as NaN in half precision.
+
+    Returns those that were tried, and those of them for which there was too little memory: they
+    stay among `failed`, and what is done already is not lost. Any other error passes through.
+
+    backbone: the networks.
+    failed: what came out as NaN; only those that still do are left in it.
+    work: computes one, and adds it to `failed` if it is NaN again.
+    """
+    again: tuple[int, ...] = ()
+    starved: list[int] = []
+    started = False
+    if failed:
+        try:
+            with backbone.fp32_fallback() as was_half:
+                started = True
+                if was_half:
+                    again = tuple(failed)
+                    failed.clear()
+                    for i in again:
+                        log.warning("Number %d came out as NaN and is computed again in fp32.", i)
+                        try:
+                            work(i)
+                        except Exception as error:
+                            if not backbone.out_of_memory(error):
+                                raise
+                            starved.append(i)
+        except Exception as error:
+            # What goes wrong on the way back would leave the networks as they must not be.
+            if started or not backbone.out_of_memory(error):
+                raise
+            again, starved = tuple(failed), list(failed)
+        failed[:] = sorted({*failed, *starved})
+    for i in starved:
+        log.warning("Memory is too short to compute number %d again in fp32.", i)
+    return again, tuple(starved)
