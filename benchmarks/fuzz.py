@@ -846,9 +846,7 @@ class Maker:
                         "JudgeFill", image=links["image"], mask=links["mask"], after=[name, 0]
                     )
             elif kind == "FaceMaskToCrops" and {"faces", "mask"} <= set(links):
-                self.node(
-                    "JudgeMasks", faces=links["faces"], mask=links["mask"], after=[name, 0]
-                )
+                self.node("JudgeMasks", faces=links["faces"], mask=links["mask"], after=[name, 0])
             elif kind == "FacePasteBack" and {"image", "faces"} <= set(links):
                 self.node(
                     "JudgePaste",

@@ -541,6 +541,37 @@ def test_tiles_are_steered_by_the_whole_picture_and_leave_no_hole(kind: str) -> 
     assert (tiled - whole)[:, :inside, :inside].abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["x4", "x2", "deblur"])
+def test_tiles_steered_by_themselves_would_differ(kind: str) -> None:
+    """Where the prior counts for much, tiles with the whole picture's are the whole, and tiles that
+    are each read alone are not.
+    """
+    network = small(kind)
+    for name, parameter in network.named_parameters():
+        if name.endswith("attn.project_out.weight"):
+            parameter.mul_(0.1)
+        if name.endswith("kernel.0.weight"):
+            parameter.mul_(3)
+        if name.startswith(("condition.", "denoise.")) and name.endswith("weight"):
+            parameter.mul_(2.5)
+    given = pictures(1, 150, 170)
+    given[:, :, :85] *= 0.1
+    scale = network.shape.scale
+    options = EnhanceOptions(128 * scale, 64 * scale)
+    whole = enhance(given, loading(network), EnhanceOptions(0, 0)).pictures
+    shared = enhance(given, loading(network), options).pictures
+    usual = network.restore
+
+    def alone(lq: Tensor, prior: Tensor, tick: Any) -> Tensor:
+        return usual(lq, network.prior(lq, start_vector()), tick)
+
+    network.restore = alone  # type: ignore[method-assign]
+    own = enhance(given, loading(network), options).pictures
+    apart, apart_alone = ((made - whole).abs() for made in (shared, own))
+    assert apart_alone.mean() > 5e-3
+    assert apart.mean() < apart_alone.mean() / 10
+
+
 def test_pictures_of_a_batch_are_each_alone_and_again_the_same() -> None:
     given, network = pictures(3, 20, 24), small("x2")
     together = enhance(given, loading(network)).pictures

@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from osdface_core.diffir.enhance import EnhanceOptions, enhance
+from osdface_core.diffir.inpaint import InpaintOptions, inpaint
 from osdface_core.diffusers.builtin import load_backbone
 from osdface_core.faces.detect import DetectOptions
 from osdface_core.faces.face_parser import ParseNet, parse_faces
 from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.faces.find import Found, find_faces
+from osdface_core.faces.mask import mask_to_crops
 from osdface_core.faces.paste import PasteOptions, paste
 from osdface_core.faces.preview import before_after, draw_faces
 from osdface_core.faces.retinaface import build_retinaface
@@ -27,6 +30,7 @@ from osdface_core.osediff.upscale import UpscaleOptions, upscale
 from osdface_core.weights.reading import read_tensors
 from tests.conftest import DEVICE as REAL
 from tests.fake_device import DEVICE, elsewhere
+from tests.test_diffir import is_out, small
 
 CPU = torch.device("cpu")
 OTHER = torch.device(REAL or DEVICE)
@@ -168,6 +172,79 @@ def test_a_whole_picture_is_enlarged_as_on_the_cpu(
     (made, home), _ = there(work)
     assert home == (OTHER.type if picture_is_there else "cpu")
     assert (made - wanted).abs().max() < 1e-4
+
+
+def a_diffir(kind: str, precision: torch.dtype, device: torch.device) -> Any:
+    """A small network of random weights on a device, which holds only so many pixels."""
+    with torch.inference_mode(False):
+        return small(kind).to(device, precision)
+
+
+PLENTY, LITTLE = 10**9, 25_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "room", "picture_is_there"),
+    [
+        ("x2", torch.float32, PLENTY, True),
+        ("x2", torch.float16, LITTLE, False),
+        ("deblur", torch.float32, LITTLE, True),
+        ("deblur", torch.float16, PLENTY, False),
+        ("inpaint", torch.float32, PLENTY, False),
+        ("inpaint", torch.float32, LITTLE, True),
+        ("inpaint", torch.float16, LITTLE, True),
+    ],
+)
+def test_diffirs_networks_work_as_on_the_cpu(
+    kind: str, precision: torch.dtype, room: int, picture_is_there: bool
+) -> None:
+    """With alpha; in little memory, which the device runs out of, too."""
+    picture = torch.rand(1, 160, 200, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 160, 200)
+    mask[:, 40:60, 30:100] = 1
+
+    def work(device: torch.device, given: Tensor, holes: Tensor) -> Tensor:
+        network = a_diffir(kind, precision, device)
+        network.room = room
+
+        def load(memory: int) -> Any:
+            return network, device
+
+        if kind == "inpaint":
+            options = InpaintOptions("256", feather=3)
+            return inpaint(given, holes, load, options, out_of_memory=is_out).pictures
+        return enhance(given, load, EnhanceOptions(0), out_of_memory=is_out).pictures
+
+    wanted = work(CPU, picture, mask)
+
+    def there_is(_: Any) -> Any:
+        home = OTHER if picture_is_there else CPU
+        made = work(OTHER, picture.to(home), mask.to(home))
+        return made.cpu(), made.device.type
+
+    (made, home), _ = there(there_is)
+    assert home == (OTHER.type if picture_is_there else "cpu")
+    assert made.isfinite().all()
+    assert (made - wanted).abs().max() < (1e-4 if precision == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("mask_is_there", [True, False])
+def test_a_mask_is_carried_into_crops_as_on_the_cpu(
+    here: Chain, group: Tensor, mask_is_there: bool
+) -> None:
+    faces = here.find(group).faces
+    mask = torch.zeros(1, *group.shape[1:3])
+    mask[:, ::40] = 1
+    wanted = mask_to_crops(mask, faces)
+    assert 0 < wanted.mean() < 1
+
+    def work(_: Any) -> Any:
+        made = mask_to_crops(mask.to(OTHER) if mask_is_there else mask, faces)
+        return made.cpu(), made.device.type
+
+    (made, home), _ = there(work)
+    assert home == (OTHER.type if mask_is_there else "cpu")
+    assert torch.equal(made, wanted)
 
 
 @pytest.mark.processor

@@ -446,7 +446,8 @@ class Condition(nn.Module):
             tick()
             first = max(0, top - self.reach)
             seen = self.E(x[:, :, first : bottom + self.reach])
-            total += seen[:, :, top - first : bottom - first].contiguous().sum((2, 3), dtype=total.dtype)
+            own = seen[:, :, top - first : bottom - first].contiguous()
+            total += own.sum((2, 3), dtype=total.dtype)
         return self.mlp((total / (height * width)).to(x))
 
 
@@ -484,7 +485,7 @@ class DiffIR(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The precision that it computes in."""
-        return self.G.patch_embed.proj.weight.dtype
+        return next(self.G.parameters()).dtype
 
     def priors(self, condition: Tensor, start: Tensor) -> list[Tensor]:
         """The vectors (B,256) after each of the four steps; the last is the prior.

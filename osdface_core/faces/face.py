@@ -101,7 +101,7 @@ class Faces:
 
 
 def has_place(faces: Faces, i: int) -> bool:
-    """Whether the matrix of face `i` puts its crop somewhere near the picture; a log tells if not."""
+    """Whether the matrix of face `i` puts its crop near the picture; the log tells if not."""
     face = faces.faces[i]
     scale = scale_of(face.matrix)
     placed = (

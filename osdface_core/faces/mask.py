@@ -12,7 +12,7 @@ from .face import Faces, has_place
 
 
 def mask_to_crops(mask: Tensor, faces: Faces) -> Tensor:
-    """The mask (N,S,S) fp32 of each face's crop: 1 where the crop shows something of a hole, else 0.
+    """The mask (N,S,S) fp32 of each face's crop: 1 where it shows something of a hole, else 0.
 
     A hole is every pixel where the mask is not 0. It keeps at least its width, however thin it is
     and whatever the scale. Beyond the picture nothing is a hole. Raises OSDFaceError if the two do

@@ -18,7 +18,7 @@ from .geometry import Affine, bounds, compose, inverse, scale_of, scaling, trans
 # result.
 CUBIC_RADIUS = 2
 FILTER_RADIUS = 6
-# Of the shrinking filter, the part that counts, in the same pixels: the waves beyond carry less than
+# The part of the shrinking filter that counts, in the same pixels: its waves beyond carry less than
 # a tenth of an edge.
 WAVES = 3
 # A picture is shrunk up to this factor by interpolation alone: the filter would gain 2 dB there,
