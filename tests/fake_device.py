@@ -134,6 +134,8 @@ class _FromValues(TorchFunctionMode):
         if func is torch.Tensor.new_tensor and isinstance(args[0], Elsewhere):
             given = {"dtype": args[0].dtype} | kwargs
             return torch.tensor(args[1], **given).to(DEVICE)
+        if func is torch.Tensor.numpy and isinstance(args[0], Elsewhere) and kwargs.get("force"):
+            return args[0].cpu().numpy()
         if func is torch.Tensor.__getitem__ and isinstance(args[0], Elsewhere):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             lists = tuple(torch.tensor(i).to(DEVICE) if isinstance(i, list) else i for i in index)
@@ -147,6 +149,9 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     there = [x for x in flat if isinstance(x, Elsewhere)]
     target = kwargs.get("device")
     to_device = bool(there) if target is None else torch.device(target).type == NAME
+    if func is aten._has_compatible_shallow_copy_type.default and len(there) == 1:
+        # Whether a module may move its weights without new parameters.
+        return False
     if there and func not in COPIES:
         left_over = [
             x
