@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,59 @@ def test_only_the_hole_is_filled(models: Path, folder: Path, tmp_path: Path) -> 
         assert np.array_equal(found[~hole], given[~hole])
         assert not np.array_equal(found[hole], given[hole])
     assert (out / "film.mp4").is_file()
+
+
+@pytest.fixture
+def masks(folder: Path, tmp_path: Path) -> Path:
+    """A folder with a mask for each file, one below as its picture is, in either spelling."""
+    below = tmp_path / "masks" / "more"
+    below.mkdir(parents=True)
+    (folder / "more").mkdir()
+    shutil.copy(folder / "b.png", folder / "more" / "c.png")
+    for i, name in enumerate(("a.png", "b_mask.png", "film_mask001.png", "more/c_mask.png")):
+        mask = np.zeros((48, 64), np.uint8)
+        mask[10 : 20 + 5 * i, 30:50] = 255
+        Image.fromarray(mask).save(tmp_path / "masks" / name)
+    return tmp_path / "masks"
+
+
+def holes(mask: Path) -> np.ndarray[Any, Any]:
+    return array(mask) > 0
+
+
+PAIRS = {"a.png": "a.png", "b.png": "b_mask.png", "more/c.png": "more/c_mask.png"}
+
+
+def test_each_file_is_filled_by_its_own_mask(
+    models: Path, folder: Path, masks: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run(models, "inpaint", folder, out, "--mask", masks) == cli.OK
+    for name, mask in PAIRS.items():
+        changed = (array(out / name) != array(folder / name)).any(-1)
+        assert not changed[~holes(masks / mask)].any()
+        assert changed[holes(masks / mask)].mean() > 0.9
+    assert (out / "film.mp4").is_file()
+    alone = tmp_path / "alone.png"
+    assert run(models, "inpaint", folder / "b.png", alone, "--mask", masks) == cli.OK
+    assert np.array_equal(array(alone), array(out / "b.png"))
+
+
+def test_masks_beside_their_pictures_are_no_pictures(
+    models: Path, folder: Path, masks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the released code has it; and what has none, or two, is told."""
+    shutil.move(masks / "b_mask.png", folder)
+    for number in (1, 2):
+        shutil.copy(masks / "film_mask001.png", folder / f"film_mask{number}.png")
+    out = tmp_path / "out"
+    code = run(models, "inpaint", folder, out, "--mask", folder)
+    assert code == cli.SOME_FAILED
+    made = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert made == {"b.png"}
+    assert f"{folder / 'a.png'} has no mask: put one into {folder}, called a.png or" in caplog.text
+    assert f"{folder / 'more' / 'c.png'} has no mask" in caplog.text
+    assert f"film.mp4 has 2 masks in {folder} (film_mask1.png, film_mask2.png)" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,33 @@ def test_pictures_at_once_are_each_alone(network_of: Callable[[str], DiffIR]) ->
         assert (network.restore(pair[i : i + 1], prior)[0] - together[i]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 38), (torch.float16, 52)])
+@pytest.mark.parametrize("case", ["x2_37x29", "inpaint_big_72x88"])
+def test_half_precision_is_near_the_released_numbers(
+    case: str,
+    dtype: torch.dtype,
+    least: float,
+    released: dict[str, Tensor],
+    diffir_maker: ModuleType,
+) -> None:
+    """benchmarks/diffir_half.py measures all cases; least: PSNR in dB."""
+    network = build_network(tensors_of(diffir_maker, *FAMILIES[family_of(case)])).to(dtype)
+    start, wanted = released[f"{case}.noise"], released[f"{case}.out"].clamp(0, 1)
+    if network.shape.job == INPAINT:
+        given = released[f"{case}.image"][None].float() / 255
+        mask = torch.ones(given.shape[:3])
+        mask[released[f"{case}.mask"][None] == 0] = 0
+        options = InpaintOptions("picture")
+        found = inpaint(given, mask, loading(network), options, start=start).pictures[0]
+        apart = (found - wanted.movedim(0, -1))[mask[0] > 0]
+    else:
+        given = released[f"{case}.lq"][None].float() / 255
+        found = enhance(given, loading(network), start=start).pictures[0]
+        apart = found - wanted.movedim(0, -1)
+    assert 1e-4 < apart.abs().max()
+    assert -10 * apart.square().mean().log10() > least
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
 def test_half_precision_holds_a_large_bright_picture(dtype: torch.dtype) -> None:

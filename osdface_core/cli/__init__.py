@@ -9,12 +9,14 @@ import os
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import OSDFaceError
 
 OK, SOME_FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
+MASK = "a mask of this run"
 
 log = logging.getLogger("osdface")
 
@@ -50,27 +52,31 @@ def run(options: argparse.Namespace) -> int:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from ..faces.choose import CHOSEN
-    from . import job
+    from . import enhancer, job
 
     started = time.perf_counter()
     others = (options.keep, getattr(options, "mask", None))
-    inputs = tuple(path for path in others if path and path.exists())
-    items = job.plan(options.input, options.output, options.overwrite, inputs)
+    inputs = {path for path in others if path and path.exists()}
+    masks = enhancer.masks_in(others[1]) if others[1] and others[1].is_dir() else set()
+    items = [
+        replace(item, reason=MASK, wrong=False) if item.source.resolve() in masks else item
+        for item in job.plan(options.input, options.output, options.overwrite, (*inputs, *masks))
+    ]
     entries = [_left_out(item) for item in items if item.reason]
     for item in items:
-        if item.reason and item.reason != job.EXISTS:
+        if item.reason and item.reason not in (job.EXISTS, MASK):
             log.warning(
                 "%s is %s: %s.", item.source, "not done" if item.wrong else "skipped", item.reason
             )
     todo = [item for item in items if not item.reason]
     if options.report:
-        _check_report(options, items)
+        _check_report(options, items, masks)
         # Written now too: hours of work are not to end in a report that cannot be written.
         _write_report(options.report, options, entries, time.perf_counter() - started)
     settled, reported = options, True
     try:
         if todo:
-            from . import enhancer, restorer, upscaler
+            from . import restorer, upscaler
 
             if enhancer.does(options):
                 settled = enhancer.resolve(options)
@@ -131,7 +137,7 @@ def _left_out(item: Any) -> dict[str, Any]:
     return {"input": str(item.source), "output": str(item.target), **what}
 
 
-def _check_report(options: argparse.Namespace, items: list[Any]) -> None:
+def _check_report(options: argparse.Namespace, items: list[Any], masks: set[Path]) -> None:
     from ..weights.catalogue import BUILTIN, NONE
 
     report = options.report.resolve()
@@ -149,6 +155,7 @@ def _check_report(options: argparse.Namespace, items: list[Any]) -> None:
     files = [
         options.keep,
         getattr(options, "mask", None),
+        *masks,
         Path(options.output),
         *(path for item in items for path in (item.source, item.target)),
     ]

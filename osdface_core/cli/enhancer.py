@@ -17,13 +17,15 @@ from ..diffir.inpaint import InpaintOptions, inpaint
 from ..diffir.network import DEBLUR, INPAINT, build_network, start_vector
 from ..diffir.weights import read_weights
 from ..errors import OSDFaceError
-from .pictures import read_mask
+from .pictures import EXTENSIONS, read_mask
 from .restorer import given, settle_machine, store_in
 
 DIFFIR = "diffir"
 # The file of each job that is taken where none is named.
 DEBLURRER, INPAINTER = "DiffIRS2-deblur.safetensors", "DiffIRS2-celeba.safetensors"
 ENLARGER = "DiffIRS2-GANx{:g}-V2.safetensors"
+# What the names of masks have after those of their pictures.
+MARK = "_mask"
 
 
 def does(options: argparse.Namespace) -> bool:
@@ -59,6 +61,43 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     return options
 
 
+def masks_in(folder: Path) -> set[Path]:
+    """The files below a folder of masks that are called so: they are no pictures to be done."""
+    return {
+        path.resolve()
+        for path in folder.rglob(f"*{MARK}*")
+        if path.suffix.lower() in EXTENSIONS and MARK in path.stem
+    }
+
+
+def mask_for(source: Path, base: Path, masks: Path) -> Path:
+    """The mask of a file, in the folder of masks or where it lies below, as it does below `base`.
+
+    It is called as the file is, or so with "_mask" and anything after it, as the released code has
+    it. Raises OSDFaceError where there is none, or more than one.
+    """
+    below = source.absolute().parent.relative_to(base.absolute())
+    folder, name = masks / below, source.stem
+    found = sorted(
+        path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.suffix.lower() in EXTENSIONS
+        and (path.stem == name or path.stem.startswith(name + MARK))
+        and path.absolute() != source.absolute()
+    )
+    if not found:
+        raise OSDFaceError(
+            f"{source} has no mask: put one into {folder}, called {name}.png or {name}{MARK}.png."
+        )
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise OSDFaceError(
+            f"{source} has {len(found)} masks in {folder} ({names}); one is wanted: take the "
+            "others away."
+        )
+    return found[0]
+
+
 class Enhancer:
     """The network, and the settings of a run.
 
@@ -82,7 +121,18 @@ class Enhancer:
             )
         self.options.scale = float(self.network.shape.scale)
         self.start = start_vector(options.seed)
-        self.mask = read_mask(options.mask) if wanted == INPAINT else torch.zeros(1, 1, 1)
+        is_one = wanted == INPAINT and not options.mask.is_dir()
+        self.mask = read_mask(options.mask) if is_one else torch.zeros(1, 1, 1)
+
+    def begin(self, source: Path) -> None:
+        """Reads the mask of a file that is done next, where each has its own.
+
+        Raises OSDFaceError for a mask that is missing.
+        """
+        options = self.options
+        if options.command == INPAINT and options.mask.is_dir():
+            base = options.input if options.input.is_dir() else options.input.parent
+            self.mask = read_mask(mask_for(source, base, options.mask))
 
     @torch.inference_mode()
     def enlarge(self, pictures: Tensor, progress: Progress | None = None) -> Tensor:

@@ -181,6 +181,8 @@ def work(item: Item, restorer: Networks) -> dict[str, Any]:
     started = time.perf_counter()
     entry: dict[str, Any] = {"input": str(item.source), "output": str(item.target), "status": DONE}
     try:
+        if isinstance(restorer, Enhancer):
+            restorer.begin(item.source)
         video = item.source.suffix.lower() in VIDEOS
         entry |= (_video if video else _picture)(item, restorer)
     except Exception as error:  # one bad file must not stop the others

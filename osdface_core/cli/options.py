@@ -152,10 +152,11 @@ def _add_holes(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("holes").add_argument
     add(
         "--mask",
-        metavar="FILE",
+        metavar="FILE|DIR",
         type=Path,
         required=True,
-        help="a picture of the same size that is not black where pixels are to be filled",
+        help="a picture of the same size that is not black where pixels are to be filled, or a "
+        "folder of such: of photo.jpg, photo.png or photo_mask.png",
     )
     add(
         "--working-size",
