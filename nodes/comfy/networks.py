@@ -91,7 +91,25 @@ def load_network(
 
     patcher = cached(build.__module__ + "." + build.__qualname__, files_of(path), make)
     mm.load_models_gpu([patcher], memory_required=memory)
+    _bring(patcher.model, patcher.load_device)
     return patcher.model
+
+
+def _bring(network: nn.Module, device: torch.device) -> None:
+    """Moves to `device` those layers that the host does not cast there as they are used.
+
+    With --novram, or where room is short, it leaves all weights where they are. Batch norms would
+    stay on the CPU, and where they are the network computes. When the network is unloaded, the host
+    takes them back with the rest.
+    """
+    for module in network.modules():
+        if not hasattr(module, "comfy_cast_weights"):
+            for own in (module._parameters, module._buffers):
+                for name, tensor in own.items():
+                    if tensor is not None and tensor.device != device:
+                        moved = tensor.to(device)
+                        is_weight = isinstance(tensor, nn.Parameter)
+                        own[name] = nn.Parameter(moved, False) if is_weight else moved
 
 
 def load_detector(name: str, image: Tensor) -> RetinaFace:
