@@ -104,12 +104,12 @@ def _bring(network: nn.Module, device: torch.device) -> None:
     """
     for module in network.modules():
         if not hasattr(module, "comfy_cast_weights"):
-            for own in (module._parameters, module._buffers):
-                for name, tensor in own.items():
-                    if tensor is not None and tensor.device != device:
-                        moved = tensor.to(device)
-                        is_weight = isinstance(tensor, nn.Parameter)
-                        own[name] = nn.Parameter(moved, False) if is_weight else moved
+            for name, weight in module._parameters.items():
+                if weight is not None and weight.device != device:
+                    module._parameters[name] = nn.Parameter(weight.to(device), False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device != device:
+                    module._buffers[name] = buffer.to(device)
 
 
 def load_detector(name: str, image: Tensor) -> RetinaFace:
