@@ -28,6 +28,7 @@ from osdface_core.osdface.files import KOHYA_LORA
 from osdface_core.osediff.files import FACES, PICTURES
 from osdface_core.sd21.files import BASE
 from osdface_core.weights.catalogue import WeightFile
+from osdface_core.weights.fetching import UnreachableError, recorded_sha256
 from osdface_core.weights.store import Store, command
 
 ROOT = Path(__file__).resolve().parent
@@ -187,6 +188,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--offline", action="store_true", help="no network: only --from and conversions"
     )
     parser.add_argument(
+        "--trust-first-download",
+        action="store_true",
+        help="where nobody states a file's SHA-256, record that of what is fetched now, on your "
+        "word; without this only the names and shapes of its tensors are checked",
+    )
+    parser.add_argument(
         "--keep-original",
         action="store_true",
         help="keep what was fetched only to be converted, such as the 1.8 GB checkpoint",
@@ -265,8 +272,14 @@ def run_by_hand(options: argparse.Namespace) -> int:
                     offline=options.offline,
                     keep_original=options.keep_original,
                     unreachable=unreachable,
+                    trust=options.trust_first_download,
                 )
                 print(f"   ready  {path}")
+                if entry.sha256 is None and recorded_sha256(path) is None:
+                    print(
+                        "          no SHA-256 is known for it: the names and shapes of its tensors "
+                        "were checked"
+                    )
             except OSDFaceError as error:
                 failures.append(error)
                 left.append(entry)
@@ -317,8 +330,6 @@ def describe(entry: WeightFile, store: Store, given: dict[str, Path]) -> None:
 
 def conclude(left: list[WeightFile], failures: list[OSDFaceError], store: Store) -> int:
     """Prints what is left to do by hand, and returns the exit code."""
-    from osdface_core.weights.fetching import UnreachableError
-
     if not left and not failures:
         return OK
     for failure in failures:

@@ -164,7 +164,9 @@ class OSDFaceRestore(io.ComfyNode):
             )
 
         found_by = files.fingerprint_of(DETECTORS[detector], FACES), detector, detection
-        found = cached_for_picture(image, "found", found_by, find)
+        found = cached_for_picture(
+            image, "found", found_by, find, lambda found: found.faces.crops.nbytes
+        )
         faces, report = found.faces, found.report
         crops = faces.crops
         if len(faces) and strength > 0:
@@ -188,7 +190,9 @@ class OSDFaceRestore(io.ComfyNode):
             # Only a MODEL has patches_uuid; `step` refuses anything else.
             models = weakref.ref(model), getattr(model, "patches_uuid", None), weakref.ref(vae)
             restored_by = found_by, vre_name, lora_name, states, models
-            restored = cached_for_picture(image, "restored", restored_by, step)
+            restored = cached_for_picture(
+                image, "restored", restored_by, step, lambda restored: restored.pictures.nbytes
+            )
             check_restored(restored)
             crops, report = restored.pictures, report + _notes(faces, restored)
         progress = stage("paste", len(faces))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +142,21 @@ def test_half_precision_stays_near_and_fp32_comes_back(
     with small.fp32_fallback():
         assert small.dtype == torch.float32
     assert small.dtype == next(small.unet.parameters()).dtype == dtype
+
+
+def test_what_torch_holds_and_does_not_use_counts_as_free(
+    small: db.DiffusersBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After one large batch torch has most of the memory, and the next may have it again."""
+    memory = {"mem_get_info": (2 * 2**30, 24 * 2**30)}
+    memory |= {"memory_reserved": 20 * 2**30, "memory_allocated": 4 * 2**30}
+    device = SimpleNamespace(
+        **{name: lambda device, value=value: value for name, value in memory.items()}
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    monkeypatch.setattr(small, "device", torch.device("cuda"))
+    monkeypatch.setattr(small, "dtype", torch.float16)
+    assert small.max_batch(512, 512) == 15  # 18 GiB free at 1.17 GiB a face
 
 
 @pytest.mark.parametrize("after", [1, 20, 60])

@@ -267,6 +267,25 @@ def test_ctrl_c_in_the_middle_then_a_second_run(
     assert held(models) == {LORA}
 
 
+def test_a_digest_that_nobody_states_is_no_record_but_on_the_user_s_word(
+    server: Server, models: Path, released: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = server.hub(HUB, LORA, (released / LORA).read_bytes())
+    server.etags[path] = '"5f2a-1"'
+    arguments = ["--models-dir", str(models), "--only", LORA]
+    record = models / "osdface" / (LORA + ".sha256")
+    assert install.main([*arguments, "--from", str(released), "--offline"]) == 0
+    assert not record.exists()
+    (models / "osdface" / LORA).unlink()
+    assert install.main(arguments) == 0
+    assert "names and shapes of its tensors were checked" in capsys.readouterr().out
+    assert not record.exists()
+    (models / "osdface" / LORA).unlink()
+    assert install.main([*arguments, "--trust-first-download"]) == 0
+    assert "were checked" not in capsys.readouterr().out
+    assert record.is_file()
+
+
 def test_two_at_once_fetch_a_file_once(server: Server, models: Path, released: Path) -> None:
     server.hub(HUB, LORA, (released / LORA).read_bytes())
     arguments = [

@@ -8,15 +8,19 @@ import os
 import random
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 
 from osdface_core.errors import OSDFaceError
 from osdface_core.weights import fetching
 from osdface_core.weights.catalogue import WeightFile
 from osdface_core.weights.fetching import UnreachableError, fetch, recorded_sha256, sha256_of
+from osdface_core.weights.store import State, judge
 from tests.weight_server import (
     PROXIES,
     Answer,
@@ -188,6 +192,64 @@ def test_what_the_hub_says_is_recorded_and_holds_from_then_on(
     with pytest.raises(UnreachableError, match="another file under this name"):
         fetch(wanted, tmp_path / "models")
     assert not placed.exists()
+
+
+def tensors(path: Path, **shapes: tuple[int, ...]) -> bytes:
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("etag", ['W/"5f2a-1"', "x" * 64, "0" * 32, "true"])
+@pytest.mark.parametrize("given", ["rubbish", "other shapes", "cut off"])
+def test_a_mirror_s_rubbish_is_refused_whatever_it_says_of_it(
+    etag: str, given: str, server: Server, tmp_path: Path
+) -> None:
+    """A digest that it states proves that the rubbish came whole."""
+    whole = tensors(tmp_path / "whole.safetensors", weight=(64, 40))
+    content = {
+        "rubbish": CONTENT[:22_000],
+        "other shapes": tensors(tmp_path / "other.safetensors", weight=(40, 64)),
+        "cut off": whole[:-100],
+    }[given]
+    wanted = replace(
+        entry(tmp_path, f"hub:{REPOSITORY}/w.pth", known=False), signature={"weight": (64, 40)}
+    )
+    path = server.hub(REPOSITORY, "w.pth", content)
+    if etag != "true":
+        server.etags[path] = etag
+    with pytest.raises(UnreachableError, match="gave another file"):
+        fetch(wanted, tmp_path / "models")
+    assert there(tmp_path / "models") == []
+    assert list((tmp_path / "models" / fetching.INCOMPLETE).glob("*.part")) == []
+
+
+def test_a_digest_that_nobody_states_is_recorded_on_the_user_s_word_alone(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = tensors(tmp_path / "whole.safetensors", weight=(64, 40))
+    wanted = replace(
+        entry(tmp_path, f"hub:{REPOSITORY}/w.pth", known=False), signature={"weight": (64, 40)}
+    )
+    path = server.hub(REPOSITORY, "w.pth", content)
+    server.etags[path] = 'W/"5f2a-1"'
+    placed = fetch(wanted, tmp_path / "models")
+    assert placed.read_bytes() == content
+    assert there(tmp_path / "models") == [NAME], "an unknown digest was recorded"
+    assert "no SHA-256 is known" in caplog.text
+    found = judge(wanted, placed)
+    assert (found.state, "no SHA-256 is known" in found.why) == (State.ACCEPTED, True)
+    fetch(wanted, tmp_path / "models")
+    assert len(server.gets) == 1, "it was fetched again"
+    placed.unlink()
+    placed = fetch(wanted, tmp_path / "models", trust=True)
+    assert recorded_sha256(placed) == sha256_of(placed)
+    found = judge(wanted, placed)
+    assert (found.state, "recorded" in found.why) == (State.VERIFIED, True)
+    # From then on it holds.
+    placed.unlink()
+    server.files[path] = tensors(tmp_path / "later.safetensors", weight=(64, 40), more=(1,))
+    with pytest.raises(UnreachableError, match="SHA-256"):
+        fetch(wanted, tmp_path / "models")
 
 
 def test_the_hub_s_storage_on_another_server_is_followed_and_resumed(

@@ -21,6 +21,7 @@ Answer = Callable[["Request", bytes], None]
 class Server:
     """files: content by URL path. moved: URL that a path leads to, as the hub leads to its storage.
 
+    etags: what a mirror says in place of a path's digest.
     answers: what is done with each GET of a path in turn; then, or without any, it is served
     rightly.
     """
@@ -28,6 +29,7 @@ class Server:
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     moved: dict[str, str] = field(default_factory=dict)
+    etags: dict[str, str] = field(default_factory=dict)
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     gets: list[tuple[str, str | None]] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
@@ -67,7 +69,7 @@ class Request(BaseHTTPRequestHandler):
         if content is None:
             self.head(404, 0)
         else:
-            digest = hashlib.sha256(content).hexdigest()
+            digest = self.state.etags.get(self.path, hashlib.sha256(content).hexdigest())
             linked = {
                 "X_Linked_Etag": f'"{digest}"',
                 "X_Linked_Size": str(len(content)),

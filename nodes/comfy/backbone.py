@@ -28,8 +28,9 @@ from .files import find, naming_input
 from .lora import with_lora
 from .networks import clamp_batch, free_memory, is_out_of_memory
 
-# Crops whose latents are cached with a VAE: 64 KB each at 512 px, 256 KB at 1024.
-MAX_LATENTS = 128
+# Crops whose latents are cached with a VAE (64 KB each at 512 px, 256 KB at 1024), and the bytes
+# that all of them may take: tiles of a large picture are larger.
+MAX_LATENTS, MAX_LATENT_BYTES = 128, 32 * 1024**2
 NAN_REMEDY = "start ComfyUI with --fp32-vae, or with --force-fp32."
 STARVED = (
     "memory was too short to compute it again in fp32: restore fewer or smaller pictures at once, "
@@ -120,7 +121,7 @@ class HostBackbone:
             # Newer hosts may return half precision.
             latents = self.vae.encode(pixels).float()
         cache[key] = latents
-        if len(cache) > MAX_LATENTS:
+        while len(cache) > MAX_LATENTS or sum(x.nbytes for x in cache.values()) > MAX_LATENT_BYTES:
             cache.popitem(last=False)
         return latents
 

@@ -91,7 +91,25 @@ def load_network(
 
     patcher = cached(build.__module__ + "." + build.__qualname__, files_of(path), make)
     mm.load_models_gpu([patcher], memory_required=memory)
+    _bring(patcher.model, patcher.load_device)
     return patcher.model
+
+
+def _bring(network: nn.Module, device: torch.device) -> None:
+    """Moves to `device` those layers that the host does not cast there as they are used.
+
+    With --novram, or where room is short, it leaves all weights where they are. Batch norms would
+    stay on the CPU, and where they are the network computes. When the network is unloaded, the host
+    takes them back with the rest.
+    """
+    for module in network.modules():
+        if not hasattr(module, "comfy_cast_weights"):
+            for name, weight in module._parameters.items():
+                if weight is not None and weight.device != device:
+                    module._parameters[name] = nn.Parameter(weight.to(device), False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device != device:
+                    module._buffers[name] = buffer.to(device)
 
 
 def load_detector(name: str, image: Tensor) -> RetinaFace:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import OSDFaceError
 from ..weights.reading import read_tensors
-from ..weights.store import shapes
+from ..weights.signature import shapes
 from .network import REMEDY, STEPS, posterior
 
 # What the files put before a network's names: PyTorch Lightning's, BasicSR's averaged weights,

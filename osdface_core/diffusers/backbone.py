@@ -160,9 +160,12 @@ class DiffusersBackbone:
 
 
 def _free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device, and those that torch has from it and does not use."""
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     try:
-        return torch.get_device_module(device).mem_get_info(device)[0]
+        module = torch.get_device_module(device)
+        free = module.mem_get_info(device)[0]
+        return free + module.memory_reserved(device) - module.memory_allocated(device)
     except (AttributeError, RuntimeError):
         return 0

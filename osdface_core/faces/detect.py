@@ -53,6 +53,9 @@ SAME_ROLL = 25
 PIXELS_AT_ONCE = 8 * 1024**2
 PIXELS_AT_ONCE_CPU = 2 * 1024**2
 BYTES_PER_PIXEL = 300
+# What a pixel of the picture itself takes beside them: as it is given, in RGB within [0,1] twice
+# while that is made, and shrunk to less than its size.
+BYTES_PER_PIXEL_GIVEN = 4 * (4 + 3 + 3 + 3)
 
 
 @dataclass(frozen=True)
@@ -210,9 +213,11 @@ def max_pixels_seen(height: int, width: int) -> int:
 
 
 def memory_for(count: int, height: int, width: int) -> float:
-    """Bytes of the network's activations for a batch of `count` pictures of height x width px."""
+    """Bytes that a batch of `count` pictures of height x width px takes, activations included."""
     seen = max_pixels_seen(height, width)
-    return max(seen, min(count * seen, PIXELS_AT_ONCE)) * BYTES_PER_PIXEL
+    at_once = min(max(count, 1), max(1, PIXELS_AT_ONCE // max(1, seen)))
+    given = at_once * height * width * BYTES_PER_PIXEL_GIVEN
+    return max(seen, min(count * seen, PIXELS_AT_ONCE)) * BYTES_PER_PIXEL + given
 
 
 def detect(

@@ -13,6 +13,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -25,6 +26,7 @@ from urllib.parse import urlsplit
 
 from ..errors import OSDFaceError
 from .catalogue import HUB, RELEASES, WeightFile
+from .signature import fits, shapes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -117,11 +119,19 @@ def record_sha256(path: Path, digest: str) -> None:
     fresh.replace(record)
 
 
-def write_whole(path: Path, write: Callable[[Path], str]) -> Path:
+def _record(path: Path, digest: str | None) -> None:
+    """Records the digest of what is about to be placed; for None, removes that of another file."""
+    if digest is None:
+        path.with_name(path.name + RECORD).unlink(missing_ok=True)
+    else:
+        record_sha256(path, digest)
+
+
+def write_whole(path: Path, write: Callable[[Path], str | None]) -> Path:
     """Makes the file `path`, whole or not at all, and records its digest beside it.
 
-    write: fills the temporary file it is given and returns the content's SHA-256. Raises
-    OSDFaceError for a full or read-only disk.
+    write: fills the temporary file it is given and returns the content's SHA-256, or None where it
+    is not to be recorded as known. Raises OSDFaceError for a full or read-only disk.
     """
     from filelock import FileLock
 
@@ -132,7 +142,7 @@ def write_whole(path: Path, write: Callable[[Path], str]) -> Path:
             fresh = incomplete / (path.name + ".part")
             try:
                 digest = write(fresh)
-                record_sha256(path, digest)
+                _record(path, digest)
                 fresh.replace(path)
             finally:
                 fresh.unlink(missing_ok=True)
@@ -161,11 +171,14 @@ def fetch(
     folder: Path,
     progress: Progress | None = None,
     unreachable: set[str] | None = None,
+    trust: bool = False,
 ) -> Path:
     """Downloads `entry` into `folder` unless it is there, and returns its path.
 
     The content is checked against the catalogue's SHA-256, else the one recorded here before, else
-    the hub's. A broken download is resumed, in this run or the next. Of two processes the second
+    the hub's. Where the catalogue has none, the names and shapes of its tensors must be right too;
+    and where nobody states one, none is recorded, unless `trust` is the user's word for it. A
+    broken download is resumed, in this run or the next. Of two processes the second
     waits for the first. progress: called several times a second, in the caller's thread.
     unreachable: hosts that did not answer; they are skipped, and further ones are added. Raises
     UnreachableError when no address gives the file, another OSDFaceError for what is wrong on this
@@ -191,11 +204,16 @@ def fetch(
                 if progress:
                     progress(0, entry.expected_size)
         try:
+            known = entry.sha256 or recorded_sha256(path)
             if path.is_file() and (
-                waiting or sha256_of(path) == (entry.sha256 or recorded_sha256(path))
+                waiting
+                or (
+                    (sha256_of(path) == known if known else bool(entry.signature))
+                    and _misfit(entry, path) is None
+                )
             ):
                 return path
-            return _fetch(entry, path, incomplete, progress, unreachable)
+            return _fetch(entry, path, incomplete, progress, unreachable, trust)
         finally:
             lock.release()
     except OSError as error:
@@ -208,6 +226,7 @@ def _fetch(
     incomplete: Path,
     progress: Progress | None,
     unreachable: set[str],
+    trust: bool,
 ) -> Path:
     why = []
     for address in entry.addresses:
@@ -224,7 +243,16 @@ def _fetch(
                 (source.size or entry.expected_size)
                 - (part.stat().st_size if part.is_file() else 0),
             )
-            digest = _transfer(entry, source, part, progress)
+            digest: str | None = _transfer(entry, source, part, progress)
+            if (misfit := _misfit(entry, part)) is not None:
+                part.unlink()
+                raise _NextAddress(f"gave another file: {misfit}")
+            if source.sha256 is None and not trust:
+                log.warning(
+                    "%s: no SHA-256 is known for it; the names and shapes of its tensors are right",
+                    entry.name,
+                )
+                digest = None
         except _NextAddress as error:
             if isinstance(error, _NotReached):
                 unreachable.add(host)
@@ -237,13 +265,27 @@ def _fetch(
             with suppress(FileNotFoundError, PermissionError):
                 if not part.stat().st_size:
                     part.unlink()
-        record_sha256(path, digest)
+        _record(path, digest)
         part.replace(path)
         for left in incomplete.glob(f"{entry.name}.*.part"):
             left.unlink(missing_ok=True)
         return path
     by_hand = f"download it by hand from {entry.by_hand} and put it into {path.parent}"
     raise UnreachableError(f"{entry.name} could not be fetched ({'; '.join(why)}): {by_hand}.", why)
+
+
+def _misfit(entry: WeightFile, path: Path) -> str | None:
+    """Why `path` is not the file by the names and shapes of its tensors; None if it may be.
+
+    A file whose digest the catalogue has is told by that.
+    """
+    if entry.sha256 is not None or not entry.signature:
+        return None
+    try:
+        right = fits(entry, shapes(path))
+    except OSDFaceError as error:
+        return str(error).rstrip(".")
+    return None if right else f"it does not hold the tensors of {entry.name}"
 
 
 def _release(address: str) -> str:
@@ -277,7 +319,8 @@ def _source(address: str, entry: WeightFile, path: Path, progress: Progress | No
             raise _Failed(error) from error
 
     metadata = _retry(ask, entry, progress)
-    told = metadata.etag if metadata.etag and len(metadata.etag) == 64 else None
+    # A mirror's may be anything.
+    told = metadata.etag if re.fullmatch("[0-9a-f]{64}", metadata.etag or "") else None
     if known and told and known != told:
         raise _NextAddress("the hub has another file under this name than the one known")
     return _Source(metadata.location or url, metadata.size, known or told)

@@ -20,6 +20,7 @@ from .fetching import (
     sha256_of,
     write_whole,
 )
+from .signature import fits, shapes
 
 # Paths of each of the host's model folders, by the folder's name; files are put into the first.
 Folders = Mapping[str, Sequence[Path]]
@@ -56,32 +57,6 @@ def command(*options: str) -> str:
     )
 
 
-def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a file's tensors, which are not read. Raises OSDFaceError or OSError."""
-    from .checkpoint import Checkpoint
-    from .reading import is_safetensors
-
-    if is_safetensors(path):
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="np") as file:
-                names = file.keys()
-                return {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        except SafetensorError as error:
-            raise OSDFaceError(
-                f"{path.name} is cut off or damaged ({error}): fetch the file again."
-            ) from error
-    with Checkpoint(path) as checkpoint:
-        return {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-
-
-def fits(entry: WeightFile, held: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether `held`, names and shapes of tensors, contains the signature of `entry`."""
-    held = {name.removeprefix("module."): shape for name, shape in held.items()}
-    return all(held.get(name) == shape for name, shape in entry.signature.items())
-
-
 def judge(entry: WeightFile, path: Path) -> Finding:
     """The state of the file at `path`, taken for `entry`.
 
@@ -91,14 +66,15 @@ def judge(entry: WeightFile, path: Path) -> Finding:
     try:
         known, digest = entry.sha256 or recorded_sha256(path), sha256_of(path)
         if digest == known:
-            return Finding(entry, State.VERIFIED, "its SHA-256 is the known one", path)
+            whose = "known one" if entry.sha256 else f"one recorded in {path.name}{RECORD}"
+            return Finding(entry, State.VERIFIED, f"its SHA-256 is the {whose}", path)
         if not fits(entry, shapes(path)):
             return Finding(entry, State.WRONG, "it does not hold the tensors of that file", path)
         if entry.sha256 is None and known is not None:
             why = f"its SHA-256 is no longer the one recorded beside it in {path.name}{RECORD}"
             return Finding(entry, State.WRONG, why, path)
         if entry.sha256 is None:
-            why = "no SHA-256 is recorded for it, but it has the right layout"
+            why = "no SHA-256 is known for it, but its tensors have the right names and shapes"
         else:
             why = "not the official file (another SHA-256), but it has the same layout"
         if entry.check is not None:
@@ -173,6 +149,7 @@ class Store:
         offline: bool = False,
         keep_original: bool = False,
         unreachable: set[str] | None = None,
+        trust: bool = False,
     ) -> Path:
         """Puts the file in its place: copied, converted, or downloaded.
 
@@ -185,6 +162,7 @@ class Store:
         offline: download nothing.
         keep_original: keep what was downloaded only to be converted.
         unreachable: hosts that did not answer; they are skipped, and further ones are added.
+        trust: record the digest of what is fetched, where none is known, on the user's word.
         """
         given = given or {}
         into = self.target(entry)
@@ -196,21 +174,26 @@ class Store:
                     f"{entry.name} is missing and downloads are off: put it into {into.parent}.",
                     ["downloads are off"],
                 )
-            return fetch(entry, into.parent, progress, unreachable)
+            return fetch(entry, into.parent, progress, unreachable, trust)
         assert entry.convert is not None
-        parts = []
+        parts, fetched = [], set()
         for source in map(self.catalogue.by_name.__getitem__, entry.made_from):
             path = given.get(source.name) or self.find(source)
             if path is None:
                 path = self.obtain(
-                    source, progress=progress, offline=offline, unreachable=unreachable
+                    source,
+                    progress=progress,
+                    offline=offline,
+                    unreachable=unreachable,
+                    trust=trust,
                 )
+                fetched.add(source.name)
             parts.append(path)
         entry.convert(*parts, into)
         for path, name in zip(parts, entry.made_from, strict=True):
             is_kept = self.catalogue.by_name[name].needed or keep_original or name in given
-            # Only a downloaded file has a record: what a user put there stays.
-            if not is_kept and recorded_sha256(path):
+            # Of others only a downloaded file has a record: what a user put there stays.
+            if not is_kept and (name in fetched or recorded_sha256(path)):
                 path.unlink()
                 path.with_name(path.name + RECORD).unlink(missing_ok=True)
         return into
@@ -247,8 +230,8 @@ def _copy(entry: WeightFile, source: Path, into: Path) -> Path:
     if not finding.usable:
         raise OSDFaceError(f"{source} is not taken as {entry.name}: {finding.why}.")
 
-    def write(fresh: Path) -> str:
+    def write(fresh: Path) -> str | None:
         shutil.copyfile(source, fresh)
-        return sha256_of(fresh)
+        return sha256_of(fresh) if finding.state is State.VERIFIED else None
 
     return into if into.exists() and into.samefile(source) else write_whole(into, write)
