@@ -36,10 +36,21 @@ VIDEOS = (
     ".ts",
     ".mts",
     ".m2ts",
+    ".m2t",
+    ".vob",
+    ".mod",
+    ".tod",
     ".wmv",
+    ".asf",
     ".flv",
+    ".f4v",
     ".3gp",
+    ".3g2",
     ".ogv",
+    ".ogm",
+    ".mxf",
+    ".dv",
+    ".divx",
 )
 # What a command works with.
 Networks = Restorer | Upscaler | Enhancer
