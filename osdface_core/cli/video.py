@@ -188,7 +188,7 @@ def upscale(
                 _Moment(frame, start, rotation=frame.rotation).pixels()[None]
             )
             here = [
-                _scaled(replace(face, frame=0), width / size[1], height / size[0])
+                scaled(replace(face, frame=0), width / size[1], height / size[0])
                 for face in chosen
                 if face.frame == start
             ]
@@ -221,7 +221,7 @@ def _check_progressive(source: Path, interlaced: bool) -> None:
         )
 
 
-def _scaled(face: Face, across: float, down: float) -> Face:
+def scaled(face: Face, across: float, down: float) -> Face:
     """The face in a picture that was enlarged so."""
     x1, y1, x2, y2 = face.box
     return replace(
