@@ -49,7 +49,9 @@ class Animation:
         """The frames (H,W,4) uint8 as they are shown, each with its time in seconds."""
         with pictures.opened(self.path) as image:
             for number in range(self.count):
+                pictures.check_size(self.path, image.size)
                 image.seek(number)
+                pictures.check_size(self.path, image.size)
                 shown = np.asarray(image.convert("RGBA"))
                 time = Fraction(str(image.info.get("duration") or 0)) / 1000
                 yield shown, time
@@ -193,6 +195,8 @@ def _no_writer(animation: Animation, kind: str) -> OSDFaceError:
 def _checked(animation: Animation) -> Iterator[tuple[np.ndarray, Fraction]]:
     try:
         yield from animation.frames()
+    except OSDFaceError:
+        raise
     except Exception as error:  # each of Pillow's readers raises its own errors
         says = " ".join(str(error).split()) or type(error).__name__
         raise OSDFaceError(

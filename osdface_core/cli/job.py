@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..errors import OSDFaceError
 from . import animations, enhancer, pictures
+from .aligned import Aligned
 from .animations import Animation
 from .enhancer import Enhancer
 from .restorer import Restorer
@@ -182,7 +183,9 @@ def networks(options: argparse.Namespace) -> Networks:
     """What the command works with. Raises OSDFaceError for weights that do not fit."""
     if enhancer.does(options):
         return Enhancer(options)
-    return Upscaler(options) if options.command == "upscale" else Restorer(options)
+    if options.command == "upscale":
+        return Upscaler(options)
+    return Aligned(options) if options.aligned else Restorer(options)
 
 
 def work(item: Item, restorer: Networks) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def read(path: Path) -> Picture:
             start = file.read(25)
         _check_heif(path, start)
         with opened(path) as image:
-            _check_size(path, image.size)
+            check_size(path, image.size)
             page = _main_page(image)
             deep = _read_tiff(path, page) if start.startswith((b"II", b"MM")) else None
             return deep or _read(path, image, page, start[24:] == b"\x10" and image.format == "PNG")
@@ -220,17 +220,28 @@ def _check_heif(path: Path, start: bytes) -> None:
         )
 
 
-def _check_size(path: Path, size: tuple[int, int]) -> None:
-    """Raises OSDFaceError for a picture that this machine cannot hold."""
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return
-    if (needed := size[0] * size[1] * BYTES_A_PIXEL) > memory:
+def check_size(path: Path, size: tuple[int, int]) -> None:
+    """Raises OSDFaceError for a picture that this machine cannot hold. size: width and height."""
+    memory = _free_memory()
+    needed = size[0] * size[1] * BYTES_A_PIXEL
+    if memory is not None and needed > memory:
         raise OSDFaceError(
-            f"{path} is too large: {size[0]} x {size[1]} px take about {needed / 2**30:,.0f} GiB "
-            f"while they are searched, and this machine has {memory / 2**30:,.0f}: shrink it."
+            f"{path} is too large: {size[0]} x {size[1]} px take about {needed / 2**30:,.1f} GiB "
+            f"while they are searched, and {memory / 2**30:,.1f} are free here: shrink it."
         )
+
+
+def _free_memory() -> int | None:
+    """Bytes that may be taken; None where the system does not tell."""
+    try:
+        told = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(told.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _main_page(image: Image.Image) -> int | None:
