@@ -18,7 +18,7 @@ from pathlib import Path
 
 from osdface_core import cli
 
-RAW = re.compile(r"^[A-Za-z_.]*(Error|Exception|Warning|Exit): ")
+RAW = re.compile(r"^[A-Za-z_.]*([Ee]rror|Exception|Warning|Exit): ")
 
 
 def verdict(entry: dict, source: Path, target: Path) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..chunks import Progress
 from ..faces.choose import CHOSEN
 from ..faces.face import Face
-from ..pictures.color import match_color
+from ..pictures.color import as_given, match_color
 from ..pictures.geometry import scaling
 from ..pictures.picture import rgb_of
 from ..pictures.resampling import warp
@@ -36,7 +36,7 @@ class Aligned(Restorer):
         self, pixels: Tensor, progress: Progress | None = None
     ) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
         height, width = pixels.shape[:2]
-        after, mask, notes = self._whole(pixels[None], 0, progress)
+        after, mask, notes = self._whole(pixels[None], progress)
         faces = _faces(1, width, height)
         return after[0], mask[0], describe_faces(faces, [CHOSEN], notes)
 
@@ -52,10 +52,10 @@ class Aligned(Restorer):
     def frames(
         self, frames: Tensor, chosen: Sequence[Face]
     ) -> tuple[Tensor, Tensor, dict[tuple[int, int], str]]:
-        return self._whole(frames, 0, None)
+        return self._whole(frames, None)
 
     def _whole(
-        self, images: Tensor, start: int, progress: Progress | None
+        self, images: Tensor, progress: Progress | None
     ) -> tuple[Tensor, Tensor, dict[tuple[int, int], str]]:
         """Restores pictures (B,H,W,C). Returns what `paste` returns."""
         count, height, width = images.shape[:3]
@@ -73,19 +73,19 @@ class Aligned(Restorer):
             crop = _resized(own, *_working_size(height, width))[None]
             result = self._restored(crop.to(images.device), progress)
             if result.failed:
-                notes[start + i, 0] = "came out as NaN, left as it was"
+                notes[i, 0] = "came out as NaN, left as it was"
                 continue
             if result.recomputed:
-                notes[start + i, 0] = "computed again in fp32"
+                notes[i, 0] = "computed again in fp32"
             restored = _resized(result.pictures[0].float().cpu(), height, width)
             restored = match_color(restored, own, weight, options.color_match)
             mixed = own + weight[..., None] * (restored - own)
-            channels = min(3, image.shape[2] - (image.shape[2] in (2, 4)))
-            after[i, ..., :channels] = mixed if channels == 3 else mixed.mean(-1, keepdim=True)
+            colors = as_given(mixed.movedim(-1, 0), image)
+            after[i, ..., : colors.shape[2]] = colors
         mask = weight.expand(count, height, width).clone()
         for i, _ in notes:
             if notes[i, 0].startswith("came"):
-                mask[i - start] = 0
+                mask[i] = 0
         return after, mask, notes
 
 

@@ -39,22 +39,25 @@ class Animation:
     path: the file.
     format: as Pillow names it.
     count: of its frames.
+    size: width and height, which a later frame of a GIF may make larger.
     """
 
     path: Path
     format: str
     count: int
+    size: tuple[int, int]
 
     def frames(self) -> Iterator[tuple[np.ndarray, Fraction]]:
         """The frames (H,W,4) uint8 as they are shown, each with its time in seconds."""
         with pictures.opened(self.path) as image:
             for number in range(self.count):
-                pictures.check_size(self.path, image.size)
+                pictures.check_size(self.path, self.size)
                 image.seek(number)
-                pictures.check_size(self.path, image.size)
-                shown = np.asarray(image.convert("RGBA"))
+                shown = image.convert("RGBA")
+                if shown.size != self.size:
+                    shown = shown.crop((0, 0, *self.size))
                 time = Fraction(str(image.info.get("duration") or 0)) / 1000
-                yield shown, time
+                yield np.asarray(shown), time
 
     def around(self, times: list[Fraction]) -> Around:
         """What it has beside its frames. times: of the frames."""
@@ -93,7 +96,8 @@ def look(path: Path) -> Animation | None:
         with pictures.opened(path) as image:
             count = getattr(image, "n_frames", 1)
             if image.format in ANIMATED and count > 1:
-                return Animation(path, image.format, count)
+                image.seek(count - 1)
+                return Animation(path, image.format, count, image.size)
     except Exception:  # the reader of single pictures says what is wrong
         return None
     return None

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -167,11 +167,13 @@ def read(path: Path) -> Picture:
         with path.open("rb") as file:
             start = file.read(25)
         _check_heif(path, start)
+        deep = _read_tiff(path) if start.startswith((b"II", b"MM")) else None
+        if deep is not None:
+            return deep
         with opened(path) as image:
-            check_size(path, image.size)
             page = _main_page(image)
-            deep = _read_tiff(path, page) if start.startswith((b"II", b"MM")) else None
-            return deep or _read(path, image, page, start[24:] == b"\x10" and image.format == "PNG")
+            check_size(path, image.size)
+            return _read(path, image, page, start[24:] == b"\x10" and image.format == "PNG")
     except OSDFaceError:
         raise
     except MemoryError as error:
@@ -271,7 +273,7 @@ def _read(path: Path, image: Image.Image, page: int | None, deep: bool) -> Pictu
         array, depth = imagecodecs.png_decode(path.read_bytes()), 16
     elif image.mode in ("I", "F") or image.mode.startswith("I;"):
         values = _upright(np.asarray(image.convert(image.mode[:1])), turn)
-        span, depth = _span(values), 16
+        span, depth = _span(values, image.mode), 16
         finite = np.nan_to_num((values - span[0]) / (span[1] - span[0]), posinf=1, neginf=0)
         array = np.clip(finite, 0, 1).astype(np.float32)
         turn = _UPRIGHT[1]
@@ -281,7 +283,7 @@ def _read(path: Path, image: Image.Image, page: int | None, deep: bool) -> Pictu
     if image.format == "TIFF":
         for tag in set(exif) - {*_TIFF_KEPT, *_TIFF_BLOCKS}:
             del exif[tag]
-        raw = exif.tobytes()
+        raw = _classic(exif).tobytes()
     xmp = image.info.get("xmp")
     if isinstance(raw, str):
         raw = raw.encode("latin-1", "ignore")
@@ -310,6 +312,16 @@ def _read(path: Path, image: Image.Image, page: int | None, deep: bool) -> Pictu
     )
 
 
+def _classic(exif: Image.Exif) -> Image.Exif:
+    """The same; of a BigTIFF, whose blocks Pillow does not read again, as of a plain one."""
+    if not exif.bigtiff:
+        return exif
+    plain = Image.Exif()
+    for tag, value in exif.items():
+        plain[tag] = dict(exif.get_ifd(tag)) if tag in _TIFF_BLOCKS else value
+    return plain
+
+
 def _dpi(given: object) -> tuple[float, float] | None:
     try:
         across, down = (float(one) for one in given)  # type: ignore[attr-defined]
@@ -318,16 +330,13 @@ def _dpi(given: object) -> tuple[float, float] | None:
     return (across, down) if 0 < across < 1e6 and 0 < down < 1e6 else None
 
 
-def _span(values: np.ndarray) -> tuple[float, float]:
+def _span(values: np.ndarray, mode: str) -> tuple[float, float]:
     """The values that are black and white: of a known range, or the lowest and highest."""
-    if values.dtype.kind != "f":
-        lowest, highest = float(values.min()), float(values.max())
-        if lowest >= 0 and highest < 65536:
-            return 0.0, 65535.0
-        return lowest, max(highest, lowest + 1)
+    if mode.startswith("I;"):
+        return 0.0, 65535.0
     known = values[np.isfinite(values)]
     lowest, highest = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    for top in (1.0, 255.0, 65535.0):
+    for top in (1.0, 255.0, 65535.0)[values.dtype.kind != "f" :]:
         if lowest >= 0 and highest <= top:
             return 0.0, top
     return lowest, highest if highest > lowest else lowest + 1
@@ -366,24 +375,25 @@ def _rgb_to_cmyk(image: Image.Image, icc: bytes | None) -> Image.Image:
     return image.convert("CMYK")
 
 
-def _read_tiff(path: Path, number: int | None) -> Picture | None:
-    """A TIFF of 16 bits a channel, of which Pillow reads only grey; None for any other TIFF.
-
-    number: of its page.
-    """
+def _read_tiff(path: Path) -> Picture | None:
+    """A TIFF of 16 bits a channel, of which Pillow reads only grey; None for any other TIFF."""
     import tifffile
 
     try:
         file = tifffile.TiffFile(path)
+        pages: list[Any] = list(file.pages)
+        sizes = [one.imagewidth * one.imagelength for one in pages]
     except Exception:  # Pillow may yet read it
         return None
     with file:
-        page: Any = file.pages[number or 0]
+        number = sizes.index(max(sizes))
+        page = pages[number]
         known = (MIN_IS_WHITE, MIN_IS_BLACK, RGB)
         if page.bitspersample != 16 or page.photometric not in known:
             return None
         if page.dtype != np.uint16 or page.samplesperpixel not in (1, 2, 3, 4):
             return None
+        check_size(path, (page.imagewidth, page.imagelength))
         array = page.asarray()
         if page.planarconfig == SEPARATE and array.ndim == 3:
             array = np.moveaxis(array, 0, -1)
@@ -480,10 +490,10 @@ def check_target(picture: Picture, path: Path) -> None:
     """Raises OSDFaceError if a file of that name cannot hold the picture."""
     kind = path.suffix.lower()
     name = _format(picture, kind)
-    if name is None and kind in FORMATS:
+    if name is None and (kind in FORMATS or kind == picture.path.suffix.lower()):
         raise OSDFaceError(
-            f"{path.name} cannot be written, for {kind} is a kind that is only read: name a .png, "
-            ".tif or .jpg as the output."
+            f"{path.name} cannot be written, for {kind or picture.format} is a kind that is only "
+            "read: name a .png, .tif or .jpg as the output."
         )
     if name is None:
         raise OSDFaceError(
@@ -604,12 +614,13 @@ def _write_values(picture: Picture, pixels: Tensor, mask: Tensor, path: Path, na
     fresh = pixels[..., 0].numpy().astype(np.float64) * (high - low) + low
     fresh = fresh.round() if values.dtype.kind != "f" else fresh
     changed = np.where((mask > 0).numpy(), fresh, values).astype(values.dtype)
-    image = Image.fromarray(changed)
-    options: dict[str, Any] = {"dpi": picture.dpi} if picture.dpi and name == "TIFF" else {}
-    for one in (image, Image.fromarray(changed.clip(0, 65535).astype(np.uint16))):
+    if name == "TIFF":
+        _write_tiff(path, changed, picture)
+        _put_pages(path, picture)
+        return True
+    for one in (changed, changed.clip(0, 65535).astype(np.uint16)):
         try:
-            one.save(path, name, **options)
-            _put_pages(path, picture)
+            Image.fromarray(one).save(path, name)
             return True
         except (OSError, KeyError, ValueError):
             continue
@@ -706,7 +717,11 @@ def _write_tiff(path: Path, array: np.ndarray, picture: Picture) -> None:
     import tifffile
 
     channels = 1 if array.ndim == 2 else array.shape[2]
-    with tifffile.TiffWriter(path) as file:
+    # Among the pages of another file its order of bytes holds.
+    order: Literal["<", ">"] = "<"
+    if picture.page is not None and picture.path.read_bytes()[:2] == b"MM":
+        order = ">"
+    with tifffile.TiffWriter(path, byteorder=order) as file:
         file.write(
             array,
             photometric="rgb" if channels > 2 else "minisblack",
