@@ -15,6 +15,7 @@ Exit codes: 0 all is there, 1 something is missing or wrong, 2 nothing could be 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -112,11 +113,11 @@ def extra_folders(path: Path) -> Iterator[tuple[str, Path, bool]]:
         if not isinstance(section, dict):
             continue
         base = path.parent / os.path.expandvars(
-            os.path.expanduser(str(section.pop("base_path", "")))
+            os.path.expanduser(str(section.pop("base_path", "") or ""))
         )
         first = bool(section.pop("is_default", False))
         for name, lines in section.items():
-            for line in filter(None, str(lines).split("\n")):
+            for line in filter(None, str(lines or "").split("\n")):
                 yield name, Path(os.path.normpath(base / line)), first
 
 
@@ -206,6 +207,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     """Runs, and returns the exit code."""
+    # A pipe on Windows takes the letters of one code page, and paths hold any.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if run_by_host(arguments):
         try:
             greet_host()

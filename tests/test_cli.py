@@ -324,7 +324,7 @@ def test_a_slash_at_the_end_names_a_folder_that_is_not_there_yet(
 
 @pytest.mark.parametrize(
     ("given", "out"),
-    [("a.png", "restored"), ("a.png", "a.mp4"), ("a.png", "a.gif"), ("a.mp4", "out.png")],
+    [("a.png", "restored"), ("a.png", "a.mp4"), ("a.png", "a.psd"), ("a.mp4", "out.png")],
 )
 def test_an_output_of_another_kind_is_refused_before_a_network_is_read(
     given: str,

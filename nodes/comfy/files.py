@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import comfy.model_management as mm
 import comfy.utils
 import folder_paths
+from comfy.cli_args import args
 
 from ...osdface_core.catalogue import CATALOGUE
 from ...osdface_core.diffir.files import FOLDER as DIFFIR
@@ -116,7 +117,13 @@ def any_available(names: Iterable[str], kind: str) -> bool:
 def _downloads_allowed() -> bool:
     if os.environ.get(DOWNLOAD_VARIABLE, "").lower() in ("1", "true", "yes", "on"):
         return True
-    settings = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
+    users = Path(folder_paths.get_user_directory())
+    # A graph does not say whose it is: among several users one who allows it is enough.
+    names = [*users.glob("*/")] if args.multi_user else [users / "default"]
+    return any(_allows_downloads(name / "comfy.settings.json") for name in names)
+
+
+def _allows_downloads(settings: Path) -> bool:
     try:
         return json.loads(settings.read_text(encoding="utf-8")).get(DOWNLOAD_SETTING) is True
     except (OSError, ValueError, AttributeError):

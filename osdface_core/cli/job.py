@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import torch
 from tqdm import tqdm
 
 from ..errors import OSDFaceError
-from . import enhancer, pictures
+from . import animations, enhancer, pictures
+from .aligned import Aligned
+from .animations import Animation
 from .enhancer import Enhancer
 from .restorer import Restorer
 from .upscaler import Upscaler
@@ -36,10 +38,21 @@ VIDEOS = (
     ".ts",
     ".mts",
     ".m2ts",
+    ".m2t",
+    ".vob",
+    ".mod",
+    ".tod",
     ".wmv",
+    ".asf",
     ".flv",
+    ".f4v",
     ".3gp",
+    ".3g2",
     ".ogv",
+    ".ogm",
+    ".mxf",
+    ".dv",
+    ".divx",
 )
 # What a command works with.
 Networks = Restorer | Upscaler | Enhancer
@@ -99,7 +112,7 @@ def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ())
     single = not source.is_dir()
     for path, place in pairs:
         kind = path.suffix.lower()
-        wanted = VIDEOS if kind in VIDEOS else pictures.EXTENSIONS
+        wanted = VIDEOS if kind in VIDEOS else pictures.WRITTEN
         if path.is_symlink() and not path.is_file():
             items.append(
                 Item(
@@ -110,7 +123,7 @@ def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ())
                     else "a link to nothing",
                 )
             )
-        elif kind not in (*pictures.EXTENSIONS, *VIDEOS):
+        elif kind not in (*pictures.EXTENSIONS, *VIDEOS) and not pictures.is_picture(path):
             items.append(
                 Item(
                     path,
@@ -119,7 +132,7 @@ def plan(source: Path, out: str, overwrite: bool, inputs: tuple[Path, ...] = ())
                     single,
                 )
             )
-        elif place.suffix.lower() not in wanted:
+        elif place.suffix.lower() != kind and place.suffix.lower() not in wanted:
             says = (
                 f"OUT is {place}, whose extension is none of {', '.join(wanted)}: name such a "
                 "file, or a folder with a / at its end"
@@ -170,7 +183,9 @@ def networks(options: argparse.Namespace) -> Networks:
     """What the command works with. Raises OSDFaceError for weights that do not fit."""
     if enhancer.does(options):
         return Enhancer(options)
-    return Upscaler(options) if options.command == "upscale" else Restorer(options)
+    if options.command == "upscale":
+        return Upscaler(options)
+    return Aligned(options) if options.aligned else Restorer(options)
 
 
 def work(item: Item, restorer: Networks) -> dict[str, Any]:
@@ -184,7 +199,12 @@ def work(item: Item, restorer: Networks) -> dict[str, Any]:
         if isinstance(restorer, Enhancer):
             restorer.begin(item.source)
         video = item.source.suffix.lower() in VIDEOS
-        entry |= (_video if video else _picture)(item, restorer)
+        if video:
+            entry |= _video(item, restorer)
+        elif animation := animations.look(item.source):
+            entry |= _animation(item, animation, restorer)
+        else:
+            entry |= _picture(item, restorer)
     except Exception as error:  # one bad file must not stop the others
         log.debug("%s", item.source, exc_info=True)
         says = " ".join(str(error).split()) or type(error).__name__
@@ -197,14 +217,17 @@ def work(item: Item, restorer: Networks) -> dict[str, Any]:
 
 def _picture(item: Item, restorer: Networks) -> dict[str, Any]:
     given = pictures.read(item.source)
-    pictures.check_target(given, item.target)
-    after, mask, faces = restorer.picture(given.pixels)
     kind = item.target.suffix.lower()
+    same = kind == item.source.suffix.lower()
+    if not same:
+        pictures.check_target(given, item.target)
+    after, mask, faces = restorer.picture(given.pixels)
 
     def fill(fresh: Path) -> None:
-        if not bool((mask > 0).any()) and kind == item.source.suffix.lower() and not given.turned:
+        if same and not bool((mask > 0).any()):
             shutil.copyfile(item.source, fresh)
         else:
+            pictures.check_target(given, item.target)
             pictures.write(given, after, mask, fresh, kind, restorer.options.quality)
 
     pictures.replace_file(item.target, fill)
@@ -212,9 +235,35 @@ def _picture(item: Item, restorer: Networks) -> dict[str, Any]:
     return {"width": width, "height": height, "faces": faces}
 
 
+def _animation(item: Item, animation: Animation, restorer: Networks) -> dict[str, Any]:
+    kind = item.target.suffix.lower()
+    quality = restorer.options.quality
+    return _by_frames(
+        item,
+        lambda fresh, progress: animations.restore(
+            animation, fresh, kind, restorer, quality, progress
+        ),
+    )
+
+
 def _video(item: Item, restorer: Networks) -> dict[str, Any]:
     from . import video
 
+    crf = restorer.options.crf
+    return _by_frames(
+        item,
+        lambda fresh, progress: (
+            video.restore(item.source, fresh, restorer, crf, progress)
+            if isinstance(restorer, Restorer)
+            else video.upscale(item.source, fresh, restorer, crf, progress)
+        ),
+    )
+
+
+def _by_frames(
+    item: Item, do: Callable[[Path, Callable[[int, int], None]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Makes an output by `do`, which counts the frames' steps, and returns what that says."""
     says: dict[str, Any] = {}
     # A frame takes two steps. leave=None keeps the bar where it is the only one, disable=None shows
     # none where standard error is no terminal.
@@ -226,14 +275,7 @@ def _video(item: Item, restorer: Networks) -> dict[str, Any]:
             steps.total = total or None
             steps.update(done)
 
-        def fill(fresh: Path) -> None:
-            crf = restorer.options.crf
-            if not isinstance(restorer, Restorer):
-                says.update(video.upscale(item.source, fresh, restorer, crf, progress))
-            else:
-                says.update(video.restore(item.source, fresh, restorer, crf, progress))
-
-        pictures.replace_file(item.target, fill)
+        pictures.replace_file(item.target, lambda fresh: says.update(do(fresh, progress)))
     return says
 
 

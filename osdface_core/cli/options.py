@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     _add_weights(restore)
     _add_machine(restore)
     _add_faces(restore)
+    _add_aligned(restore)
     _add_restoration(restore)
     upscale = commands.add_parser(
         "upscale",
@@ -373,6 +374,16 @@ def _add_faces(command: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="0..1",
         help="steadies the crops of a video (%(default)s)",
+    )
+
+
+def _add_aligned(command: argparse.ArgumentParser) -> None:
+    command.add_argument_group("faces that were cut out").add_argument(
+        "--aligned",
+        action="store_true",
+        help="the pictures are face crops already: nobody is looked for, all of each is restored "
+        "and keeps its size; of the options of faces and pasting --strength, --color-match and "
+        "--keep are used",
     )
 
 

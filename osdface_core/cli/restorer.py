@@ -27,7 +27,7 @@ from ..faces.face import Face, Faces
 from ..faces.face_parser import build_parser, parse_faces
 from ..faces.files import BUILTIN_DETECTOR, DETECTORS, PARSER
 from ..faces.paste import PasteOptions, paste
-from ..faces.retinaface import build_retinaface
+from ..faces.retinaface import RetinaFace, build_retinaface
 from ..osdface import builtin
 from ..osdface.files import LORA, VRE, VRE_CHECKPOINT
 from ..osdface.lora import parse_lora
@@ -168,6 +168,10 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     # The small model is fast in any type.
     best = torch.float32 if options.model == BUILTIN else best_dtype(device)
     options.dtype = options.dtype or next(name for name, dtype in DTYPES.items() if dtype == best)
+    options.parser_file = options.detector_file = None
+    if options.aligned:
+        # Nobody is looked for, nothing pasted.
+        return options
     if options.detector is None:
         files = {name: CATALOGUE.by_name.get(file) for name, file in DETECTORS.items()}
         found = next((name for name, entry in files.items() if entry and store.find(entry)), None)
@@ -239,11 +243,7 @@ class Restorer:
             options.keep_detail,
         )
         vre = Path(options.vre)
-        self.detector = (
-            build_retinaface(read_tensors(BUILTIN_DETECTOR))
-            if options.detector_file == BUILTIN
-            else build_detector(read_tensors(Path(options.detector_file)))
-        ).to(self.device)
+        self.detector = None if options.aligned else self._detector()
         self.embedder = (
             builtin.embedder()
             if options.vre == BUILTIN
@@ -269,6 +269,15 @@ class Restorer:
                 dtype=dtype,
             )
 
+    def _detector(self) -> RetinaFace:
+        file = self.options.detector_file
+        network = (
+            build_retinaface(read_tensors(BUILTIN_DETECTOR))
+            if file == BUILTIN
+            else build_detector(read_tensors(Path(file)))
+        )
+        return network.to(self.device)
+
     @torch.inference_mode()
     def picture(
         self, pixels: Tensor, progress: Progress | None = None
@@ -277,6 +286,7 @@ class Restorer:
 
         Returns the result, the mask (H,W) of what was changed, and the faces for the report.
         """
+        assert self.detector is not None
         found = find.find_faces(pixels[None], self.detector, self.detect_options)
         after, mask, notes = self.paste(pixels[None], found.faces, progress)
         return after[0], mask[0], describe_faces(found.everyone, found.verdicts, notes)
@@ -284,6 +294,7 @@ class Restorer:
     @torch.inference_mode()
     def detect(self, frames: Tensor) -> list[Any]:
         """The detections in each frame (B,H,W,3) in [0,1], for `place_faces`."""
+        assert self.detector is not None
         return detect(frames, self.detector, self.detect_options)
 
     def place_faces(

@@ -2,15 +2,15 @@
 
 The first pass finds the faces of all frames, which are then followed through the whole video at
 once, so that no window's border splits a person in two. The second restores and encodes. Sound and
-subtitles are copied; size, rate and time of each frame stay.
+subtitles are copied; size, rate and time of each frame stay. A frame of an interlaced video is two
+moments: each of its fields is searched and restored as the picture that it is, and woven in again.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from fractions import Fraction
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..faces.face import Face
 from ..faces.track import thumbnails
 from ..osediff.upscale import result_size
 from ..pictures.geometry import compose, scaling
+from .encoding import Encoding, FieldMarker, choose
 from .enhancer import Enhancer
 from .restorer import Restorer, describe_faces
 from .upscaler import Upscaler
@@ -34,19 +35,40 @@ log = logging.getLogger(__name__)
 
 # Most pixels and most frames of a window.
 WINDOW, MAX_FRAMES = 24 * 1024**2, 64
-# The encoder for each codec. Any other codec is encoded as H.264, or as the container prefers.
-ENCODERS = {
-    "h264": "libx264",
-    "hevc": "libx265",
-    "vp9": "libvpx-vp9",
-    "vp8": "libvpx-vp9",
-    "av1": "libsvtav1",
-    "ffv1": "ffv1",
-    "prores": "prores_ks",
-}
-FALLBACK = "libx264"
-COPIED = ("audio", "subtitle")
 QUARTER = 90
+TOP, BOTTOM = 0, 1
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What a video shows at one time: a frame, or a field of an interlaced one.
+
+    frame: the frame, or the field's lines alone, at half its height.
+    number: of the frame in the video, from 0.
+    parity: TOP or BOTTOM of a field, whose lines are every second one from there.
+    rotation: how the frame is to be shown turned, in degrees.
+    """
+
+    frame: av.VideoFrame
+    number: int
+    parity: int | None = None
+    rotation: int = 0
+
+    def pixels(self) -> Tensor:
+        """As it is shown, (H,W,3) fp32 in [0,1]; between a field's lines stands their mean."""
+        lines = _unturned_pixels(self.frame)
+        if self.parity is not None:
+            lines = _both_fields(lines, self.parity)
+        turned = torch.rot90(lines, self.rotation // QUARTER, (0, 1))
+        return turned.contiguous()
+
+    def replaced(self, picture: Tensor, changed: Tensor) -> av.VideoFrame:
+        """The frame or field with `picture` (H,W,3) where `changed` (H,W) is true."""
+        turns = -(self.rotation // QUARTER)
+        picture, changed = (torch.rot90(one, turns, (0, 1)) for one in (picture, changed))
+        if self.parity is not None:
+            picture, changed = picture[self.parity :: 2], changed[self.parity :: 2]
+        return _replace_pixels(self.frame, picture.contiguous(), changed.contiguous())
 
 
 def restore(
@@ -67,43 +89,56 @@ def restore(
     progress: called with the steps just done and the steps in all, two for a frame, 0 where
         unknown.
     """
-    first, size, count, everyone, verdicts = _find(source, restorer, progress)
-    chosen = [face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN]
+    encoding = choose(source, target, crf)
+    seen = _find(source, restorer, encoding, progress)
+    if seen.interlaced and not encoding.fields:
+        encoding = choose(source, target, crf, fields="tff")
+    chosen = [
+        face
+        for face, verdict in zip(seen.everyone, seen.verdicts, strict=True)
+        if verdict == CHOSEN
+    ]
     notes: dict[tuple[int, int], str] = {}
-    start = 0
+    start = frames = 0
 
     def restored(window: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-        nonlocal start
-        stop = start + len(window)
+        nonlocal start, frames
+        moments = list(_moments(window, frames, encoding.fields))
+        stop = start + len(moments)
         here = [
             replace(face, frame=face.frame - start) for face in chosen if start <= face.frame < stop
         ]
+        fresh = [moment.frame for moment in moments]
         if here:
-            pixels = torch.stack([_pixels(frame) for frame in window])
+            pixels = torch.stack([moment.pixels() for moment in moments])
             after, mask, said = restorer.frames(pixels, here)
             notes.update({(frame + start, number): note for (frame, number), note in said.items()})
-            for frame, picture, changed in zip(window, after, mask, strict=True):
-                yield (
-                    _replace_pixels(frame, picture, changed > 0)
-                    if bool((changed > 0).any())
-                    else frame
-                )
-        else:
-            yield from window
+            fresh = [
+                moment.replaced(picture, changed > 0) if bool((changed > 0).any()) else moment.frame
+                for moment, picture, changed in zip(moments, after, mask, strict=True)
+            ]
+        given = iter(zip(moments, fresh, strict=True))
+        for frame in window:
+            moment, one = next(given)
+            if moment.parity is None:
+                yield one
+            else:
+                _, other = next(given)
+                yield _woven(frame, *((one, other) if moment.parity == TOP else (other, one)))
         start = stop
-        progress(len(window), 2 * count)
+        frames += len(window)
+        progress(len(window), 2 * seen.frames)
 
-    with av.open(str(source)) as container, av.open(str(target), "w") as out:
-        stream = _stream(container, source)
-        encoded = _encoder(out, stream, first, (first.width, first.height), crf)
-        codec = _transcode(container, out, encoded, stream, restored)
-    _check_count(source, count, start)
+    with av.open(str(source)) as container, encoding.open(str(target)) as out:
+        codec = _transcode(container, out, encoding, source, seen.first, restored)
+    _check_count(source, seen.frames, frames)
     return {
-        "frames": start,
+        "frames": frames,
         "codec": codec,
-        "width": size[1],
-        "height": size[0],
-        "faces": describe_faces(everyone, verdicts, notes),
+        "width": seen.size[1],
+        "height": seen.size[0],
+        **({"interlaced": encoding.fields} if encoding.fields else {}),
+        "faces": seen.describe(notes),
     }
 
 
@@ -127,25 +162,33 @@ def upscale(
     progress: as for `restore`.
     """
     restorer = upscaler.restorer
-    everyone: tuple[Face, ...] = ()
-    verdicts: tuple[str, ...] = ()
-    if restorer is not None:
-        first, size, count, everyone, verdicts = _find(source, restorer, progress)
-    else:
-        first, size, count = _measure(source)
-    chosen = [face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN]
+    first, size, count = _measure(source)
     scale = upscaler.options.scale
-    height, width = result_size(*size, scale)
     across, down = (side - side % 2 for side in result_size(first.width, first.height, scale))
+    encoding = choose(source, target, crf, (across, down))
+    seen = _Seen(first, size, count)
+    if restorer is not None:
+        seen = _find(source, restorer, encoding, progress)
+        count = seen.frames
+    _check_progressive(source, seen.interlaced or first.interlaced_frame)
+    chosen = [
+        face
+        for face, verdict in zip(seen.everyone, seen.verdicts, strict=True)
+        if verdict == CHOSEN
+    ]
+    height, width = result_size(*size, scale)
     notes: dict[tuple[int, int], str] = {}
     start = 0
 
     def enlarged(window: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         nonlocal start
         for frame in window:
-            picture = upscaler.enlarge(_pixels(frame)[None])
+            _check_progressive(source, frame.interlaced_frame)
+            picture = upscaler.enlarge(
+                _Moment(frame, start, rotation=frame.rotation).pixels()[None]
+            )
             here = [
-                _scaled(replace(face, frame=0), width / size[1], height / size[0])
+                scaled(replace(face, frame=0), width / size[1], height / size[0])
                 for face in chosen
                 if face.frame == start
             ]
@@ -156,23 +199,29 @@ def upscale(
             start += 1
             progress(1 if restorer is not None else 2, 2 * count)
 
-    with av.open(str(source)) as container, av.open(str(target), "w") as out:
-        stream = _stream(container, source)
-        encoded = _encoder(out, stream, first, (across, down), crf)
-        codec = _transcode(container, out, encoded, stream, enlarged)
-        says = {"frames": start, "codec": codec}
-        turned = first.rotation // QUARTER % 2
-        sides = (encoded.height, encoded.width) if turned else (encoded.width, encoded.height)
+    with av.open(str(source)) as container, encoding.open(str(target)) as out:
+        codec = _transcode(container, out, encoding, source, first, enlarged)
     if count:
         _check_count(source, count, start)
-    return says | {
-        "width": sides[0],
-        "height": sides[1],
-        "faces": describe_faces(everyone, verdicts, notes),
+    turned = first.rotation // QUARTER % 2
+    return {
+        "frames": start,
+        "codec": codec,
+        "width": down if turned else across,
+        "height": across if turned else down,
+        "faces": seen.describe(notes),
     }
 
 
-def _scaled(face: Face, across: float, down: float) -> Face:
+def _check_progressive(source: Path, interlaced: bool) -> None:
+    if interlaced:
+        raise OSDFaceError(
+            f"{source} is interlaced, of which only faces are restored: deinterlace it first "
+            "(ffmpeg -i IN -vf bwdif OUT)."
+        )
+
+
+def scaled(face: Face, across: float, down: float) -> Face:
     """The face in a picture that was enlarged so."""
     x1, y1, x2, y2 = face.box
     return replace(
@@ -199,44 +248,142 @@ def _new_frame(frame: av.VideoFrame, picture: Tensor) -> av.VideoFrame:
     return new
 
 
-def _find(
-    source: Path, restorer: Restorer, progress: Callable[[int, int], None]
-) -> tuple[av.VideoFrame, tuple[int, int], int, tuple[Face, ...], tuple[str, ...]]:
-    """The first pass: the first frame, height and width as it is shown, the number of frames, and
-    all faces, each with a verdict. Arguments as for `restore`.
+@dataclass(frozen=True)
+class _Seen:
+    """What the first pass saw.
+
+    first: the first frame.
+    size: height and width as it is shown.
+    frames: their number, 0 if unknown.
+    interlaced: whether any frame is.
+    everyone: all faces, by moment.
+    verdicts: for each of them "chosen", or why not.
+    moments: the frame of each moment, and which of its fields it is.
     """
+
+    first: av.VideoFrame
+    size: tuple[int, int]
+    frames: int
+    interlaced: bool = False
+    everyone: tuple[Face, ...] = ()
+    verdicts: tuple[str, ...] = ()
+    moments: tuple[tuple[int, int | None], ...] = ()
+
+    def describe(self, notes: dict[tuple[int, int], str]) -> list[dict[str, Any]]:
+        """The faces for the report, by frame; of an interlaced video with their field."""
+        faces = describe_faces(self.everyone, self.verdicts, notes)
+        for face in faces:
+            face["frame"], parity = self.moments[face["frame"]]
+            if parity is not None:
+                face["field"] = ("top", "bottom")[parity]
+        return faces
+
+
+def _find(
+    source: Path,
+    restorer: Restorer,
+    encoding: Encoding,
+    progress: Callable[[int, int], None],
+) -> _Seen:
+    """The first pass. Arguments as for `restore`; encoding: tells which field comes first."""
     found: list[list[Any]] = []
     small = []
     first = None
+    numbers: list[tuple[int, int | None]] = []
+    frames, interlaced = 0, False
     with av.open(str(source)) as container:
-        stream = _stream(container, source)
+        stream = video_stream(container, source)
         total = 2 * stream.frames
         size = 0, 0
         for window in _windows(container.decode(stream)):
-            pixels = torch.stack([_pixels(frame) for frame in window])
-            if size not in ((0, 0), pixels.shape[1:3]):
-                raise OSDFaceError(
-                    f"{source} changes its size midway; one size is wanted: take it apart."
-                )
-            size = pixels.shape[1], pixels.shape[2]
             first = first or window[0]
+            interlaced = interlaced or any(frame.interlaced_frame for frame in window)
+            fields = encoding.fields or ("tff" if interlaced else "")
+            moments = list(_moments(window, frames, fields))
+            seen = [moment.pixels() for moment in moments]
+            for one in seen:
+                if size not in ((0, 0), one.shape[:2]):
+                    raise OSDFaceError(
+                        f"{source} changes its size midway; one size is wanted: take it apart."
+                    )
+                size = one.shape[0], one.shape[1]
+            pixels = torch.stack(seen)
+            numbers += [(moment.number, moment.parity) for moment in moments]
+            frames += len(window)
             found += restorer.detect(pixels)
             small.append(thumbnails(pixels))
             progress(len(window), total)
     if first is None:
         raise OSDFaceError(f"{source} holds no frames: it is damaged or of another kind.")
     everyone, verdicts = restorer.place_faces(found, torch.cat(small), size[1], size[0])
-    return first, size, len(found), everyone, verdicts
+    return _Seen(first, size, frames, interlaced, everyone, verdicts, tuple(numbers))
+
+
+def _moments(window: list[av.VideoFrame], start: int, fields: str) -> Iterator[_Moment]:
+    """The moments of frames: two of an interlaced one, in the order in which they are shown.
+
+    start: the first one's number. fields: which field comes first, `tff` or `bff`.
+    """
+    for number, frame in enumerate(window, start):
+        if not (fields and frame.interlaced_frame):
+            yield _Moment(frame, number, rotation=frame.rotation)
+            continue
+        for parity in (TOP, BOTTOM) if fields == "tff" else (BOTTOM, TOP):
+            yield _Moment(_field(frame, parity), number, parity, frame.rotation)
+
+
+def _lines(plane: Any) -> np.ndarray:
+    return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+
+
+def _field(frame: av.VideoFrame, parity: int) -> av.VideoFrame:
+    """The field's lines of a frame, in each of its planes."""
+    field = av.VideoFrame(frame.width, (frame.height + 1) // 2, frame.format.name)
+    for whole, half in zip(frame.planes, field.planes, strict=True):
+        lines = _lines(whole)[parity::2]
+        width = min(whole.line_size, half.line_size)
+        fresh = np.zeros((half.height, half.line_size), np.uint8)
+        # The lower field of an odd height has a line less.
+        fresh[:, :width] = lines[np.minimum(np.arange(half.height), len(lines) - 1), :width]
+        half.update(fresh.tobytes())
+    field.pts, field.time_base = frame.pts, frame.time_base
+    field.colorspace, field.color_range = frame.colorspace, frame.color_range
+    return field
+
+
+def _woven(frame: av.VideoFrame, top: av.VideoFrame, bottom: av.VideoFrame) -> av.VideoFrame:
+    """`frame` with the lines of these fields."""
+    woven = av.VideoFrame(frame.width, frame.height, frame.format.name)
+    for whole, *halves in zip(woven.planes, top.planes, bottom.planes, strict=True):
+        fresh = np.zeros((whole.height, whole.line_size), np.uint8)
+        for parity, half in enumerate(halves):
+            place = fresh[parity::2]
+            width = min(whole.line_size, half.line_size)
+            place[:, :width] = _lines(half)[: len(place), :width]
+        whole.update(fresh.tobytes())
+    woven.pts, woven.time_base = frame.pts, frame.time_base
+    woven.colorspace, woven.color_range = frame.colorspace, frame.color_range
+    return woven
+
+
+def _both_fields(lines: Tensor, parity: int) -> Tensor:
+    """A field (h,W,3) at its frame's height, (2h,W,3)."""
+    whole = lines.repeat_interleave(2, 0)
+    if parity == TOP:
+        whole[1:-1:2] = (lines[:-1] + lines[1:]) / 2
+    else:
+        whole[2::2] = (lines[:-1] + lines[1:]) / 2
+    return whole
 
 
 def _measure(source: Path) -> tuple[av.VideoFrame, tuple[int, int], int]:
     """The first frame, height and width as it is shown, and the number of frames, 0 if unknown."""
     with av.open(str(source)) as container:
-        stream = _stream(container, source)
+        stream = video_stream(container, source)
         first = next(container.decode(stream), None)
         if first is None:
             raise OSDFaceError(f"{source} holds no frames: it is damaged or of another kind.")
-        height, width = _pixels(first).shape[:2]
+        height, width = _Moment(first, 0, rotation=first.rotation).pixels().shape[:2]
         return first, (height, width), stream.frames
 
 
@@ -247,7 +394,8 @@ def _check_count(source: Path, expected: int, count: int) -> None:
         )
 
 
-def _stream(container: Any, source: Path) -> Any:
+def video_stream(container: Any, source: Path) -> Any:
+    """The stream of a video's frames. Raises OSDFaceError where there is none."""
     streams = [
         s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
     ]
@@ -272,32 +420,28 @@ def _windows(frames: Iterable[av.VideoFrame]) -> Iterator[list[av.VideoFrame]]:
 def _transcode(
     container: Any,
     out: Any,
-    encoded: Any,
-    stream: Any,
+    encoding: Encoding,
+    source: Path,
+    first: av.VideoFrame,
     restored: Callable[[list[av.VideoFrame]], Iterable[av.VideoFrame]],
 ) -> str:
-    """Encodes the frames of `stream` as `restored` gives them, and copies the other streams.
+    """Encodes the frames as `restored` gives them, and copies tracks and chapters.
 
     container: the video read.
     out: the video written.
-    encoded: the stream of `out` that the frames go to.
-    stream: the stream of `container` that they come from.
+    encoding: how.
+    source: the file that is read.
+    first: its first frame.
     restored: takes a window of frames and gives them restored.
     """
+    stream = video_stream(container, source)
+    encoded = encoding.add_to(out, stream, first)
     out.metadata.update(container.metadata)
-    copies = {}
-    for other in container.streams:
-        if other.type in COPIED:
-            try:
-                copies[other.index] = out.add_stream_from_template(other)
-                copies[other.index].metadata.update(other.metadata)
-            except ValueError:
-                log.warning(
-                    "%s: its %s track cannot be kept in this kind of file.",
-                    container.name,
-                    other.type,
-                )
+    copies = encoding.add_copies(out, container)
+    if hasattr(container, "chapters") and (chapters := container.chapters()):
+        out.set_chapters(chapters)
     time_base = stream.time_base
+    mark = FieldMarker(encoding) if encoding.fields else None
 
     def frames() -> Iterator[av.VideoFrame]:
         """Decodes the frames, and copies the packets of other streams that lie between them."""
@@ -308,90 +452,41 @@ def _transcode(
                 packet.stream = copies[packet.stream.index]
                 out.mux(packet)
 
+    last = None
     for window in _windows(frames()):
         for frame in restored(window):
-            frame.time_base = time_base
             frame.pict_type = 0
             fits = (
                 frame
-                if frame.format.name == encoded.pix_fmt
-                else frame.reformat(format=encoded.pix_fmt)
+                if frame.format.name == encoding.pix_fmt
+                else frame.reformat(format=encoding.pix_fmt)
             )
-            for packet in encoded.encode(fits):
+            fits = encoding.timed(fits, time_base, last)
+            last = fits.pts
+            for packet in encoded.encode(mark(fits) if mark else fits):
                 out.mux(packet)
     for packet in encoded.encode(None):
         out.mux(packet)
     return str(encoded.codec_context.name)
 
 
-def _encoder(
-    out: Any,
-    stream: Any,
-    first: av.VideoFrame,
-    size: tuple[int, int],
-    crf: int,
-) -> Any:
-    """The stream of `out` that takes frames like `first`, of this width and height.
-
-    out: the video written.
-    stream: of the video read.
-    first: its first frame.
-    size: width and height of the frames.
-    crf: as for `restore`.
-    """
-    name = stream.codec_context.codec.canonical_name
-    encoder = ENCODERS.get(name, FALLBACK)
-    if av.codec.Codec(encoder, "w").canonical_name not in out.supported_codecs:
-        encoder = (
-            FALLBACK
-            if "h264" in out.supported_codecs
-            else ENCODERS.get(out.default_video_codec, out.default_video_codec)
-        )
-    options = {} if encoder in ("ffv1", "prores_ks") else {"crf": str(crf)}
-    if encoder == "libvpx-vp9":
-        options |= {"b": "0", "row-mt": "1"}
-    encoded = out.add_stream(
-        encoder, rate=stream.average_rate or stream.guessed_rate or Fraction(25), options=options
-    )
-    context = encoded.codec_context
-    context.width, context.height = size
-    known = [str(f.name) for f in av.codec.Codec(encoder, "w").video_formats or ()]
-    context.pix_fmt = first.format.name if first.format.name in known else "yuv420p"
-    context.time_base = encoded.time_base = stream.time_base
-    if stream.sample_aspect_ratio:
-        context.sample_aspect_ratio = stream.sample_aspect_ratio
-    for attribute in ("color_range", "colorspace", "color_primaries", "color_trc"):
-        setattr(context, attribute, getattr(stream.codec_context, attribute))
-    encoded.metadata.update(stream.metadata)
-    if first.rotation:
-        if not hasattr(encoded, "set_display_rotation"):
-            raise OSDFaceError(
-                "The video is to be shown turned, which this PyAV cannot write down: update it "
-                "(pip install -U av)."
-            )
-        encoded.set_display_rotation(first.rotation)
-    return encoded
-
-
 def _layout(frame: av.VideoFrame) -> str:
     return "rgb48le" if frame.format.components[0].bits > 8 else "rgb24"
 
 
-def _pixels(frame: av.VideoFrame) -> Tensor:
-    """The frame as it is shown, (H,W,3) fp32 in [0,1]."""
+def _unturned_pixels(frame: av.VideoFrame) -> Tensor:
+    """The frame as it is stored, (H,W,3) fp32 in [0,1]."""
     array = frame.to_ndarray(format=_layout(frame))
-    array = np.rot90(array, frame.rotation // QUARTER)
     return torch.from_numpy(array.astype(np.float32) / (65535 if array.dtype == np.uint16 else 255))
 
 
 def _replace_pixels(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> av.VideoFrame:
-    """`frame` with `picture` (H,W,3) where `changed` (H,W) is true.
+    """`frame` with `picture` (H,W,3) where `changed` (H,W) is true, both as it is stored.
 
     Its other values stay, untouched by any conversion.
     """
     layout = _layout(frame)
     most = 65535 if layout == "rgb48le" else 255
-    turns = -(frame.rotation // QUARTER)
     array = (
         (picture * most)
         .round()
@@ -399,11 +494,11 @@ def _replace_pixels(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> a
         .numpy()
         .astype(np.uint16 if most > 255 else np.uint8)
     )
-    drawn = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(array, turns)), format=layout)
+    drawn = av.VideoFrame.from_ndarray(array, format=layout)
     new = drawn.reformat(
         format=frame.format.name, dst_colorspace=frame.colorspace, dst_color_range=frame.color_range
     )
-    where = np.rot90(changed.numpy(), turns)
+    where = changed.numpy()
     components = frame.format.components
     for index, (before, after) in enumerate(zip(frame.planes, new.planes, strict=True)):
         inside = [c for c in components if c.plane == index]
