@@ -345,6 +345,27 @@ def test_menus_offer_what_a_shared_workflow_names_present_or_not(host: Any) -> N
         assert name in (options["options"] if kind == "COMBO" else kind)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_any_user_of_several_may_allow_downloads(
+    several: bool, host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.folder_paths, "get_user_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(host.files.args, "multi_user", several)
+    monkeypatch.delenv("OSDFACE_DOWNLOAD", raising=False)
+    for name, allowed in (("default", False), ("anna_1f", True)):
+        (tmp_path / name).mkdir()
+        settings = json.dumps({"OSDFace.download": allowed})
+        (tmp_path / name / "comfy.settings.json").write_text(settings)
+    asked = []
+    monkeypatch.setattr(
+        host.files.Store,
+        "ensure",
+        lambda store, name, *, allow_download, progress: asked.append(allow_download),
+    )
+    host.files.find("detection_Resnet50_Final.pth", "facedetection")
+    assert asked == [several]
+
+
 @pytest.mark.parametrize("how", ["nowhere", "variable", "setting"])
 def test_a_missing_file_is_fetched_only_where_the_user_allowed_it(
     how: str, host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

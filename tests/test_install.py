@@ -429,6 +429,29 @@ def test_extra_model_paths_are_searched_and_the_default_ones_filled(
     assert Store(CATALOGUE, folders).find(CATALOGUE.by_name[SMALL]) == archive / SMALL
 
 
+def test_an_empty_base_path_is_none(models: Path) -> None:
+    (models.parent / "extra_model_paths.yaml").write_text(
+        "comfyui:\n  base_path:\n  osdface: weights/osdface\n  loras:\n"
+    )
+    folders = install.model_folders(models)
+    assert folders["osdface"] == [models / "osdface", models.parent / "weights" / "osdface"]
+    assert folders["loras"] == [models / "loras"]
+
+
+def test_a_console_without_a_path_s_letters_is_no_error(tmp_path: Path) -> None:
+    models = tmp_path / "модели" / "models"
+    models.mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, str(Path(install.__file__)), "--check", "--models-dir", str(models)],
+        env=os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert b"\\u043c\\u043e" in done.stdout
+    assert b"Traceback" not in done.stderr
+
+
 def test_no_host_in_sight_is_one_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import torch
 from tqdm import tqdm
 
@@ -275,7 +277,15 @@ def _by_frames(
             steps.total = total or None
             steps.update(done)
 
-        pictures.replace_file(item.target, lambda fresh: says.update(do(fresh, progress)))
+        try:
+            pictures.replace_file(item.target, lambda fresh: says.update(do(fresh, progress)))
+        except av.FFmpegError as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES):
+                raise
+            raise OSDFaceError(
+                f"{item.source} cannot be done as a video ({error.strerror}): it is damaged or of "
+                "another kind."
+            ) from error
     return says
 
 

@@ -641,6 +641,8 @@ def _write_other(
     if name in ("AVIF", "HEIF"):
         finest = {"subsampling": "4:4:4"} if name == "AVIF" else {"chroma": 444}
         options = {**{k: v for k, v in options.items() if k != "dpi"}, "quality": quality, **finest}
+        if name == picture.format == "HEIF":
+            options |= {"save_all": True, "append_images": _other_pictures(picture.path)}
     elif name == "JPEG2000":
         options = {"no_jp2": kind in CODESTREAM}
     elif name == "TGA" and info.get("compression"):
@@ -663,6 +665,17 @@ def _write_other(
     raise OSDFaceError(
         f"{path.name} cannot be written as {name} ({why}): name a .png, .tif or .jpg as the output."
     )
+
+
+def _other_pictures(path: Path) -> list[Image.Image]:
+    """The pictures of a HEIC file beside the main one."""
+    with opened(path) as image:
+        main, others = image.tell(), []
+        for number in range(getattr(image, "n_frames", 1)):
+            if number != main:
+                image.seek(number)
+                others.append(image.copy())
+    return others
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
