@@ -72,6 +72,11 @@ class DiffIREnhance(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, diffir_name: object = None) -> bool:
+        """Lets a name that the menu lacks through, such as one with another system's slashes."""
+        return True
+
+    @classmethod
     def fingerprint_inputs(cls, diffir_name: str | None = None, **_: Any) -> str:
         return files.fingerprint_of(diffir_name, FOLDER)
 

@@ -86,6 +86,11 @@ class OSDFaceOneStep(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lora_name: object = None) -> bool:
+        """Lets a name that the menu lacks through, such as one with another system's slashes."""
+        return True
+
+    @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> str:
         return files.fingerprint_of(lora_name, LORAS)
 

@@ -107,6 +107,11 @@ class OSDFaceRestore(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, vre_name: object = None, lora_name: object = None) -> bool:
+        """Lets a name that the menu lacks through, such as one with another system's slashes."""
+        return True
+
+    @classmethod
     def fingerprint_inputs(
         cls,
         vre_name: str | None = None,

@@ -49,6 +49,11 @@ class OSDFaceVRE(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, vre_name: object = None) -> bool:
+        """Lets a name that the menu lacks through, such as one with another system's slashes."""
+        return True
+
+    @classmethod
     def fingerprint_inputs(cls, vre_name: str | None = None, **_: Any) -> str:
         return files.fingerprint_of(vre_name, FOLDER, embedder_files)
 

@@ -98,6 +98,11 @@ class OSEDiffUpscale(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, osediff_name: object = None) -> bool:
+        """Lets a name that the menu lacks through, such as one with another system's slashes."""
+        return True
+
+    @classmethod
     def fingerprint_inputs(cls, osediff_name: str | None = None, **_: Any) -> str:
         return files.fingerprint_of(osediff_name, FOLDER)
 

@@ -23,7 +23,8 @@ from ...osdface_core.faces.files import BUILTIN_DETECTOR
 from ...osdface_core.faces.files import FOLDER as FACES
 from ...osdface_core.osdface import builtin
 from ...osdface_core.osdface.files import FOLDER as OSDFACE
-from ...osdface_core.osdface.files import LORAS
+from ...osdface_core.osdface.files import LORAS, VRE, VRE_CHECKPOINT
+from ...osdface_core.osdface.vre import embedder_files
 from ...osdface_core.osediff.files import FOLDER as OSEDIFF
 from ...osdface_core.weights.catalogue import BUILTIN, NONE
 from ...osdface_core.weights.store import Store
@@ -101,11 +102,25 @@ def find(name: str, kind: str) -> Path:
 
 
 def _present(name: str, kind: str) -> Path | None:
+    """The file `name`; in place of a converted embedder, the released one with its projector."""
     if name == BUILTIN and kind in BUILTIN_FILES:
         return BUILTIN_FILES[kind]
-    for folder in SEARCHED[kind]:
-        if (path := folder_paths.get_full_path(folder, name)) is not None:
-            return Path(path)
+    path = _in_folders(name, kind)
+    below, _, file = name.replace("\\", "/").rpartition("/")
+    if path is None and kind == OSDFACE and file == VRE.name:
+        for released in dict.fromkeys((f"{below}/{VRE_CHECKPOINT.name}", VRE_CHECKPOINT.name)):
+            found = _in_folders(released.lstrip("/"), kind)
+            if found is not None and len(embedder_files(found)) > 1:
+                return found
+    return path
+
+
+def _in_folders(name: str, kind: str) -> Path | None:
+    # A workflow that was made on Windows has backslashes in its names. On Windows both do.
+    for written in dict.fromkeys((name, name.replace("\\", "/"))):
+        for folder in SEARCHED[kind]:
+            if (path := folder_paths.get_full_path(folder, written)) is not None:
+                return Path(path)
     return None
 
 
