@@ -160,7 +160,7 @@ def faces_filled() -> dict[str, Node]:
             "detect.crops",
             "carry.mask",
             "DiffIR Inpaint: the upright faces",
-            diffir_name=CELEBA,
+            diffir_name="builtin",
             working_size="256",
         ),
         "prompts": prompts("fill_faces.image"),
@@ -179,12 +179,10 @@ FETCH = "\nMissing some? In this pack's folder, with ComfyUI's Python: `python i
 OSEDIFF_FETCH = """
 Missing some? In this pack's folder, with ComfyUI's Python: `python install.py --checkpoint --osediff`.
 """
-DIFFIR_NEEDS = f"""- `diffir/{PLACE}`: DiffIR for holes in any picture
-- `diffir/{CELEBA}`: DiffIR for holes in upright faces
-"""
-DIFFIR_FETCH = """
-Missing some? In this pack's folder, with ComfyUI's Python: `python install.py --checkpoint{more}`. DiffIR's authors offer their files on
-[Google Drive](https://drive.google.com/drive/folders/1RQXRWMqVaAsyyQt8T-3KtpS68ef8dh90) alone: download the folder, then `python install.py --from FOLDER`.
+DIFFIR_NEEDS = f"""
+*DiffIR Inpaint* fills by the small network that comes with this pack (*builtin*). **The released ones are nine times as large:** their authors
+offer them on [Google Drive](https://drive.google.com/drive/folders/1RQXRWMqVaAsyyQt8T-3KtpS68ef8dh90) alone. Download the folder,
+`python install.py --from FOLDER`, then choose `{PLACE}` in the first *DiffIR Inpaint* and `{CELEBA}`, which knows faces, in the second.
 """
 SUBJECT = "`vre_name`, `lora_name` and `detector` need no change."
 
@@ -469,11 +467,11 @@ Files it needs, under `ComfyUI/models`:
 
 Scratches, tears, stains. Open your photograph in *Load Image*, right-click it, *Open in MaskEditor*, and paint over the damage, a little
 wider than it is. What you painted is filled, all else stays as it is. Then each face is cut out upright, the painted part of it is filled
-once more by the network that knows faces, restored by OSDFace, and put back.
+once more there, OSDFace restores it, and it is put back.
 
-{NEEDS}{DIFFIR_NEEDS}{DIFFIR_FETCH.format(more="")}
+{NEEDS}{FETCH}{DIFFIR_NEEDS}
 **Wide damage?** Set `working_size` in the first *DiffIR Inpaint* to *512*: a hole is then seen with more of what is around it. **An edge
-shows?** Raise `feather`. **Only one of DiffIR's files?** Select the *DiffIR Inpaint* of the other and press Ctrl+B: it is passed over.
+shows?** Raise `feather`.
 """,
         {
             "load": load_image("Load Image: paint the mask here"),
@@ -482,7 +480,7 @@ shows?** Raise `feather`. **Only one of DiffIR's files?** Select the *DiffIR Inp
                 "load.IMAGE",
                 "load.MASK",
                 "DiffIR Inpaint: the whole picture",
-                diffir_name=PLACE,
+                diffir_name="builtin",
                 working_size="picture",
             ),
             "filled": show("fill.image", "Filled", (320, 330)),
@@ -510,13 +508,13 @@ shows?** Raise `feather`. **Only one of DiffIR's files?** Select the *DiffIR Inp
 
 1. Open it in *Load Image*, right-click it, *Open in MaskEditor*, paint over scratches and tears, a little wider than they are. They are filled.
 2. The filled photograph is enlarged four times and restored by OSEDiff. **No OSEDiff?** Select the nodes of frame *2a*, press Ctrl+B; select those of *2b*, press Ctrl+B: an upscale model enlarges instead. One of the two frames is always passed over.
-3. Its faces are cut out upright, the painted parts are filled once more by the network that knows faces, and OSDFace restores them.
+3. Its faces are cut out upright, the painted parts are filled once more there, and OSDFace restores them.
 4. They are put into the enlarged photograph.
 
-{NEEDS}{DIFFIR_NEEDS}- for *2a* `osediff/osediff.safetensors`: OSEDiff
+{NEEDS}- for *2a* `osediff/osediff.safetensors`: OSEDiff
 - for *2b* `upscale_models/RealESRGAN_x4plus.safetensors`, or any other upscale model
-{DIFFIR_FETCH.format(more=" --osediff")}
-**No scratches?** Paint nothing: both *DiffIR Inpaint* pass the picture on and need no file. **Large scan?** Shrink it to about 1000 px before.
+{OSEDIFF_FETCH}{DIFFIR_NEEDS}
+**No scratches?** Paint nothing: both *DiffIR Inpaint* pass the picture on. **Large scan?** Shrink it to about 1000 px before.
 """,
         {
             "load": load_image("Load Image: paint the mask here"),
@@ -525,7 +523,7 @@ shows?** Raise `feather`. **Only one of DiffIR's files?** Select the *DiffIR Inp
                 "load.IMAGE",
                 "load.MASK",
                 "DiffIR Inpaint: the whole picture",
-                diffir_name=PLACE,
+                diffir_name="builtin",
                 working_size="picture",
             ),
             "upscaler": Node(
