@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -365,13 +366,35 @@ def test_pairs_are_cut_turned_and_mirrored_alike(faces: Path, tmp_path: Path) ->
         with Image.open(path) as image:
             pixels = np.asarray(image)
         Image.fromarray(pixels // 2).save(dark / path.name)
-    of = Pictures(faces, 32, crop=16, zoom=(0.5, 1.0), turned=20.0, grey=0.5, degraded=dark)
+    of = Pictures(
+        faces, 32, crop=16, zoom=(0.5, 1.0), turned=20.0, tinted=0.5, grey=0.5, degraded=dark
+    )
     samples = Samples(sorted(faces.iterdir()), of, Degradation(), 0, with_face=False)
     found = [samples[n] for n in range(16)]
     for sample in found:
         torch.testing.assert_close(2 * sample["lq"], sample["hq"], atol=5 / 255, rtol=0)
     grey = [bool((x["hq"] == x["hq"][:1]).all()) for x in found]
     assert 2 < sum(grey) < 14
+
+
+def test_a_tint_exchanges_colours_and_darkens_each(faces: Path) -> None:
+    files, still = sorted(faces.iterdir()), Pictures(faces, 32, flip=False)
+    plain, tinted = (
+        Samples(files, of, Degradation(()), 0, with_face=False)
+        for of in (still, replace(still, tinted=1.0))
+    )
+    seen = set()
+    for n in range(12):
+        colours, found = plain[n]["hq"].flatten(1), tinted[n]["hq"].flatten(1)
+        # Gain and error of each colour of the result for each of the picture.
+        gains = found @ colours.T / (colours.square().sum(1))
+        errors = (found[:, None] - gains[..., None] * colours).abs().amax(-1)
+        order = errors.argmin(1)
+        assert float(errors.amin(1).max()) < 1e-5
+        taken = gains[torch.arange(3), order]
+        assert bool(((taken > 0.49) & (taken < 1.01)).all())
+        seen.add(tuple(order.tolist()))
+    assert len(seen) > 3
 
 
 def test_a_turn_turns_by_so_many_degrees(tmp_path: Path) -> None:

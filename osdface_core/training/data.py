@@ -54,6 +54,7 @@ class Pictures(Folder):
     zoom: range of the side of the square that is taken, as a share of the middle square's side. Its
         side and place are drawn evenly. It is never enlarged.
     turned: largest rotation, in degrees; what comes in at the corners is mirrored.
+    tinted: chance that a sample's colours are exchanged and each darkened by up to a half.
     grey: chance that a sample is black-and-white.
     degraded: folder with the same pictures, degraded, under the same names: taken as they are
         instead of what `degradation` makes.
@@ -63,6 +64,7 @@ class Pictures(Folder):
     flip: bool = True
     zoom: tuple[float, float] = (1.0, 1.0)
     turned: float = 0.0
+    tinted: float = 0.0
     grey: float = 0.0
     degraded: Path | None = None
 
@@ -222,6 +224,9 @@ class Samples:
         # A range or chance of 0 draws nothing, so that it changes no number of the other draws.
         if pictures.turned:
             x = _rotated(x, drawn((-pictures.turned, pictures.turned), generator))
+        if pictures.tinted and bool(torch.rand((), generator=generator) < pictures.tinted):
+            gains = [drawn((0.5, 1), generator) for _ in range(3)]
+            x = x[torch.randperm(3, generator=generator)] * x.new_tensor(gains)[:, None, None]
         if pictures.grey and bool(torch.rand((), generator=generator) < pictures.grey):
             x = torch.tensordot(x.new_tensor(LUMA), x, 1).expand_as(x).contiguous()
         return x
