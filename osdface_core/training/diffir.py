@@ -308,6 +308,11 @@ def noised(prior: Tensor, noise: Tensor) -> Tensor:
     return math.sqrt(share) * prior + math.sqrt(1 - share) * noise
 
 
+def distance(priors: list[Tensor], target: Tensor) -> Tensor:
+    """Absolute error of the vector (B,256) after the last step; the steps before it are free."""
+    return (priors[-1].float() - target).abs().mean()
+
+
 def filled(given: Tensor, lq: Tensor) -> Tensor:
     """The picture as inference gives it: in inpainting only the holes are the network's."""
     if lq.shape[1] == 3:
@@ -412,8 +417,8 @@ class DiffIRTask:
         generators = [generator_for(self.config.run.seed, -3, n) for n in numbers]
         noise = torch.stack([torch.randn(PRIOR, generator=g) for g in generators])
         given, priors = network(lq, noised(target, noise.to(target)))
-        distance = (priors[-1].float() - target).abs().mean()
-        return None if given is None else given.float(), {"distance": distance}
+        parts = {"distance": distance(priors, target)}
+        return None if given is None else given.float(), parts
 
     def losses(self, name: str, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         terms, lq, hq = self.config.losses, batch["lq"], batch["hq"]
