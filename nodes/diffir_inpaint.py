@@ -11,12 +11,18 @@ from comfy_api.latest import io
 from ..osdface_core.diffir.files import FOLDER, INPAINTERS
 from ..osdface_core.diffir.inpaint import SIDES, InpaintOptions, inpaint
 from ..osdface_core.diffir.network import start_vector
+from ..osdface_core.weights.catalogue import BUILTIN
 from .comfy import files
 from .comfy.diffir import load_diffir, output
 from .comfy.networks import is_out_of_memory
 from .comfy.progress import progress_bar
 from .comfy.schema import with_newer_features
 from .inputs import seed_input
+
+
+def default_inpainter() -> str:
+    """The first released file that is there; the built-in network where none is."""
+    return files.first_present(INPAINTERS, FOLDER) or BUILTIN
 
 
 class DiffIRInpaint(io.ComfyNode):
@@ -40,10 +46,10 @@ class DiffIRInpaint(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "diffir_name",
-                    options=files.menu(FOLDER, *INPAINTERS),
-                    default=next(iter(INPAINTERS)),
+                    options=[*files.menu(FOLDER, *INPAINTERS), BUILTIN],
+                    default=default_inpainter(),
                     tooltip="DiffIR's weights, from models/diffir. celeba is for upright faces, "
-                    "place for everything else.",
+                    "place for everything else. builtin is small and needs no file.",
                 ),
                 io.Combo.Input(
                     "working_size",

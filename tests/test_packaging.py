@@ -21,6 +21,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings it
     import tomli as tomllib
 
 from osdface_core.catalogue import CATALOGUE
+from osdface_core.diffir.files import BUILTIN_INPAINTER
 from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.osdface import builtin
 from osdface_core.weights.catalogue import HUB
@@ -91,7 +92,13 @@ def test_the_archive_is_small_and_holds_no_pickle_link_or_bytecode() -> None:
 def test_the_built_in_model_is_part_of_the_archive() -> None:
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for path in (builtin.AUTOENCODER, builtin.UNET, builtin.VRE, BUILTIN_DETECTOR)
+        for path in (
+            builtin.AUTOENCODER,
+            builtin.UNET,
+            builtin.VRE,
+            BUILTIN_DETECTOR,
+            BUILTIN_INPAINTER,
+        )
     }
     assert not wanted - set(archive())
 

@@ -43,6 +43,7 @@ from osdface_core.training.__main__ import main  # noqa: E402
 from osdface_core.training.autoencoder import AutoencoderConfig  # noqa: E402
 from osdface_core.training.config import read_config  # noqa: E402
 from osdface_core.training.detector import DetectorConfig  # noqa: E402
+from osdface_core.training.diffir import DiffIRConfig  # noqa: E402
 from osdface_core.training.loop import Run, accelerator_for, checkpoints  # noqa: E402
 from osdface_core.training.networks import UNetConfig, load_unet  # noqa: E402
 from osdface_core.training.osediff import OSEDiffConfig  # noqa: E402
@@ -57,6 +58,7 @@ KINDS = {
     "autoencoder": AutoencoderConfig,
     "detector": DetectorConfig,
     "osediff": OSEDiffConfig,
+    "diffir": DiffIRConfig,
 }
 SIDE = 64
 QUIET = {"cpu": True, "workers": 0, "samples": 0, "log_every": 1, "ema": 0.9}

@@ -16,8 +16,8 @@ import folder_paths
 from comfy.cli_args import args
 
 from ...osdface_core.catalogue import CATALOGUE
+from ...osdface_core.diffir.files import BUILTIN_INPAINTER, missing
 from ...osdface_core.diffir.files import FOLDER as DIFFIR
-from ...osdface_core.diffir.files import missing
 from ...osdface_core.errors import OSDFaceError
 from ...osdface_core.faces.files import BUILTIN_DETECTOR
 from ...osdface_core.faces.files import FOLDER as FACES
@@ -41,7 +41,11 @@ EXTENSIONS = {".safetensors", ".ckpt", ".pth", ".pkl"}
 # Downloads are allowed by this setting in ComfyUI's settings file (web/osdface.js) or by this
 # environment variable.
 DOWNLOAD_SETTING, DOWNLOAD_VARIABLE = "OSDFace.download", "OSDFACE_DOWNLOAD"
-BUILTIN_FILES = {OSDFACE: builtin.VRE, FACES: BUILTIN_DETECTOR}
+BUILTIN_FILES = {
+    OSDFACE: builtin.VRE,
+    FACES: BUILTIN_DETECTOR,
+    DIFFIR: BUILTIN_INPAINTER,
+}
 
 
 @contextmanager
@@ -124,9 +128,14 @@ def _in_folders(name: str, kind: str) -> Path | None:
     return None
 
 
+def first_present(names: Iterable[str], kind: str) -> str | None:
+    """The first of the files that is there."""
+    return next((name for name in names if _present(name, kind) is not None), None)
+
+
 def any_available(names: Iterable[str], kind: str) -> bool:
     """Whether one of the files is there, or may be downloaded when it is needed."""
-    return _downloads_allowed() or any(_present(name, kind) is not None for name in names)
+    return _downloads_allowed() or first_present(names, kind) is not None
 
 
 def _downloads_allowed() -> bool:

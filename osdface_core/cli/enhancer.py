@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from torch import Tensor
 from ..chunks import Progress, no_progress
 from ..diffir import enhance as enhancing
 from ..diffir.enhance import EnhanceOptions, enhance
-from ..diffir.files import FOLDER, missing
+from ..diffir.files import BUILTIN_INPAINTER, FOLDER, missing
 from ..diffir.inpaint import InpaintOptions, inpaint
 from ..diffir.network import DEBLUR, INPAINT, build_network, start_vector
 from ..diffir.weights import read_weights
 from ..errors import OSDFaceError
+from ..weights.catalogue import BUILTIN
 from .pictures import EXTENSIONS, read_mask
 from .restorer import given, settle_machine, store_in
+
+log = logging.getLogger(__name__)
 
 DIFFIR = "diffir"
 # The file of each job that is taken where none is named.
@@ -47,15 +51,23 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
             "--faces goes with --method osediff: leave it out, and run restore on the result."
         )
     settle_machine(options)
-    if options.diffir:
+    if options.diffir == BUILTIN and options.command == INPAINT:
+        pass
+    elif options.diffir:
         options.diffir = given("diffir", options.diffir)
     else:
         names = {DEBLUR: DEBLURRER, INPAINT: INPAINTER}
         name = names.get(options.command) or ENLARGER.format(options.scale)
         path = store_in(options.models_dir).folders[FOLDER][0] / name
-        if not path.is_file():
+        if path.is_file():
+            options.diffir = str(path)
+        elif options.command == INPAINT:
+            log.warning(
+                "Filling by the small built-in network, for another is not there: %s", missing(name)
+            )
+            options.diffir = BUILTIN
+        else:
             raise missing(name)
-        options.diffir = str(path)
     if options.command == INPAINT:
         options.mask = Path(given("mask", str(options.mask)))
     return options
@@ -111,6 +123,7 @@ class Enhancer:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = argparse.Namespace(**vars(options))
         self.device, file = torch.device(options.device), Path(options.diffir)
+        file = BUILTIN_INPAINTER if options.diffir == BUILTIN else file
         self.network = build_network(read_weights(file), source=file.name).to(self.device)
         job, wanted = self.network.shape.job, options.command
         # A network of scale 1 cleans, whatever it was trained for.

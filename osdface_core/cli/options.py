@@ -121,7 +121,7 @@ def _add_diffir(command: argparse.ArgumentParser) -> None:
         "--diffir",
         metavar="FILE",
         help="DiffIR's weights, as downloaded or as install.py --from made them (those of the "
-        "models folder)",
+        "models folder); builtin for the small network that fills holes and needs no file",
     )
     add(
         "--seed",

@@ -33,6 +33,8 @@ INPAINTERS: dict[str, str] = {
     "DiffIRS2-place.safetensors": _INPAINTING,
     "Big-DiffIRS2-place.safetensors": _INPAINTING,
 }
+# The small network that comes with this project, for holes in faces.
+BUILTIN_INPAINTER = Path(__file__).with_name("builtin") / "inpaint.safetensors"
 LICENCE = (
     "its authors state no licence for the weights; CelebA-HQ, which those named celeba were "
     "trained on, is for research that earns nothing"

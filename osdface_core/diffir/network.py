@@ -168,14 +168,22 @@ def posterior(step: int) -> tuple[float, float]:
 
     The mean of the posterior (Ho et al. 2020, equation 7) at a step of 0..3.
     """
-    low, high = (math.sqrt(beta) for beta in BETAS)
-    betas = [(low + (high - low) * i / (STEPS - 1)) ** 2 for i in range(STEPS)]
-    before = math.prod(1 - beta for beta in betas[:step])
-    after = before * (1 - betas[step])
+    beta, before = _betas()[step], signal(step)
+    after = before * (1 - beta)
     return (
-        betas[step] * math.sqrt(before) / (1 - after),
-        (1 - before) * math.sqrt(1 - betas[step]) / (1 - after),
+        beta * math.sqrt(before) / (1 - after),
+        (1 - before) * math.sqrt(1 - beta) / (1 - after),
     )
+
+
+def signal(steps: int) -> float:
+    """The share of a vector's variance that is still its own after so many steps of noising."""
+    return math.prod(1 - beta for beta in _betas()[:steps])
+
+
+def _betas() -> list[float]:
+    low, high = (math.sqrt(beta) for beta in BETAS)
+    return [(low + (high - low) * i / (STEPS - 1)) ** 2 for i in range(STEPS)]
 
 
 class _Modulated(nn.Module):

@@ -1,4 +1,4 @@
-"""`python -m osdface_core.training stage1|stage2|autoencoder|detector|osediff|prepare`, as
+"""`python -m osdface_core.training stage1|stage2|autoencoder|detector|osediff|diffir|prepare`, as
 docs/training.md tells.
 """
 
@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m osdface_core.training",
-        description="Trains OSDFace, OSEDiff and the built-in model; docs/training.md tells how.",
+        description="Trains OSDFace, OSEDiff, DiffIR and the built-in models; docs/training.md "
+        "tells how.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, does in (
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("autoencoder", "the built-in model's autoencoder"),
         ("detector", "the built-in face detector"),
         ("osediff", "OSEDiff, for whole pictures or for faces"),
+        ("diffir", "DiffIR, to enlarge, deblur or fill holes"),
     ):
         command = commands.add_parser(name, help=f"train {does}")
         command.add_argument(
@@ -71,6 +73,7 @@ def _train(name: str, path: Path, changes: list[str]) -> None:
     try:
         from .autoencoder import AutoencoderConfig, AutoencoderTask
         from .detector import DetectorConfig, DetectorTask
+        from .diffir import DiffIRConfig, DiffIRTask
         from .loop import accelerator_for, train
         from .osediff import OSEDiffConfig, OSEDiffTask
         from .stage1 import Stage1Config, Stage1Task
@@ -85,6 +88,7 @@ def _train(name: str, path: Path, changes: list[str]) -> None:
         "autoencoder": (AutoencoderConfig, AutoencoderTask),
         "detector": (DetectorConfig, DetectorTask),
         "osediff": (OSEDiffConfig, OSEDiffTask),
+        "diffir": (DiffIRConfig, DiffIRTask),
     }
     kind, make = tasks[name]
     config = read_config(kind, path, changes)

@@ -4,6 +4,7 @@ anew for every sample's number.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from ..errors import OSDFaceError
+from ..pictures.color import LUMA
 from ..sd21.backbone import STRIDE
 from .degradation import Degradation, drawn, generator_for
 
@@ -50,11 +53,20 @@ class Pictures(Folder):
     flip: whether half of the samples are mirrored.
     zoom: range of the side of the square that is taken, as a share of the middle square's side. Its
         side and place are drawn evenly. It is never enlarged.
+    turned: largest rotation, in degrees; what comes in at the corners is mirrored.
+    tinted: chance that a sample's colours are exchanged and each darkened by up to a half.
+    grey: chance that a sample is black-and-white.
+    degraded: folder with the same pictures, degraded, under the same names: taken as they are
+        instead of what `degradation` makes.
     """
 
     crop: int = 0
     flip: bool = True
     zoom: tuple[float, float] = (1.0, 1.0)
+    turned: float = 0.0
+    tinted: float = 0.0
+    grey: float = 0.0
+    degraded: Path | None = None
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -184,19 +196,50 @@ class Samples:
         [0,1], and `number`, n.
         """
         pictures, generator = self.pictures, generator_for(self.seed, n)
-        zoom = (1.0, 1.0) if self.still else pictures.zoom
-        hq = read_part(self.file(n), pictures.size, zoom, generator).float() / 255
-        if pictures.flip and not self.still and bool(torch.rand((), generator=generator) < 0.5):
-            hq = hq.flip(-1)
+        hq, lq = self._read(self.file(n), generator), None
+        if pictures.degraded:
+            twin = pictures.degraded / self.file(n).relative_to(pictures.folder)
+            lq = self._read(twin, generator_for(self.seed, n))
         crop = 0 if self.still else pictures.crop
         if not self.with_face:
-            hq = hq[_part(pictures.size, crop, generator)].contiguous() if crop else hq
-            return {"hq": hq, "lq": self.degradation(hq, generator), "number": torch.tensor(n)}
-        lq = face = self.degradation(hq, generator)
+            if crop:
+                part = _part(pictures.size, crop, generator)
+                hq, lq = hq[part].contiguous(), None if lq is None else lq[part].contiguous()
+            lq = self.degradation(hq, generator) if lq is None else lq
+            return {"hq": hq, "lq": lq, "number": torch.tensor(n)}
+        lq = face = self.degradation(hq, generator) if lq is None else lq
         if crop:
             part = _part(pictures.size, crop, generator)
             hq, lq = hq[part].contiguous(), lq[part].contiguous()
         return {"hq": hq, "lq": lq, "face": face, "number": torch.tensor(n)}
+
+    def _read(self, path: Path, generator: torch.Generator) -> Tensor:
+        """A picture's part (3,size,size) in [0,1], mirrored, turned and grey by chance."""
+        pictures = self.pictures
+        if self.still:
+            return read_square(path, pictures.size).float() / 255
+        x = read_part(path, pictures.size, pictures.zoom, generator).float() / 255
+        if pictures.flip and bool(torch.rand((), generator=generator) < 0.5):
+            x = x.flip(-1)
+        # A range or chance of 0 draws nothing, so that it changes no number of the other draws.
+        if pictures.turned:
+            x = _rotated(x, drawn((-pictures.turned, pictures.turned), generator))
+        if pictures.tinted and bool(torch.rand((), generator=generator) < pictures.tinted):
+            gains = [drawn((0.5, 1), generator) for _ in range(3)]
+            x = x[torch.randperm(3, generator=generator)] * x.new_tensor(gains)[:, None, None]
+        if pictures.grey and bool(torch.rand((), generator=generator) < pictures.grey):
+            x = torch.tensordot(x.new_tensor(LUMA), x, 1).expand_as(x).contiguous()
+        return x
+
+
+def _rotated(x: Tensor, degrees: float) -> Tensor:
+    """(3,S,S) in [0,1], turned about its middle."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]])
+    places = F.affine_grid(turn, [1, *x.shape], align_corners=False)
+    return F.grid_sample(
+        x[None], places, mode="bicubic", padding_mode="reflection", align_corners=False
+    )[0].clamp(0, 1)
 
 
 def _part(size: int, crop: int, generator: torch.Generator) -> tuple[slice, ...]:

@@ -88,8 +88,10 @@ class Optimiser:
     weight_decay: decoupled, as a share of the learning rate.
     eps: added to the root of the second moment.
     warmup: steps in which the rate rises linearly to learning_rate.
-    schedule: constant, or a cosine that falls over the whole run.
+    schedule: constant, or a cosine that falls from step `hold` to the run's end.
+    hold: steps before the cosine begins.
     end: where the cosine ends, as a share of learning_rate.
+    halved_at: steps at each of which the rate is halved.
     clip: largest norm of a network's gradient, 0 for any.
     """
 
@@ -101,12 +103,17 @@ class Optimiser:
     schedule: Literal["constant", "cosine"] = "constant"
     end: float = 0.0
     clip: float = 1.0
+    hold: int = 0
+    halved_at: tuple[int, ...] = ()
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step 0, 1, ... of `steps`."""
         rise = min(1.0, (step + 1) / (self.warmup + 1))
-        fall = (1 + math.cos(math.pi * step / steps)) / 2 if self.schedule == "cosine" else 1.0
-        return self.learning_rate * rise * (self.end + (1 - self.end) * fall)
+        fall = 1.0
+        if self.schedule == "cosine" and step > self.hold:
+            fall = (1 + math.cos(math.pi * (step - self.hold) / (steps - self.hold))) / 2
+        halvings = sum(step >= at for at in self.halved_at)
+        return self.learning_rate * rise * (self.end + (1 - self.end) * fall) / 2**halvings
 
 
 class Task(Protocol):
