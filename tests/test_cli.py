@@ -537,18 +537,12 @@ def test_a_png_keeps_what_it_says_beside_its_pixels(nobody: np.ndarray, tmp_path
         assert image.info["dpi"][0] == pytest.approx(300, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    "kind", ["animated.webp", "pages.tif", "float.tif", "cut.jpg", "cut16.png", "text.png"]
-)
+@pytest.mark.parametrize("kind", ["cut.jpg", "cut16.png", "text.png"])
 def test_a_picture_that_cannot_be_done_is_named_in_a_sentence(
     kind: str, nobody: np.ndarray, tmp_path: Path
 ) -> None:
     path, image = tmp_path / kind, Image.fromarray(nobody)
-    if kind in ("animated.webp", "pages.tif"):
-        image.save(path, save_all=True, append_images=[Image.fromarray(255 - nobody)])
-    elif kind == "float.tif":
-        tifffile.imwrite(path, nobody[..., 0].astype(np.float32))
-    elif kind == "cut16.png":
+    if kind == "cut16.png":
         path.write_bytes(imagecodecs.png_encode(nobody.astype(np.uint16) * 257)[:4000])
     elif kind == "text.png":
         path.write_text("a picture of words")

@@ -439,7 +439,7 @@ def test_an_empty_base_path_is_none(models: Path) -> None:
 
 
 def test_a_console_without_a_path_s_letters_is_no_error(tmp_path: Path) -> None:
-    models = tmp_path / "модели" / "models"
+    models = tmp_path / "\u043c\u043e\u0434\u0435\u043b\u0438" / "models"
     models.mkdir(parents=True)
     done = subprocess.run(
         [sys.executable, str(Path(install.__file__)), "--check", "--models-dir", str(models)],

@@ -323,6 +323,9 @@ def _ways(
             continue
         known = av.codec.Codec(encoder, "w")
         shared = _quality(encoder, crf)
+        if encoder == "libx265" and len(frames) < TRIAL_FRAMES:
+            # It never sets the delay of its B-frames in so short a video.
+            shared["x265-params"] += ":bframes=0"
         if fields:
             shared |= INTERLACED[encoder]
             if "flags" in INTERLACED[encoder] and "flags" in _quality(encoder, crf):
@@ -435,6 +438,7 @@ def _try(way: Encoding, stream: Any, frames: list[av.VideoFrame]) -> None:
     file = io.BytesIO()
     with way.open(file) as out:
         encoded = way.add_to(out, stream, frames[0])
+        out.start_encoding()
         _encode_trial(way, out, encoded, stream, frames)
     file.seek(0)
     with av.open(file) as again:
@@ -453,8 +457,8 @@ def _encode_trial(
 ) -> None:
     mark = FieldMarker(way) if way.fields else None
     last = None
-    for i in range(TRIAL_FRAMES):
-        frame = frames[min(i, len(frames) - 1)].reformat(*way.size, format=way.pix_fmt)
+    for one in frames:
+        frame = one.reformat(*way.size, format=way.pix_fmt)
         frame.pts = None if last is None else last + max(1, round(1 / way.rate / way.time_base))
         frame.pict_type = 0
         frame = way.timed(frame, way.time_base, last)

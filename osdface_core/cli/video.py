@@ -440,6 +440,7 @@ def _transcode(
     copies = encoding.add_copies(out, container)
     if hasattr(container, "chapters") and (chapters := container.chapters()):
         out.set_chapters(chapters)
+    out.start_encoding()
     time_base = stream.time_base
     mark = FieldMarker(encoding) if encoding.fields else None
 
