@@ -7,8 +7,9 @@ subtitles are copied; size, rate and time of each frame stay.
 
 from __future__ import annotations
 
+import bisect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -75,9 +76,7 @@ def restore(
     def restored(window: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         nonlocal start
         stop = start + len(window)
-        here = [
-            replace(face, frame=face.frame - start) for face in chosen if start <= face.frame < stop
-        ]
+        here = [replace(face, frame=face.frame - start) for face in _between(chosen, start, stop)]
         if here:
             pixels = torch.stack([_pixels(frame) for frame in window])
             after, mask, said = restorer.frames(pixels, here)
@@ -146,8 +145,7 @@ def upscale(
             picture = upscaler.enlarge(_pixels(frame)[None])
             here = [
                 _scaled(replace(face, frame=0), width / size[1], height / size[0])
-                for face in chosen
-                if face.frame == start
+                for face in _between(chosen, start, start + 1)
             ]
             if restorer is not None and here:
                 picture, _, said = restorer.frames(picture, here)
@@ -170,6 +168,14 @@ def upscale(
         "height": sides[1],
         "faces": describe_faces(everyone, verdicts, notes),
     }
+
+
+def _between(faces: Sequence[Face], start: int, stop: int) -> Sequence[Face]:
+    """The faces of the frames from `start` to before `stop`; they are in order of frames."""
+    first, last = (
+        bisect.bisect_left(faces, at, key=lambda face: face.frame) for at in (start, stop)
+    )
+    return faces[first:last]
 
 
 def _scaled(face: Face, across: float, down: float) -> Face:
