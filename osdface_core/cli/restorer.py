@@ -284,7 +284,7 @@ class Restorer:
     @torch.inference_mode()
     def detect(self, frames: Tensor) -> list[Any]:
         """The detections in each frame (B,H,W,3) in [0,1], for `place_faces`."""
-        return detect(frames, self.detector, self.detect_options)
+        return detect(frames, self.detector, self.detect_options, faint=True)
 
     def place_faces(
         self, found: list[Any], small: Tensor, width: int, height: int
@@ -370,6 +370,7 @@ def describe_faces(
             "size": round(face.size, 1),
             "confidence": round(face.score, 4),
             "verdict": verdict,
+            **({"bridged": True} if face.bridged else {}),
             **(
                 {"note": notes[face.frame, face.number]}
                 if (face.frame, face.number) in notes and verdict == CHOSEN

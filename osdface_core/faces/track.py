@@ -6,7 +6,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -130,8 +130,18 @@ def overlap(a: Box, b: Box) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def follow(found: Sequence[Sequence[Detection]], shot_numbers: Sequence[int]) -> list[Track]:
-    """Joins the faces of each shot by their overlap from frame to frame; bridges short misses."""
+def follow(
+    found: Sequence[Sequence[Detection]],
+    shot_numbers: Sequence[int],
+    faint: Sequence[Sequence[Detection]] | None = None,
+) -> list[Track]:
+    """Joins the faces of each shot by their overlap from frame to frame; bridges short misses.
+
+    found: the faces of each frame.
+    shot_numbers: the shot of each frame.
+    faint: signs of a face in each frame. A miss is bridged only where there is one at its place,
+        for something may cover the face; everywhere, if None.
+    """
     tracks: list[Track] = []
     # The tracks of each shot that a face may still join: a flash lies within another shot.
     alive_in: dict[int, list[Track]] = {}
@@ -155,7 +165,7 @@ def follow(found: Sequence[Sequence[Detection]], shot_numbers: Sequence[int]) ->
         tracks += fresh
         alive_in[shot] = alive + fresh
     for track in tracks:
-        _bridge(track, shot_numbers)
+        _bridge(track, shot_numbers, faint)
     return tracks
 
 
@@ -199,18 +209,25 @@ def _is_similar_size(a: Box, b: Box) -> bool:
     return 1 / GROWTH < ratio < GROWTH
 
 
-def _bridge(track: Track, shot_numbers: Sequence[int]) -> None:
+def _bridge(
+    track: Track, shot_numbers: Sequence[int], faint: Sequence[Sequence[Detection]] | None
+) -> None:
     frames = list(track.detections)
     for before, after in itertools.pairwise(frames):
         if after - before - 1 > BRIDGED:
             continue
         first, last = track.detections[before], track.detections[after]
         for frame in range(before + 1, after):
-            if shot_numbers[frame] == track.shot:
-                track.detections[frame] = _interpolate(
-                    first, last, (frame - before) / (after - before)
-                )
-                track.bridged.add(frame)
+            if shot_numbers[frame] != track.shot:
+                continue
+            between = _interpolate(first, last, (frame - before) / (after - before))
+            if faint is not None:
+                signs = [d.score for d in faint[frame] if overlap(between.box, d.box) > OVERLAP]
+                if not signs:
+                    continue
+                between = replace(between, score=max(signs))
+            track.detections[frame] = between
+            track.bridged.add(frame)
     track.detections = dict(sorted(track.detections.items()))
 
 
