@@ -12,6 +12,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# torch has called it so since 2.5; before, it was CUDA's alone.
+OUT_OF_MEMORY: type[BaseException] = getattr(
+    torch, "OutOfMemoryError", getattr(torch.cuda, "OutOfMemoryError", MemoryError)
+)
+
 # Called with the number of items just finished and, optionally, a picture (C,H,W) in [0,1] to show.
 # A host stops the job by raising from it.
 Progress = Callable[..., None]
@@ -27,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     On an accelerator that is OutOfMemoryError; on MPS and on the CPU, a plain RuntimeError.
     """
     message = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (
+    return isinstance(error, OUT_OF_MEMORY) or (
         isinstance(error, RuntimeError)
         and any(
             words in message

@@ -286,3 +286,45 @@ def test_a_picture_is_pasted_here_where_the_device_has_no_memory_left(
     assert torch.equal(made, wanted)
     assert torch.equal(its_mask, mask)
     assert "Out of memory on elsewhere:0; going on on cpu" in caplog.text
+
+
+# Operators that Apple's MPS lacked up to torch 2.10.
+LACKING = {
+    torch.ops.aten.grid_sampler_2d.default: "not implemented for this device",
+    torch.ops.aten._upsample_bilinear2d_aa.default: "not implemented for this device",
+    torch.ops.aten._upsample_bicubic2d_aa.default: "not implemented for this device",
+}
+
+
+@pytest.mark.processor
+def test_a_device_that_lacks_operators_does_them_on_the_cpu(here: Chain, group: Tensor) -> None:
+    """The picture is larger than what the detector sees, and lies, so that all of them are used."""
+    lying = torch.nn.functional.interpolate(
+        group.movedim(-1, 1), scale_factor=1.2, mode="bilinear"
+    ).movedim(1, -1)
+    lying = lying.rot90(1, (1, 2)).contiguous()
+    found = here.find(lying, any_angle=True)
+    restored = here.restore(found.faces.crops)
+    wanted, _ = here.paste(lying, found, restored)
+
+    def work(chain: Chain) -> Any:
+        seen = chain.find(lying, any_angle=True)
+        made = chain.restore(seen.faces.crops)
+        result, _ = chain.paste(lying, seen, made)
+        small = chain.find(lying)
+        return seen, result.cpu(), len(small.everyone)
+
+    (seen, result, _), _ = there(work, LACKING)
+    assert len(seen.faces) == len(found.faces) == 2
+    assert (seen.faces.crops.cpu() - found.faces.crops).abs().max() < 1e-2
+    assert (result - wanted).abs().max() < 1e-2
+
+
+@pytest.mark.processor
+def test_pictures_are_enlarged_on_a_device_that_lacks_operators() -> None:
+    from osdface_core.osediff.upscale import resized
+
+    picture = torch.rand(1, 3, 40, 50)
+    made, _ = there(lambda _: resized(picture.to(OTHER), 30, 90), LACKING)
+    assert made.device == OTHER
+    assert torch.equal(made.cpu(), resized(picture, 30, 90))

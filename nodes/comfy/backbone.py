@@ -16,7 +16,7 @@ from comfy.cli_args import args
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 
-from ...osdface_core.cpu import optimized
+from ...osdface_core.cpu import exact, optimized
 from ...osdface_core.errors import OSDFaceError
 from ...osdface_core.osdface.files import LORAS
 from ...osdface_core.osdface.restore import TIMESTEP
@@ -125,6 +125,7 @@ class HostBackbone:
             cache.popitem(last=False)
         return latents
 
+    @exact()
     def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
         if len(latents) > 1 and mm.is_device_cpu(self.model.load_device):
             # On a CPU several at once take no less time, and one alone gives the same bits

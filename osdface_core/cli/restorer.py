@@ -295,7 +295,7 @@ class Restorer:
     def detect(self, frames: Tensor) -> list[Any]:
         """The detections in each frame (B,H,W,3) in [0,1], for `place_faces`."""
         assert self.detector is not None
-        return detect(frames, self.detector, self.detect_options)
+        return detect(frames, self.detector, self.detect_options, faint=True)
 
     def place_faces(
         self, found: list[Any], small: Tensor, width: int, height: int
@@ -381,6 +381,7 @@ def describe_faces(
             "size": round(face.size, 1),
             "confidence": round(face.score, 4),
             "verdict": verdict,
+            **({"bridged": True} if face.bridged else {}),
             **(
                 {"note": notes[face.frame, face.number]}
                 if (face.frame, face.number) in notes and verdict == CHOSEN

@@ -8,8 +8,9 @@ moments: each of its fields is searched and restored as the picture that it is, 
 
 from __future__ import annotations
 
+import bisect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,7 @@ def restore(
         nonlocal start, frames
         moments = list(_moments(window, frames, encoding.fields))
         stop = start + len(moments)
-        here = [
-            replace(face, frame=face.frame - start) for face in chosen if start <= face.frame < stop
-        ]
+        here = [replace(face, frame=face.frame - start) for face in _between(chosen, start, stop)]
         fresh = [moment.frame for moment in moments]
         if here:
             pixels = torch.stack([moment.pixels() for moment in moments])
@@ -189,8 +188,7 @@ def upscale(
             )
             here = [
                 scaled(replace(face, frame=0), width / size[1], height / size[0])
-                for face in chosen
-                if face.frame == start
+                for face in _between(chosen, start, start + 1)
             ]
             if restorer is not None and here:
                 picture, _, said = restorer.frames(picture, here)
@@ -219,6 +217,14 @@ def _check_progressive(source: Path, interlaced: bool) -> None:
             f"{source} is interlaced, of which only faces are restored: deinterlace it first "
             "(ffmpeg -i IN -vf bwdif OUT)."
         )
+
+
+def _between(faces: Sequence[Face], start: int, stop: int) -> Sequence[Face]:
+    """The faces of the frames from `start` to before `stop`; they are in order of frames."""
+    first, last = (
+        bisect.bisect_left(faces, at, key=lambda face: face.frame) for at in (start, stop)
+    )
+    return faces[first:last]
 
 
 def scaled(face: Face, across: float, down: float) -> Face:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import Progress, is_out_of_memory, no_progress
+from ..cpu import exact
 from ..errors import OSDFaceError
 from ..pictures.color import as_given
 from ..pictures.picture import all_finite, check_pictures, mirrored, rgb_of
+from ..pictures.resampling import antialiased
 from ..pictures.tiles import tile_shares, tile_spans
 from .network import AT_ONCE, INPAINT, DiffIR, start_vector
 
@@ -123,6 +124,7 @@ def _spans(
     return rows, columns
 
 
+@exact()
 def enhance(
     pictures: Tensor,
     load: Load,
@@ -175,7 +177,7 @@ def enhance(
         result = result[:, : size[0], : size[1]].to(out.device)
         if not all_finite(result[None])[0]:
             failed.append(i)
-            result = F.interpolate(colours[None], size, mode="bicubic", antialias=True)[0]
+            result = antialiased(colours[None], size, "bicubic")[0]
             log.warning("Picture %d came out as NaN and is only enlarged.", i)
         done = as_given(result.clamp(0, 1), pictures[i])
         colour = done.shape[2]
@@ -190,7 +192,7 @@ def _enlarged(channels: Tensor, size: tuple[int, int]) -> Tensor:
     if channels.shape[:2] == size:
         return channels
     given = channels.movedim(-1, 0)[None].float()
-    larger = F.interpolate(given, size, mode="bicubic", antialias=True)[0]
+    larger = antialiased(given, size, "bicubic")[0]
     return larger.clamp(0, 1).movedim(0, -1)
 
 

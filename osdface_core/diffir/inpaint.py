@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import Progress, is_out_of_memory, no_progress
+from ..cpu import exact
 from ..errors import OSDFaceError
 from ..pictures.color import as_given
 from ..pictures.picture import all_finite, mirrored, rgb_of
+from ..pictures.resampling import antialiased
 from .enhance import Enhanced, Load, check_whole, log, shrinking
 from .network import INPAINT, DiffIR, start_vector
 
@@ -79,6 +81,7 @@ def check(pictures: Tensor, mask: Tensor, options: InpaintOptions = DEFAULT) -> 
     return holes.expand(count, height, width)
 
 
+@exact()
 def inpaint(
     pictures: Tensor,
     mask: Tensor,
@@ -172,7 +175,7 @@ def _filled(
     filled = torch.where(hollow > 0, made, seen)
     if size == (height, width):
         return filled
-    return F.interpolate(filled, (height, width), mode="bicubic", antialias=True)
+    return antialiased(filled, (height, width), "bicubic")
 
 
 def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chunks import is_out_of_memory
-from ..cpu import has_bf16, optimized
+from ..cpu import exact, has_bf16, optimized
 from ..sd21.adapters import Lora
 from ..sd21.backbone import SIDE
 from ..sd21.schedule import x0_of
@@ -134,6 +134,7 @@ class DiffusersBackbone:
         mean = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         return mean.float() * self.scaling
 
+    @exact()
     @torch.no_grad()
     def denoise(self, latents: Tensor, prompts: Tensor, timestep: int) -> Tensor:
         given = self._given(prompts)

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms
 
 from ..cpu import optimized
+from ..pictures.resampling import antialiased
 from .retinaface import MEAN_BGR, RetinaFace
 
 # Intersection over union above which two boxes are one face (facexlib's value).
@@ -70,7 +70,7 @@ def shrink(pixels: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     if scale >= 1:
         return pixels, torch.ones(2)
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    small = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+    small = antialiased(pixels, size, "bilinear")
     return small, torch.tensor([width / size[1], height / size[0]])
 
 

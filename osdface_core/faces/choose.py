@@ -240,9 +240,11 @@ def report(faces: Sequence[Face], verdicts: Sequence[str], frames: int) -> str:
         )
         size = _join_range([f.size for f in own], ".0f")
         confidence = _join_range([f.score for f in own], ".3f")
+        missed = [face.frame for face in own if face.bridged]
+        bridged = f", bridged in {_join_runs(missed)}" if missed else ""
         lines.append(
             f"{where}face {number}: box {box}, size {size} px, confidence {confidence}{turned}: "
-            f"{verdict}"
+            f"{verdict}{bridged}"
         )
     empty = sorted(set(range(frames)) - {face.frame for face in faces})
     if faces and empty:

@@ -46,6 +46,10 @@ NEEDS_SUPPORT, SUPPORT = 450, 0.5
 TOO_LARGE = 640
 # Size in pixels of faces that are found nearly always; anchors begin at 16 px.
 EASILY_SEEN = 20
+# A face that is missed for a frame or two is scored at this part of the confidence at least where
+# something of it is seen. Covered by hair it is at 0.02 to 0.04 of 1, missed beside a hand at 0.84
+# to 0.9 (docs/detection.md).
+FAINT = 0.3
 # Two passes that are turned differently see one face the same way up within so many degrees.
 SAME_ROLL = 25
 # Pixels through the network at once, on an accelerator and on a CPU, where more are slower; and the
@@ -81,12 +85,16 @@ DEFAULT = DetectOptions()
 
 @dataclass(frozen=True)
 class Detection:
-    """A face in pixels of its picture; box, landmarks, score and angle as in face.Face."""
+    """A face in pixels of its picture; box, landmarks, score and angle as in face.Face.
+
+    faint: whether it is less than a face that is found: only a sign that something of one is there.
+    """
 
     box: Box
     landmarks: Points
     score: float
     angle: int = 0
+    faint: bool = False
 
 
 def detect_all_sizes(
@@ -95,6 +103,8 @@ def detect_all_sizes(
     confidence: float,
     smallest: float,
     report: Progress,
+    faint: list[Candidates] | None = None,
+    least: float = 0.0,
 ) -> Candidates:
     """Faces from `smallest` px to the picture's size, in pictures (B,3,H,W) in [0,1].
 
@@ -103,13 +113,24 @@ def detect_all_sizes(
     confidence: least score.
     smallest: size of the smallest faces looked for, in pixels.
     report: called with 0 before each further pass.
+    faint: takes what the passes over the whole picture score lower, if given.
+    least: score of what is faint.
     """
     longest = max(pixels.shape[2:])
     scale = min(1.0, LONGEST_SIDE / longest)
-    found = detect_shrunk(network, pixels, confidence, LONGEST_SIDE)
+
+    def look(threshold: float, longest: int) -> Candidates:
+        if faint is None:
+            return detect_shrunk(network, pixels, threshold, longest)
+        # What is faint suppresses nothing that is not: the rest is as without it.
+        found = detect_shrunk(network, pixels, min(threshold, least), longest)
+        faint.append(found[found.score <= confidence])
+        return found[found.score > threshold]
+
+    found = look(confidence, LONGEST_SIDE)
     if longest > COARSE_SIDE:
         report(0)
-        coarse = detect_shrunk(network, pixels, confidence * SUPPORT, COARSE_SIDE)
+        coarse = look(confidence * SUPPORT, COARSE_SIDE)
         unsupported = (overlaps(found, coarse)[0] < OVERLAP).all(1) & (
             longer_side(found) * scale > NEEDS_SUPPORT
         )
@@ -168,6 +189,8 @@ def detect_all_angles(
     confidence: float,
     smallest: float,
     report: Progress,
+    faint: list[Candidates] | None = None,
+    least: float = 0.0,
 ) -> Candidates:
     """Faces of any roll, from four passes over the picture turned by quarters.
 
@@ -179,15 +202,26 @@ def detect_all_angles(
     confidence: least score.
     smallest: size of the smallest faces looked for, in pixels.
     report: called with 0 before each pass.
+    faint: as in `detect_all_sizes`; what a pass finds and an upright window does not is faint too.
+    least: score of what is faint.
     """
     height, width = pixels.shape[2:]
     passes = []
     for turns in range(4):
         report(0)
+        lower: list[Candidates] = []
         found = detect_all_sizes(
-            network, pixels.rot90(turns, (2, 3)), confidence * SUPPORT, smallest, report
+            network,
+            pixels.rot90(turns, (2, 3)),
+            confidence * SUPPORT,
+            smallest,
+            report,
+            None if faint is None else lower,
+            least,
         )
         passes.append(rotate_back(found, turns, width, height))
+        if faint is not None:
+            faint += [rotate_back(part, turns, width, height) for part in lower] + passes[-1:]
     everything = Candidates.join(passes)
     turn = roll_of(everything)
     alike = torch.cos(turn[:, None] - turn[None]) > math.cos(math.radians(SAME_ROLL))
@@ -228,6 +262,7 @@ def detect(
     out_of_memory: Callable[[BaseException], bool] = is_out_of_memory,
     look: Callable[[slice, Tensor], None] | None = None,
     progress: Progress | None = None,
+    faint: bool = False,
 ) -> list[list[Detection]]:
     """The faces of each picture, highest score first.
 
@@ -239,6 +274,8 @@ def detect(
     look: called with a slice of the batch and its pixels (n,3,H,W) in [0,1], finite, on the
         network's device, for whoever needs them there too.
     progress: called with 1 for each picture done, with 0 in between.
+    faint: whether signs of a face, of FAINT times the confidence or more, follow the faces of each
+        picture.
     """
     count, height, width = images.shape[:3]
     confidence, smallest = options.confidence, options.choice.min_size
@@ -251,10 +288,12 @@ def detect(
         pixels = finite(rgb_of(images[part].to(network.home)).movedim(-1, 1))
         if look is not None:
             look(part, pixels)
+        signs: list[Candidates] | None = [] if faint else None
+        lower = signs, confidence * FAINT
         if options.any_angle:
-            faces = detect_all_angles(network, pixels, confidence, smallest, report)
+            faces = detect_all_angles(network, pixels, confidence, smallest, report, *lower)
         else:
-            faces = detect_all_sizes(network, pixels, confidence, smallest, report)
+            faces = detect_all_sizes(network, pixels, confidence, smallest, report, *lower)
             # A detector with poor landmarks needs all faces refined, others only faces that were
             # small in a shrunk picture.
             least = math.inf if network.needs_refinement else BEST_SIZE / 2 if scale < 1 else 0
@@ -262,12 +301,13 @@ def detect(
             refined, _ = refine(network, pixels, faces[coarse], confidence, report)
             faces = Candidates.join([faces[~coarse], replace(refined, score=faces.score[coarse])])
         faces = faces[faces.score.argsort(descending=True, stable=True)]
-        for frame, box, score, landmarks, angle in zip(
-            *(column.tolist() for column in faces.columns()), strict=True
-        ):
-            found[part.start + frame].append(
-                Detection(tuple(box), tuple(map(tuple, landmarks)), score, int(angle))
-            )
+        for those, is_faint in ((faces, False), *((sign, True) for sign in signs or ())):
+            for frame, box, score, landmarks, angle in zip(
+                *(column.tolist() for column in those.columns()), strict=True
+            ):
+                points = tuple(map(tuple, landmarks))
+                detection = Detection(tuple(box), points, score, int(angle), is_faint)
+                found[part.start + frame].append(detection)
         for _ in range(part.stop - part.start):
             report(1)
 

@@ -36,6 +36,7 @@ class Face:
     angle: with `any_angle`, how far the face is turned clockwise: 0, 90, 180 or 270 degrees.
     shot: the run of frames between two cuts that the face belongs to; a number names a person only
         within a shot.
+    bridged: whether the frame's detection was missed, and its place is that between its neighbours.
     """
 
     frame: int
@@ -46,6 +47,7 @@ class Face:
     matrix: Affine
     angle: int = 0
     shot: int = 0
+    bridged: bool = False
 
     @property
     def size(self) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..chunks import in_chunks, is_out_of_memory
 from ..cpu import optimized
 from ..layers import Operations, load_network
-from ..pictures.resampling import filter_columns
+from ..pictures.resampling import antialiased, filter_columns
 
 SIDE = 512
 WIDTHS = (64, 128, 256, 256, 256)
@@ -143,7 +143,7 @@ def parse_faces(
     def work(part: slice) -> None:
         pixels = crops[part].movedim(-1, 1).to(device, torch.float32).clamp(0, 1)
         if pixels.shape[-2:] != (SIDE, SIDE):
-            pixels = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
+            pixels = antialiased(pixels, (SIDE, SIDE), "bilinear")
         with torch.inference_mode(), optimized(device):
             maps[part] = face_probability(network(pixels * 2 - 1)).to(maps.device)
 

@@ -72,7 +72,13 @@ def find_faces(
         small[part] = shrunk(pixels)
 
     found = detect(
-        images, network, options, out_of_memory=out_of_memory, look=look, progress=progress
+        images,
+        network,
+        options,
+        out_of_memory=out_of_memory,
+        look=look,
+        progress=progress,
+        faint=count > 2,
     )
     everyone, verdicts = place_faces(found, small, width, height, options)
     chosen = tuple(
@@ -103,7 +109,7 @@ def place_faces(
 
     Needs no pictures, so that a video of any length can be searched piece by piece.
 
-    found: the detections of each frame.
+    found: the detections of each frame, the faint ones too.
     small: (B,3,24,24), the frames' track.thumbnails.
     width: of the pictures, in pixels.
     height: of the pictures, in pixels.
@@ -120,7 +126,11 @@ def _follow(
     """A Face for each detection and each bridged miss, numbered by track, its matrix smoothed."""
     everyone = []
     size = options.crop_size
-    for number, track in enumerate(follow(found, shot_numbers)):
+    strong, faint = (
+        [[d for d in detections if d.faint == is_faint] for detections in found]
+        for is_faint in (False, True)
+    )
+    for number, track in enumerate(follow(strong, shot_numbers, faint)):
         matrices: dict[int, Affine] = {}
         for frame, detection in track.detections.items():
             try:
@@ -140,6 +150,7 @@ def _follow(
                 matrix=matrix,
                 angle=detection.angle,
                 shot=track.shot,
+                bridged=frame in track.bridged,
             )
             everyone.append(face)
     return everyone

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import Progress, is_out_of_memory, no_progress, on_first
@@ -18,7 +17,7 @@ from ..errors import OSDFaceError
 from ..pictures.color import COLOR_MATCHES, match_color
 from ..pictures.geometry import Affine, bounds, compose, inverse, scale_of, scaling, translated
 from ..pictures.picture import all_finite, check_pictures, rgb_of, value_range
-from ..pictures.resampling import back_project, sample_affine, warp
+from ..pictures.resampling import antialiased, back_project, sample_affine, warp
 from ..pictures.tone import LUMA, tone_curve
 from .face import Faces, has_place
 from .face_parser import feather_mask
@@ -266,9 +265,7 @@ def _keep_mask(keep: Tensor, height: int, width: int, device: torch.device) -> T
     # Where the mask is NaN, the picture stays.
     keep = keep.to(device, torch.float32).nan_to_num(1.0)
     if keep.shape != (height, width):
-        keep = F.interpolate(keep[None, None], (height, width), mode="bilinear", antialias=True)[
-            0, 0
-        ]
+        keep = antialiased(keep[None, None], (height, width), "bilinear")[0, 0]
     return keep.clamp(0, 1)
 
 

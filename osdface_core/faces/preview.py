@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..chunks import Progress
 from ..pictures.picture import finite, rgb_of
+from ..pictures.resampling import antialiased
 from .choose import CHOSEN
 from .face import Face
 
@@ -106,9 +107,15 @@ def _resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
     pixels = finite(rgb_of(picture))
     if pixels.shape[:2] == size:
         return pixels
-    return F.interpolate(pixels.movedim(-1, 0)[None], size, mode="bilinear", antialias=True)[
-        0
-    ].movedim(0, -1)
+    return antialiased(pixels.movedim(-1, 0)[None], size, "bilinear")[0].movedim(0, -1)
+
+
+def _font(size: int) -> Any:
+    """Pillow's own font, which has one size before 10.1 and where FreeType is missing."""
+    try:
+        return ImageFont.load_default(size=size)
+    except (TypeError, ImportError):
+        return ImageFont.load_default()
 
 
 def _draw_face(
@@ -123,7 +130,7 @@ def _draw_face(
         canvas.ellipse(
             [x * scale - dot, y * scale - dot, x * scale + dot, y * scale + dot], fill=ink
         )
-    font = ImageFont.load_default(size=min(48, max(12, round(side / 6))))
+    font = _font(min(48, max(12, round(side / 6))))
     label = str(face.number)
     left, top, right, bottom = canvas.textbbox((0, 0), label, font=font)
     x, y = max(0.0, box[0]), max(0.0, box[1] - (bottom - top) - 4)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +55,11 @@ def is_cut(one: Tensor, other: Tensor) -> bool:
     power = float(a.norm() * b.norm())
     flat = min(float(a.norm()), float(b.norm())) < 0.02 * THUMBNAIL
     structure = 0.0 if flat else 1 - float((a * b).sum()) / power
+    # Colours take the most time, and where things are where they were they do not matter.
+    if not flat and not structure > CUT_STRUCTURE:
+        return False
     colours = float((_histogram(one) - _histogram(other)).abs().sum()) / 2
-    if flat:
-        return colours > 0.5
-    return structure > CUT_STRUCTURE and colours > CUT_COLOURS
+    return colours > (0.5 if flat else CUT_COLOURS)
 
 
 def _histogram(thumbnail: Tensor) -> Tensor:
@@ -128,43 +130,68 @@ def overlap(a: Box, b: Box) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def follow(found: Sequence[Sequence[Detection]], shot_numbers: Sequence[int]) -> list[Track]:
-    """Joins the faces of each shot by their overlap from frame to frame; bridges short misses."""
+def follow(
+    found: Sequence[Sequence[Detection]],
+    shot_numbers: Sequence[int],
+    faint: Sequence[Sequence[Detection]] | None = None,
+) -> list[Track]:
+    """Joins the faces of each shot by their overlap from frame to frame; bridges short misses.
+
+    found: the faces of each frame.
+    shot_numbers: the shot of each frame.
+    faint: signs of a face in each frame. A miss is bridged only where there is one at its place,
+        for something may cover the face; everywhere, if None.
+    """
     tracks: list[Track] = []
+    # The tracks of each shot that a face may still join: a flash lies within another shot.
+    alive_in: dict[int, list[Track]] = {}
     for frame, (detections, shot) in enumerate(zip(found, shot_numbers, strict=True)):
         alive = [
-            t
-            for t in tracks
-            if t.shot == shot and frame - next(reversed(t.detections)) <= FORGOTTEN
+            t for t in alive_in.get(shot, ()) if frame - next(reversed(t.detections)) <= FORGOTTEN
         ]
-        pairs = sorted(
-            (
-                (overlap(expected, detection.box), -i, -j)
-                for i, track in enumerate(alive)
-                for expected in [_extrapolate(track, frame)]
-                for j, detection in enumerate(detections)
-                if _is_similar_size(expected, detection.box)
-            ),
-            reverse=True,
-        )
+        pairs = sorted(_pairs(alive, detections, frame), reverse=True)
         taken_tracks: set[int] = set()
         taken: set[int] = set()
-        for shared, i, j in pairs:
-            if shared > OVERLAP and i not in taken_tracks and j not in taken:
+        for _, i, j in pairs:
+            if i not in taken_tracks and j not in taken:
                 taken_tracks.add(i)
                 taken.add(j)
                 alive[-i].detections[frame] = detections[-j]
-        for j, detection in enumerate(detections):
-            if -j not in taken:
-                tracks.append(Track(shot, {frame: detection}))
+        fresh = [
+            Track(shot, {frame: detection})
+            for j, detection in enumerate(detections)
+            if -j not in taken
+        ]
+        tracks += fresh
+        alive_in[shot] = alive + fresh
     for track in tracks:
-        _bridge(track, shot_numbers)
+        _bridge(track, shot_numbers, faint)
     return tracks
+
+
+def _pairs(
+    alive: Sequence[Track], detections: Sequence[Detection], frame: int
+) -> Iterator[tuple[float, int, int]]:
+    """Overlap, and the negative positions, of each track and detection that may be one face.
+
+    Only detections that begin where the expected box may reach are compared, so that a crowd takes
+    little more time than its faces do one by one.
+    """
+    ordered = sorted(range(len(detections)), key=lambda j: detections[j].box[0])
+    lefts = [detections[j].box[0] for j in ordered]
+    widest = max((d.box[2] - d.box[0] for d in detections), default=0.0)
+    for i, track in enumerate(alive):
+        expected = _extrapolate(track, frame)
+        first = bisect.bisect_left(lefts, expected[0] - widest)
+        for j in ordered[first : bisect.bisect_right(lefts, expected[2])]:
+            shared = overlap(expected, detections[j].box)
+            if shared > OVERLAP and _is_similar_size(expected, detections[j].box):
+                yield shared, -i, -j
 
 
 def _extrapolate(track: Track, frame: int) -> Box:
     """The box of a face if it moves on as it did between its last two frames."""
-    (before, last) = ([None, *track.detections])[-2:]
+    last, before = [*itertools.islice(reversed(track.detections), 2), None][:2]
     assert last is not None
     box = track.detections[last].box
     if before is None or last - before > BRIDGED + 1 or frame - last > BRIDGED + 1:
@@ -182,18 +209,25 @@ def _is_similar_size(a: Box, b: Box) -> bool:
     return 1 / GROWTH < ratio < GROWTH
 
 
-def _bridge(track: Track, shot_numbers: Sequence[int]) -> None:
+def _bridge(
+    track: Track, shot_numbers: Sequence[int], faint: Sequence[Sequence[Detection]] | None
+) -> None:
     frames = list(track.detections)
     for before, after in itertools.pairwise(frames):
         if after - before - 1 > BRIDGED:
             continue
         first, last = track.detections[before], track.detections[after]
         for frame in range(before + 1, after):
-            if shot_numbers[frame] == track.shot:
-                track.detections[frame] = _interpolate(
-                    first, last, (frame - before) / (after - before)
-                )
-                track.bridged.add(frame)
+            if shot_numbers[frame] != track.shot:
+                continue
+            between = _interpolate(first, last, (frame - before) / (after - before))
+            if faint is not None:
+                signs = [d.score for d in faint[frame] if overlap(between.box, d.box) > OVERLAP]
+                if not signs:
+                    continue
+                between = replace(between, score=max(signs))
+            track.detections[frame] = between
+            track.bridged.add(frame)
     track.detections = dict(sorted(track.detections.items()))
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import Progress, no_progress
 from ..errors import OSDFaceError
 from ..pictures.color import as_given, coarse_part, match_luminance
 from ..pictures.picture import all_finite, check_pictures, rgb_of
+from ..pictures.resampling import antialiased
 from ..sd21.backbone import SIDE, STRIDE, TEXT_WIDTH, TOKENS, VISUAL_MINIMUM, Backbone
 from ..sd21.one_step import Restored, padded, retry_in_fp32
 from ..sd21.tiles import OVERLAP, TILE, denoise_in_tiles, in_tiles, tile_starts
@@ -120,9 +120,7 @@ def resized(pictures: Tensor, height: int, width: int) -> Tensor:
     pictures = pictures.float()
     if pictures.shape[-2:] == (height, width):
         return pictures
-    done = F.interpolate(
-        pictures, (height, width), mode="bicubic", align_corners=False, antialias=True
-    )
+    done = antialiased(pictures, (height, width), "bicubic")
     return done.clamp(0, 1)
 
 

@@ -7,11 +7,13 @@ Coordinates are (x, y) in pixels with pixel centres at .5: the pixel in row j, c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..chunks import is_out_of_memory
 from .geometry import Affine, bounds, compose, inverse, scale_of, scaling, translated
 
 # Reach to each side: of the cubic kernel in source pixels, of the shrinking filter in pixels of the
@@ -79,7 +81,7 @@ def warp(
             mode="replicate",
         )
         size = region.shape[2] // block, region.shape[3] // block
-        region = F.interpolate(region, size, mode="bicubic", antialias=True)[0]
+        region = antialiased(region, size, "bicubic")[0]
         back = compose(scaling(1 / block, 1 / block), back)
     if step <= MAX_UNFILTERED:
         fine, border = 1, 0
@@ -132,6 +134,31 @@ def touched(holes: Tensor, matrix: Affine, height: int, width: int) -> Tensor:
     return (found > 0) & inside.to(holes.device)
 
 
+def antialiased(pictures: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """torch's interpolation of (B,C,H,W) to (B,C,*size), with a wider kernel where it shrinks.
+
+    mode: "bilinear" or "bicubic".
+    """
+    return _here_or_on_cpu(
+        lambda pictures: F.interpolate(pictures, size, mode=mode, antialias=True), pictures
+    )
+
+
+def _here_or_on_cpu(work: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """What `work` gives on the tensors' own device, or on the CPU if that one lacks the operator.
+
+    Apple's MPS does, up to torch 2.10: it has no antialiased interpolation, and no cubic sampling
+    or padding by the border's pixels.
+    """
+    try:
+        return work(*given)
+    except RuntimeError as error:
+        device = given[0].device
+        if device.type == "cpu" or is_out_of_memory(error):
+            raise
+    return work(*(tensor.cpu() for tensor in given)).to(device)
+
+
 def _span(low: float, high: float, size: int) -> tuple[int, int]:
     """First and past-the-last pixel of range(size) between low and high, at least one pixel."""
     first = min(max(math.floor(low), 0), size - 1)
@@ -176,13 +203,11 @@ def sample_affine(
         column = (from_y * down * (2 / size)).float().to(source.device)
         torch.add(row[None, :], column[:, None], out=grid[:, :, axis])
     pictures = source.expand(strips, *source.shape)
-    result = F.grid_sample(
-        pictures,
-        grid.view(strips, rows, width, 2),
-        mode=mode,
-        padding_mode="border",
-        align_corners=False,
-    )
+
+    def sample(pictures: Tensor, grid: Tensor) -> Tensor:
+        return F.grid_sample(pictures, grid, mode, padding_mode="border", align_corners=False)
+
+    result = _here_or_on_cpu(sample, pictures, grid.view(strips, rows, width, 2))
     return result.transpose(0, 1).reshape(source.shape[0], strips * rows, width)[:, :height]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...chunks import Progress, in_chunks, is_out_of_memory, no_progress
 from ...cpu import optimized
 from ...layers import Operations
+from ...pictures.resampling import antialiased
 from ...sd21.backbone import SIDE, TEXT_WIDTH, TOKENS
 from .encoder import FULL, Encoder, Shape
 
@@ -119,7 +120,7 @@ def encoder_input(crops: Tensor, side: int = SIDE) -> Tensor:
             x, (SIDE, SIDE), mode="bilinear", align_corners=x.shape[-2] == x.shape[-1]
         )
     if side != SIDE:
-        x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+        x = antialiased(x, (side, side), "bilinear")
     return x * 2 - 1
 
 

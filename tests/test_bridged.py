@@ -1,0 +1,73 @@
+"""A face that is missed for a frame is bridged only where something of it is seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import ImageDraw
+from torch import Tensor
+
+from osdface_core.faces.detect import DetectOptions, detect
+from osdface_core.faces.files import BUILTIN_DETECTOR
+from osdface_core.faces.find import find_faces
+from osdface_core.faces.retinaface import RetinaFace, build_retinaface
+from osdface_core.weights.reading import read_tensors
+from tests import photographs
+
+FRAMES, MISSED = 7, 3
+
+
+@pytest.fixture(scope="module")
+def network() -> RetinaFace:
+    return build_retinaface(read_tensors(BUILTIN_DETECTOR))
+
+
+def film(covered: bool) -> Tensor:
+    """(7,360,400,3): a head that drifts by 2 px a frame, in one of them behind dark hair."""
+    frames = []
+    for i in range(FRAMES):
+        frame = photographs.astronaut().crop((20 + 2 * i, 0, 420 + 2 * i, 360))
+        if covered and i == MISSED:
+            ImageDraw.Draw(frame).ellipse((125, 10, 275, 250), fill=(38, 28, 24))
+        frames.append(np.asarray(frame.convert("RGB"), np.float32) / 255)
+    return torch.from_numpy(np.stack(frames))
+
+
+def test_nothing_is_restored_on_what_covers_a_face(network: RetinaFace) -> None:
+    found = find_faces(film(covered=True), network)
+    frames = [face.frame for face in found.everyone]
+    assert frames == [i for i in range(FRAMES) if i != MISSED]
+    assert len({face.number for face in found.everyone}) == 1
+    assert f"no face in picture {MISSED}" in found.report
+    assert "bridged" not in found.report
+
+
+def test_a_face_that_is_seen_faintly_is_bridged_and_the_report_says_so(
+    network: RetinaFace,
+) -> None:
+    """Fog lowers its score below the confidence, but not to that of hair."""
+    pictures = film(covered=False)
+    scores = [faces[0].score for faces in detect(pictures, network)]
+    for fog in np.arange(0.5, 1.0, 0.02):
+        pictures[MISSED] = film(covered=False)[MISSED] * (1 - fog) + fog * 0.7
+        faint = detect(pictures[MISSED : MISSED + 1], network, DetectOptions(0.01))[0]
+        score = faint[0].score if faint else 0.0
+        if score < min(0.9, *scores):
+            break
+    assert 0.3 < score < 0.9, score
+    found = find_faces(pictures, network)
+    assert [face.frame for face in found.everyone] == list(range(FRAMES))
+    assert [face.frame for face in found.everyone if face.bridged] == [MISSED]
+    assert found.everyone[MISSED].score == pytest.approx(score, abs=1e-3)
+    assert f"bridged in {MISSED}" in found.report
+
+
+@pytest.mark.parametrize("any_angle", [False, True])
+def test_what_is_faint_changes_no_other_detection(network: RetinaFace, any_angle: bool) -> None:
+    picture = torch.from_numpy(np.asarray(photographs.group(), np.float32) / 255)[None]
+    options = DetectOptions(any_angle=any_angle)
+    plain = detect(picture, network, options)[0]
+    with_faint = detect(picture, network, options, faint=True)[0]
+    assert [face for face in with_faint if not face.faint] == plain
+    assert any(face.faint for face in with_faint)
