@@ -6,8 +6,8 @@ graph of single nodes.
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,8 +22,9 @@ MAX_KEPT = 4
 # first; one that is larger by itself is not kept.
 MAX_BYTES = 256 * 1024**2
 
-# By picture and stage: key, result and its bytes. The last used come last.
-_cache: OrderedDict[tuple[int, str, object], tuple[Any, int]] = OrderedDict()
+# By picture and stage: key, result, its bytes, and when it was last used.
+_cache: dict[int, dict[str, list[tuple[object, Any, int, int]]]] = {}
+_uses = itertools.count()
 
 
 def cached_for_picture(
@@ -37,29 +38,37 @@ def cached_for_picture(
     make: makes it.
     size: the bytes that a result holds.
     """
-    if not any(owner == id(image) for owner, *_ in _cache):
-        weakref.finalize(image, _forget, id(image))
+    if id(image) not in _cache:
+        _cache[id(image)] = {}
+        weakref.finalize(image, _cache.pop, id(image), None)
     # Sums over rows and columns, in case an earlier node has written into the picture since.
     rows, columns = (
         image.sum(axes, dtype=torch.float32).numpy(force=True).tobytes()
         for axes in ((2, 3), (1, 3))
     )
-    place = id(image), stage, (key, rows, columns)
-    if place in _cache:
-        _cache.move_to_end(place)
-        return _cache[place][0]
+    key = key, rows, columns
+    kept = _cache[id(image)].setdefault(stage, [])
+    for i, (known, value, held, _) in enumerate(kept):
+        if known == key:
+            kept[i] = known, value, held, next(_uses)
+            return value
     value = make()
     held = size(value)
     if held <= MAX_BYTES:
-        _cache[place] = value, held
-        of_stage = [known for known in _cache if known[:2] == place[:2]]
-        for known in of_stage[:-MAX_KEPT]:
-            del _cache[known]
-        while sum(held for _, held in _cache.values()) > MAX_BYTES:
-            _cache.popitem(last=False)
+        kept.append((key, value, held, next(_uses)))
+        if len(kept) > MAX_KEPT:
+            del kept[min(range(len(kept)), key=lambda i: _last_used(kept[i]))]
+        _make_room()
     return value
 
 
-def _forget(owner: int) -> None:
-    for place in [place for place in _cache if place[0] == owner]:
-        del _cache[place]
+def _last_used(entry: tuple[object, Any, int, int]) -> int:
+    return entry[3]
+
+
+def _make_room() -> None:
+    """Forgets what was unused the longest, until the rest is within MAX_BYTES."""
+    lists = [kept for stages in _cache.values() for kept in stages.values()]
+    while sum(held for kept in lists for _, _, held, _ in kept) > MAX_BYTES:
+        oldest = min((kept for kept in lists if kept), key=lambda kept: min(map(_last_used, kept)))
+        del oldest[min(range(len(oldest)), key=lambda i: _last_used(oldest[i]))]
