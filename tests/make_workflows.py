@@ -485,7 +485,7 @@ shows?** Raise `feather`.
             ),
             "filled": show("fill.image", "Filled", (320, 330)),
             **faces_filled(),
-            "paste": paste("fill.image", color_match="mean-std"),
+            "paste": paste("fill.image", color_match="luminance"),
             "save": save("paste.image", "osdface_scratches", (380, 420)),
         },
         [
@@ -538,7 +538,7 @@ shows?** Raise `feather`.
             "text": text(),
             "enlarge": enlarge("model_enlarge.IMAGE"),
             **faces_filled(),
-            "paste": paste("enlarge.image", color_match="mean-std"),
+            "paste": paste("enlarge.image", color_match="luminance"),
             "save": save("paste.image", "osdface_old_photo", (380, 420)),
         },
         [

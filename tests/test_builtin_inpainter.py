@@ -195,38 +195,3 @@ def test_the_node_fills_as_the_core_does(host: Any, network: DiffIR, portrait: T
     found = node.execute(image=portrait, mask=hole, diffir_name="builtin", **settings).args[0]
     assert (found - filled(network, portrait, hole)).abs().max() < 1e-5
     assert node.fingerprint_inputs(diffir_name="builtin")
-
-
-@pytest.mark.host
-@pytest.mark.full
-def test_the_workflow_of_scratches_runs_with_nothing_downloaded(
-    small_server: Any, portrait: Tensor
-) -> None:
-    """On a server whose models folders hold none of DiffIR's or Stable Diffusion's files."""
-    from tests.test_workflows import ROOT, as_api, read
-
-    assert not list((small_server.base / "models").rglob("*diff*/*.safetensors"))
-    hole = mask_of(scratches)[0]
-    alpha = torch.cat([portrait[0], 1 - hole[..., None]], -1)
-    pixels = (alpha * 255).round().byte().numpy()
-    Image.fromarray(pixels).save(small_server.base / "input" / "scratched.png")
-    prompt = as_api(read(ROOT / "workflows" / "osdface_scratches.json"))
-    by_kind = {node["class_type"]: (key, node["inputs"]) for key, node in prompt.items()}
-    by_kind["LoadImage"][1]["image"] = "scratched.png"
-    by_kind["DiffIRInpaint"][1]["diffir_name"] = "builtin"
-    # The faces by the built-in model: the checkpoint's file is not there.
-    key, _ = by_kind["CheckpointLoaderSimple"]
-    prompt[key] = {"class_type": "OSDFaceBuiltinModel", "inputs": {}}
-    _, faces = by_kind["OSDFaceRestore"]
-    faces |= {"vre_name": "builtin", "lora_name": "none", "detector": "builtin"}
-    faces |= {"mask_type": "ellipse", "vae": [key, 1]}
-    ends = {"filled": by_kind["DiffIRInpaint"][0], "faces": by_kind["OSDFaceRestore"][0]}
-    for name, node in ends.items():
-        kept = {"image": [node, 0], "name": f"{name}.pt"}
-        prompt[name] = {"class_type": "FuzzKeep", "inputs": kept}
-    small_server.run(prompt)
-    seen = torch.from_numpy(pixels[..., :3].copy()).float()[None] / 255
-    fill, faces_done = (small_server.kept(f"{name}.pt") for name in ends)
-    assert torch.equal(fill[:, hole == 0], seen[:, hole == 0])
-    assert psnr(fill, seen, hole[None]) > 20
-    assert not torch.equal(faces_done, fill)

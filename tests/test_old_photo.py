@@ -1,4 +1,6 @@
-"""The workflows for scratched photographs, run in a real ComfyUI on small networks."""
+"""The workflows for scratched photographs, run in a real ComfyUI on the networks that come with the
+pack.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.fuzz import DIFFIR
 from tests.photographs import astronaut
 from tests.prompts import Prompts
 from tests.test_workflows import PASSED_OVER, ROOT, as_api, read, second_ways
@@ -48,11 +49,9 @@ def given() -> Tensor:
 
 @pytest.fixture(scope="module")
 def site(small_server: Prompts, given: Tensor) -> Prompts:
-    """A server that has small networks of random weights under DiffIR's names, an upscale model,
-    and the photograph with two paints in its scratch: what Load Image takes for a mask is alpha.
+    """A server that has an upscale model and the photograph with two paints in its scratch: what
+    Load Image takes for a mask is alpha. Holes are filled by the network that comes with the pack.
     """
-    there = DIFFIR["DiffIRInpaint"]
-    assert {"DiffIRS2-place.safetensors", "DiffIRS2-celeba.safetensors"} <= there.keys()
     models = small_server.base / "models" / "upscale_models"
     models.mkdir()
     save_file(upscaler(), models / "RealESRGAN_x4plus.safetensors")
@@ -109,11 +108,14 @@ def test_a_scratch_is_filled_in_the_picture_and_in_the_face_and_the_rest_stays(
     assert white.shape == (1, SIDE, SIDE, 3)
     # Whatever colour the scratch had: nothing of it shows.
     assert torch.equal(white, black)
-    changed = (white[0] != given.float() / 255).any(-1)
+    original = given.float() / 255
+    changed = (white[0] != original).any(-1)
     scratch = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     for beside in (-1, 0, 1):
         scratch[ROWS, COLUMNS + beside] = True
-    assert changed[scratch].float().mean() > 0.95
+    # Filled with what was there: white is 0.65 from it on average, black 0.35.
+    apart = (white[0] - original)[scratch].abs().mean()
+    assert apart < 0.1 < original[scratch].mean() - 0.2
     beside = changed & ~scratch
     # The face, and nothing of the lower half.
     assert 0.01 < beside.float().mean() < 0.25
