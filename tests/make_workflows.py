@@ -180,7 +180,7 @@ OSEDIFF_FETCH = """
 Missing some? In this pack's folder, with ComfyUI's Python: `python install.py --checkpoint --osediff`.
 """
 DIFFIR_NEEDS = f"""
-*DiffIR Inpaint* fills by the small network that comes with this pack (*builtin*). **The released ones are nine times as large:** their authors
+*DiffIR Inpaint* fills by the small network that comes with this pack (*builtin*), a stand-in. **The released ones are nine times as large:** their authors
 offer them on [Google Drive](https://drive.google.com/drive/folders/1RQXRWMqVaAsyyQt8T-3KtpS68ef8dh90) alone. Download the folder,
 `python install.py --from FOLDER`, then choose `{PLACE}` in the first *DiffIR Inpaint* and `{CELEBA}`, which knows faces, in the second.
 """
