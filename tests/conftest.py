@@ -353,6 +353,14 @@ def crop(golden: Path) -> Callable[[str], torch.Tensor]:
     return of
 
 
+@pytest.fixture
+def away_from_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No weights of this machine's user are found."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small random networks: a folder in diffusers' layout with Stable Diffusion 2.1's modules, and

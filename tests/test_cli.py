@@ -44,15 +44,8 @@ from tests.photographs import write_detector
 from tests.widgets import UPSCALE
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("away_from_home")
 Run = Callable[..., int]
-
-
-@pytest.fixture(autouse=True)
-def away_from_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No weights of this machine's user are found."""
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.delenv("COMFYUI_PATH", raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ from osdface_core.cli.restorer import resolve
 from osdface_core.errors import OSDFaceError
 from tests.test_cli import entries
 
+pytestmark = pytest.mark.usefixtures("away_from_home")
 Run = Callable[..., int]
 KINDS = {
     **({"avif": ("RGB", "RGBA")} if features.check("avif") else {}),
@@ -50,14 +51,6 @@ KINDS = {
 }
 # Those that lose something of every picture.
 LOSSY = ("avif",)
-
-
-@pytest.fixture(autouse=True)
-def away_from_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No weights of this machine's user are found."""
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.delenv("COMFYUI_PATH", raising=False)
 
 
 @pytest.fixture

@@ -27,16 +27,9 @@ from osdface_core.errors import OSDFaceError
 from tests.test_cli import entries
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("away_from_home")
 Run = Callable[..., int]
 NTSC = Fraction(30000, 1001)
-
-
-@pytest.fixture(autouse=True)
-def away_from_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No weights of this machine's user are found."""
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.delenv("COMFYUI_PATH", raising=False)
 
 
 @pytest.fixture
