@@ -14,7 +14,7 @@ from ..chunks import Progress, is_out_of_memory, no_progress
 from ..cpu import exact
 from ..errors import OSDFaceError
 from ..pictures.color import as_given
-from ..pictures.picture import all_finite, mirrored, rgb_of
+from ..pictures.picture import all_finite, holes_of, mirrored, rgb_of
 from ..pictures.resampling import antialiased
 from .enhance import Enhanced, Load, check_whole, log, shrinking
 from .network import INPAINT, DiffIR, start_vector
@@ -54,20 +54,11 @@ def check(pictures: Tensor, mask: Tensor, options: InpaintOptions = DEFAULT) -> 
         )
     if options.feather < 0:
         raise OSDFaceError(f"`feather` is {options.feather}; 0 or more is wanted: set it so.")
-    holes = (mask[None] if mask.ndim == 2 else mask) != 0
-    if holes.ndim != 3:
-        raise OSDFaceError(
-            f"`mask` is {tuple(mask.shape)}; (H,W) or (B,H,W) is wanted: connect a MASK."
-        )
+    holes = holes_of(mask)
     count, height, width = pictures.shape[:3]
     if not bool(holes.any()):
         # Of any size: a picture without alpha is loaded with an empty mask of 64 x 64 px.
         return torch.zeros(count, height, width, dtype=torch.bool)
-    if not bool(mask.isfinite().all()):
-        raise OSDFaceError(
-            "`mask` holds values that are not numbers (NaN or infinite): look for the node before "
-            "this one that makes them."
-        )
     if holes.shape[1:] != (height, width):
         raise OSDFaceError(
             f"`mask` is {holes.shape[2]} x {holes.shape[1]} px and `image` {width} x {height}; one "

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import OSDFaceError
 from ..pictures.geometry import compose, scaling
+from ..pictures.picture import holes_of
 from ..pictures.resampling import touched
 from .face import Faces, has_place
 
@@ -40,19 +41,10 @@ def mask_to_crops(mask: Tensor, faces: Faces) -> Tensor:
 def check(mask: Tensor, faces: Faces) -> Tensor:
     """The holes (B,H,W) of truth values. Raises OSDFaceError if mask and faces do not fit."""
     faces.check()
-    holes = (mask[None] if mask.ndim == 2 else mask) != 0
-    if holes.ndim != 3:
-        raise OSDFaceError(
-            f"`mask` is {tuple(mask.shape)}; (H,W) or (B,H,W) is wanted: connect a MASK."
-        )
+    holes = holes_of(mask)
     if not bool(holes.any()):
         # Of any size: a picture without alpha is loaded with an empty mask of 64 x 64 px.
         return holes
-    if not bool(mask.isfinite().all()):
-        raise OSDFaceError(
-            "`mask` holds values that are not numbers (NaN or infinite): look for the node before "
-            "this one that makes them."
-        )
     count, height, width = holes.shape
     # A resize may have rounded either side by up to a pixel.
     if abs(width * faces.height - height * faces.width) > faces.width + faces.height:

@@ -49,6 +49,24 @@ def value_range(*pictures: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def holes_of(mask: Tensor) -> Tensor:
+    """The holes (B,H,W) of a mask (H,W) or (B,H,W): true where it is not 0.
+
+    Raises OSDFaceError for another shape, and for values that are not numbers.
+    """
+    holes = (mask[None] if mask.ndim == 2 else mask) != 0
+    if holes.ndim != 3:
+        raise OSDFaceError(
+            f"`mask` is {tuple(mask.shape)}; (H,W) or (B,H,W) is wanted: connect a MASK."
+        )
+    if not bool(mask.isfinite().all()):
+        raise OSDFaceError(
+            "`mask` holds values that are not numbers (NaN or infinite): look for the node before "
+            "this one that makes them."
+        )
+    return holes
+
+
 def finite(values: Tensor) -> Tensor:
     """The values as fp32 in [0,1]: NaN becomes 0, the rest is clamped."""
     return values.float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
