@@ -196,7 +196,12 @@ class OSDFaceRestore(io.ComfyNode):
             models = weakref.ref(model), getattr(model, "patches_uuid", None), weakref.ref(vae)
             restored_by = found_by, vre_name, lora_name, states, models
             restored = cached_for_picture(
-                image, "restored", restored_by, step, lambda restored: restored.pictures.nbytes
+                image,
+                "restored",
+                restored_by,
+                step,
+                # With more memory the same crops come out.
+                lambda restored: None if restored.starved else restored.pictures.nbytes,
             )
             check_restored(restored)
             crops, report = restored.pictures, report + _notes(faces, restored)

@@ -185,6 +185,31 @@ def test_where_memory_ends_on_the_way_to_fp32_all_goes_back(
     assert torch.equal(small.denoise(small.encode(pixels), prompts, 399), wanted)
 
 
+@pytest.mark.parametrize("times", [2, 3])
+def test_where_memory_does_not_do_for_the_way_back_either_it_is_tried_again_or_told(
+    small: db.DiffusersBackbone, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.to(torch.float16)
+    to, tried = small.to, 0
+
+    def runs_out(dtype: torch.dtype) -> None:
+        nonlocal tried
+        tried += 1
+        if tried <= times:
+            raise torch.OutOfMemoryError("out of memory")
+        to(dtype)
+
+    monkeypatch.setattr(small, "to", runs_out)
+    error, says = (
+        (torch.OutOfMemoryError, "out of memory")
+        if times == 2
+        else (OSDFaceError, "start again, in fp32")
+    )
+    with pytest.raises(error, match=says), small.fp32_fallback():
+        pass
+    assert tried == 3
+
+
 def rewritten(folder: Path, part: str, file: str, **changes: Any) -> None:
     path = folder / part / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -56,6 +56,10 @@ def test_results_kept_for_pictures_have_a_limit_in_bytes(host: Any) -> None:
     assert ask(pictures[0], 0) == 2
     assert ask(pictures[0], 100, 300) == 2
     assert held() <= 256, "one that is larger by itself is not kept"
+    for _ in range(2):
+        before = len(made)
+        keep(pictures[0], "restored", "starved", lambda: result(1), lambda tensor: None)
+        assert len(made) == before + 1, "what is not to be kept was"
     pictures.clear()
     del picture
     assert held() == 0

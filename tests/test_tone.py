@@ -138,6 +138,32 @@ def test_a_coloured_face_in_a_plain_page_stays_coloured(coloured: Tensor) -> Non
     assert (after[changed].amax(-1) - after[changed].amin(-1)).max() > 0.3
 
 
+def test_a_tiny_coloured_picture_has_no_one_tone() -> None:
+    """Of a few blocks each may have a light of its own, so that any colours lie on some curve."""
+    light = torch.linspace(0.1, 0.8, 16)[:, None, None]
+    hue = torch.linspace(0, 12, 16)[:, None]
+    colour = 0.1 * torch.stack([hue.sin(), hue.cos(), (hue + 1).sin()], -1)
+    tiny = (light + colour).expand(16, 16, 3)
+    assert tone_curve(tiny) is None
+    assert tone_curve(light.expand(16, 16, 3)) is not None
+
+
+@pytest.mark.parametrize("tone", ["grey", "sepia"])
+def test_a_coloured_detail_in_a_picture_of_one_tone_keeps_its_colour(tone: str) -> None:
+    """A stamp, a signature, lips that somebody painted red: in all else there is no colour."""
+    pixels = toned(photographs.astronaut().resize((2400, 2400)), tone)
+    stamp = slice(2000, 2030), slice(2000, 2030)
+    pixels[stamp] = (200, 30, 40)
+    given = tensor(as_jpeg(pixels, 90))
+    assert tone_curve(given) is not None, "the detail is too large for this test"
+    made = tensor(np.asarray(photographs.astronaut().resize((2400, 2400)).convert("RGB")))
+    made[stamp] = given[stamp]
+    after = as_given(made.movedim(-1, 0), given)
+    inside = slice(2005, 2025), slice(2005, 2025)
+    assert torch.equal(after[inside], made[inside])
+    assert off_tone(after[:1980], tone).mean() < 0.01
+
+
 def test_luminance_keeps_every_colour_of_a_coloured_picture(coloured: Tensor) -> None:
     picture = tensor(np.asarray(photographs.astronaut().convert("RGB")))
     restored = (coloured.flip(1) * 0.3 + 0.35)[..., [2, 1, 0]]

@@ -252,6 +252,29 @@ def test_a_digest_that_nobody_states_is_recorded_on_the_user_s_word_alone(
         fetch(wanted, tmp_path / "models")
 
 
+def test_rubbish_that_was_once_recorded_is_told_and_replaced(
+    server: Server, tmp_path: Path
+) -> None:
+    content = tensors(tmp_path / "whole.safetensors", weight=(64, 40))
+    wanted = replace(
+        entry(tmp_path, f"hub:{REPOSITORY}/w.pth", known=False), signature={"weight": (64, 40)}
+    )
+    server.hub(REPOSITORY, "w.pth", content)
+    folder = tmp_path / "models"
+    folder.mkdir()
+    rubbish = folder / NAME
+    tensors(rubbish, weight=(2, 2))
+    record = rubbish.with_name(NAME + fetching.RECORD)
+    record.write_text(f"{sha256_of(rubbish)}  {NAME}\n")
+    assert judge(wanted, rubbish).state == State.WRONG
+    assert fetch(wanted, folder).read_bytes() == content
+    # A record without its file cannot be judged: the sentence says what to do.
+    record.write_text(f"{'0' * 64}  {NAME}\n")
+    rubbish.unlink()
+    with pytest.raises(UnreachableError, match=f"delete {NAME}.sha256"):
+        fetch(wanted, folder)
+
+
 def test_the_hub_s_storage_on_another_server_is_followed_and_resumed(
     server: Server, tmp_path: Path
 ) -> None:

@@ -28,7 +28,7 @@ _uses = itertools.count()
 
 
 def cached_for_picture(
-    image: Tensor, stage: str, key: object, make: Callable[[], T], size: Callable[[T], int]
+    image: Tensor, stage: str, key: object, make: Callable[[], T], size: Callable[[T], int | None]
 ) -> T:
     """The result of `make` for this very tensor and key, kept from an earlier call if possible.
 
@@ -36,7 +36,7 @@ def cached_for_picture(
     stage: name of the result.
     key: all else that the result depends on.
     make: makes it.
-    size: the bytes that a result holds.
+    size: the bytes that a result holds; None for one that is not to be kept.
     """
     if id(image) not in _cache:
         _cache[id(image)] = {}
@@ -53,9 +53,9 @@ def cached_for_picture(
             kept[i] = known, value, held, next(_uses)
             return value
     value = make()
-    held = size(value)
-    if held <= MAX_BYTES:
-        kept.append((key, value, held, next(_uses)))
+    taken = size(value)
+    if taken is not None and taken <= MAX_BYTES:
+        kept.append((key, value, taken, next(_uses)))
         if len(kept) > MAX_KEPT:
             del kept[min(range(len(kept)), key=lambda i: _last_used(kept[i]))]
         _make_room()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -80,7 +81,9 @@ class Animation:
             return Around(
                 times,
                 plays if self.format == "GIF" else int(loop or 0),
-                self.format == "GIF" or image.mode not in ("RGB", "L"),
+                self.format == "GIF"
+                or image.mode not in ("RGB", "L")
+                or image.has_transparency_data,
                 still_first,
                 info.get("icc_profile"),
                 info.get("exif"),
@@ -92,14 +95,12 @@ class Animation:
 
 def look(path: Path) -> Animation | None:
     """The animation that a file holds; None for another picture and for what cannot be read."""
-    try:
-        with pictures.opened(path) as image:
-            count = getattr(image, "n_frames", 1)
-            if image.format in ANIMATED and count > 1:
+    with suppress(Exception), pictures.opened(path) as image:  # the reader says what is wrong
+        count = getattr(image, "n_frames", 1)
+        if image.format in ANIMATED and count > 1:
+            with suppress(Exception):
                 image.seek(count - 1)
-                return Animation(path, image.format, count, image.size)
-    except Exception:  # the reader of single pictures says what is wrong
-        return None
+            return Animation(path, image.format, count, image.size)
     return None
 
 

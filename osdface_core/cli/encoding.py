@@ -334,7 +334,7 @@ def _ways(
                 shared["x264-params"] = f"{fields}=1"
         legal = _legal_rate(known, rate)
         bases = [1 / legal] if name in COUNTED else [stream.time_base, 1 / legal]
-        formats = _formats(known, first.format)
+        formats = _formats(known, first.format, fields)
         for pix_fmt, base in itertools.product(formats, dict.fromkeys(bases)):
             yield Encoding(name, options, encoder, pix_fmt, shared, legal, base, size, fields)
 
@@ -402,7 +402,7 @@ def _legal_rate(encoder: Any, rate: Fraction) -> Fraction:
     return next((one for one in rates if one >= rate), rates[-1])
 
 
-def _formats(encoder: Any, given: av.VideoFormat) -> list[str]:
+def _formats(encoder: Any, given: av.VideoFormat, fields: str) -> list[str]:
     """The encoder's pixel formats, from the one nearest to what is given."""
     if not encoder.video_formats:
         return [given.name]
@@ -419,6 +419,8 @@ def _formats(encoder: Any, given: av.VideoFormat) -> list[str]:
             grey and len(given.components) >= 3,
             alpha and not any(c.is_alpha for c in form.components),
             form.is_rgb != given.is_rgb,
+            # Fewer lines of colour would mix those of both fields.
+            bool(fields) and form.chroma_height(16) < given.chroma_height(16),
             _chroma(form) > _chroma(given),
             form.name.startswith("yuvj") != given.name.startswith("yuvj"),
             bits > deep,

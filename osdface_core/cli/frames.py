@@ -74,7 +74,7 @@ def write_gif(path: Path, frames: Iterator[Frame], around: Around) -> None:
             drawn = (picture != state).any(-1)
             rows, columns = (slice(0, height), slice(0, width)) if clears else _box(drawn)
             place = rows, columns
-            encoded, clear = _gif_frame(picture[place], drawn[place], changed[place])
+            encoded, clear = _gif_frame(picture[place], drawn[place], changed[place], clears)
             delay = min(65535, round(time * 100))
             flags = (CLEAR if clears else KEEP) << 2 | (clear is not None)
             file.write(struct.pack("<BBBBHBB", 0x21, 0xF9, 4, flags, delay, clear or 0, 0))
@@ -110,10 +110,11 @@ def _box(where: np.ndarray) -> tuple[slice, slice]:
 
 
 def _gif_frame(
-    picture: np.ndarray, drawn: np.ndarray, changed: np.ndarray
+    picture: np.ndarray, drawn: np.ndarray, changed: np.ndarray, clears: bool
 ) -> tuple[bytes, int | None]:
     """Flags, palette and indices of an image block, and the index that is transparent."""
-    is_whole = bool(drawn.all())
+    # Readers clear to the background's colour where a frame has no transparent index.
+    is_whole = bool(drawn.all()) and not clears
     room = MAX_COLORS if is_whole else MAX_COLORS - 1
     packed = picture[..., :3].astype(np.int64) @ np.array([65536, 256, 1])
     exact = np.unique(packed[drawn & ~changed])

@@ -39,22 +39,20 @@ except ImportError:
 Image.init()
 JPEG, TIFF = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), (".tif", ".tiff")
 HEIF, CODESTREAM = (".heic", ".heif", ".hif", ".heics"), (".j2k", ".j2c", ".jpc")
+# Handlers that Pillow names but does not bring.
+_NO_HANDLERS = ("BUFR", "GRIB", "HDF5", "WMF")
 # The format of each extension, as Pillow names it; it writes some of them only.
 FORMATS = {
     **{
         extension: name
         for extension, name in Image.registered_extensions().items()
-        if name in Image.OPEN
+        if name in Image.OPEN and name not in _NO_HANDLERS
     },
     ".mpo": "JPEG",
     **dict.fromkeys(HEIF, "HEIF"),
 }
-# Handlers that Pillow names but does not bring write no file.
-_NO_WRITERS = ("BUFR", "GRIB", "HDF5", "WMF")
 WRITTEN = tuple(
-    extension
-    for extension, name in FORMATS.items()
-    if (name in Image.SAVE and name not in _NO_WRITERS) or name == "HEIF"
+    extension for extension, name in FORMATS.items() if name in Image.SAVE or name == "HEIF"
 )
 EXTENSIONS = tuple(FORMATS)
 WITH_ALPHA = {
@@ -205,7 +203,9 @@ def is_picture(path: Path) -> bool:
     """Whether Pillow knows the file by what it holds, whatever its name."""
     try:
         with opened(path) as image:
-            return image.format not in _NO_WRITERS
+            # Under an ending of its own a TIFF is a camera's raw file: Pillow sees a preview.
+            is_raw = image.format == "TIFF" and path.suffix != ""
+            return image.format not in _NO_HANDLERS and not is_raw
     except Exception:  # each of Pillow's readers raises its own errors
         return False
 
@@ -247,13 +247,14 @@ def _free_memory() -> int | None:
 
 def _main_page(image: Image.Image) -> int | None:
     """Goes to the largest page of a TIFF that holds several; its number, or None."""
-    count = getattr(image, "n_frames", 1)
     if image.format != "TIFF":
         return None
-    sizes = []
-    for page in range(count):
-        image.seek(page)
-        sizes.append(image.size[0] * image.size[1])
+    sizes: list[int] = []
+    # Pillow does not know every kind of page; those from the first such one on stay as they are.
+    with suppress(EOFError, SyntaxError):
+        while True:
+            image.seek(len(sizes))
+            sizes.append(image.size[0] * image.size[1])
     page = sizes.index(max(sizes))
     image.seek(page)
     return page

@@ -105,7 +105,7 @@ def _read(data: bytes, place: int, layout: _Layout) -> tuple[_Page, int]:
         tag, kind, number = struct.unpack_from(layout.entry, data, place)
         letters = _LETTERS.get(kind)
         if letters:
-            form = layout.order + letters * number
+            form = f"{layout.order}{number * len(letters)}{letters[0]}"
             at = place + struct.calcsize(layout.entry)
             if struct.calcsize(form) > layout.inline:
                 (at,) = struct.unpack_from(layout.offset, data, at)
@@ -136,7 +136,7 @@ def _write(out: bytearray, page: _Page, layout: _Layout) -> tuple[int, int]:
     entries = []
     for tag, (kind, numbers) in sorted(values.items()):
         letters = _LETTERS[kind]
-        content = struct.pack(layout.order + letters * (len(numbers) // len(letters)), *numbers)
+        content = struct.pack(f"{layout.order}{len(numbers)}{letters[0]}", *numbers)
         if len(content) > layout.inline:
             place = len(out)
             out += content + b"\0" * (len(content) % 2)

@@ -12,6 +12,7 @@ import bisect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 WINDOW, MAX_FRAMES = 24 * 1024**2, 64
 QUARTER = 90
 TOP, BOTTOM = 0, 1
+# Containers whose times go on from what was broadcast before.
+PROGRAMS = ("mpegts", "mpeg", "vob", "dvd", "svcd")
 
 
 @dataclass(frozen=True)
@@ -448,6 +451,9 @@ def _transcode(
         out.set_chapters(chapters)
     out.start_encoding()
     time_base = stream.time_base
+    # Streams for broadcast begin at any hour, files of other kinds at 0.
+    is_late = container.format.name in PROGRAMS and encoding.container not in PROGRAMS
+    begin = Fraction(container.start_time or 0, av.time_base) if is_late else Fraction(0)
     mark = FieldMarker(encoding) if encoding.fields else None
 
     def frames() -> Iterator[av.VideoFrame]:
@@ -456,6 +462,9 @@ def _transcode(
             if packet.stream.index not in copies:
                 yield from packet.decode()
             elif packet.dts is not None:
+                late = round(begin / packet.time_base)
+                packet.dts -= late
+                packet.pts = None if packet.pts is None else packet.pts - late
                 packet.stream = copies[packet.stream.index]
                 out.mux(packet)
 
@@ -468,6 +477,8 @@ def _transcode(
                 if frame.format.name == encoding.pix_fmt
                 else frame.reformat(format=encoding.pix_fmt)
             )
+            if fits.pts is not None:
+                fits.pts -= round(begin / time_base)
             fits = encoding.timed(fits, time_base, last)
             last = fits.pts
             for packet in encoded.encode(mark(fits) if mark else fits):

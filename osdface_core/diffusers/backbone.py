@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..chunks import is_out_of_memory
 from ..cpu import exact, has_bf16, optimized
+from ..errors import OSDFaceError
 from ..sd21.adapters import Lora
 from ..sd21.backbone import SIDE
 from ..sd21.schedule import x0_of
@@ -121,7 +122,20 @@ class DiffusersBackbone:
             self.to(torch.float32)
             yield True
         finally:
-            self.to(dtype)
+            try:
+                self.to(dtype)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                with suppress(AttributeError):
+                    getattr(torch, self.device.type).empty_cache()
+                try:
+                    self.to(dtype)
+                except Exception as again:
+                    raise OSDFaceError(
+                        "Memory is too short to bring the networks back to half precision, so that "
+                        "nothing more can be restored: start again, in fp32."
+                    ) from again
 
     def _given(self, tensor: Tensor) -> Tensor:
         order = self.order if tensor.ndim == 4 else torch.contiguous_format

@@ -113,7 +113,7 @@ def detect_all_sizes(
     confidence: least score.
     smallest: size of the smallest faces looked for, in pixels.
     report: called with 0 before each further pass.
-    faint: takes what the passes over the whole picture score lower, if given.
+    faint: takes what the passes score lower, if given.
     least: score of what is faint.
     """
     longest = max(pixels.shape[2:])
@@ -141,7 +141,10 @@ def detect_all_sizes(
         found = merge(found, coarse)
     wanted = min(1.0, EASILY_SEEN / max(smallest, 1.0))
     if wanted > 1.3 * scale:
-        found = merge(found, detect_in_tiles(network, pixels, confidence, wanted, scale, report))
+        small = detect_in_tiles(
+            network, pixels, confidence, wanted, scale, report, faint=faint, least=least
+        )
+        found = merge(found, small)
     return found
 
 
@@ -152,6 +155,8 @@ def detect_in_tiles(
     wanted: float,
     scale: float,
     report: Progress,
+    faint: list[Candidates] | None = None,
+    least: float = 0.0,
 ) -> Candidates:
     """Faces too small for the pass over the whole picture, from overlapping tiles.
 
@@ -161,14 +166,17 @@ def detect_in_tiles(
     wanted: scale at which the tiles are cut, as a share of the picture's.
     scale: the scale of the pass over the whole picture.
     report: called with 0 before each tile.
+    faint: takes what is scored lower, if given.
+    least: score of what is faint.
     """
     large, back = shrink(pixels, round(wanted * max(pixels.shape[2:])))
     limit = 2 * EASILY_SEEN * wanted / scale
+    threshold = confidence if faint is None else min(confidence, least)
     parts = []
     for y1, y2 in tile_spans(large.shape[2], LONGEST_SIDE, round(1.5 * limit)):
         for x1, x2 in tile_spans(large.shape[3], LONGEST_SIDE, round(1.5 * limit)):
             report(0)
-            found = detect_once(network, large[:, :, y1:y2, x1:x2], confidence)
+            found = detect_once(network, large[:, :, y1:y2, x1:x2], threshold)
             # A face that a tile's edge cuts is whole in the next one.
             inside = torch.ones(len(found), dtype=torch.bool)
             for column, edge, picture_edge in ((0, 0, x1 == 0), (1, 0, y1 == 0)):
@@ -180,7 +188,11 @@ def detect_in_tiles(
                 inside &= (found.box[:, column] < edge) | picture_edge
             parts.append(translate_candidates(found[inside & (longer_side(found) < limit)], x1, y1))
     found = Candidates.join(parts)
-    return scale_candidates(found[batched_nms(found.box, found.score, found.frame, OVERLAP)], back)
+    found = found[batched_nms(found.box, found.score, found.frame, OVERLAP)]
+    found = scale_candidates(found, back)
+    if faint is not None:
+        faint.append(found[found.score <= confidence])
+    return found[found.score > confidence]
 
 
 def detect_all_angles(

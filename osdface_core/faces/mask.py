@@ -50,8 +50,8 @@ def check(mask: Tensor, faces: Faces) -> Tensor:
     if abs(width * faces.height - height * faces.width) > faces.width + faces.height:
         raise OSDFaceError(
             f"`mask` is {width} x {height} px and the faces come from a picture of {faces.width} x "
-            f"{faces.height} px; a mask of that picture, or of the same picture enlarged or "
-            "shrunk, is wanted: connect the mask that was painted on it."
+            f"{faces.height} px; a mask of that picture, or of the same one enlarged, is wanted: "
+            "connect the mask that was painted on it."
         )
     if count not in (1, faces.frames):
         raise OSDFaceError(

@@ -337,7 +337,8 @@ def _make_patch(
     pixels = pixels.clamp(lowest, highest)
     curve = tone_curve(image, (left, top, right, bottom)) if image.shape[-1] >= 3 else None
     if curve is not None:
-        pixels = curve.toned(pixels)
+        there = curve.holds(image[rows, columns])[..., None].to(device)
+        pixels = torch.where(there, curve.toned(pixels), pixels)
     # One copy back for both.
     patch = torch.cat([pixels, weight[..., None]], -1).to(image.device)
     return _Patch(rows, columns, patch[..., :3], patch[..., 3])

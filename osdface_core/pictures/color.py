@@ -137,4 +137,8 @@ def as_given(picture: Tensor, given: Tensor) -> Tensor:
         return grey.expand(channels, *grey.shape).movedim(0, -1)
     picture = picture.movedim(0, -1)
     curve = tone_curve(given)
-    return picture if curve is None else curve.toned(picture)
+    if curve is None:
+        return picture
+    there = curve.holds(given)[None, None].to(picture)
+    there = F.interpolate(there, picture.shape[:2], mode="nearest")[0, 0, ..., None]
+    return torch.where(there > 0, curve.toned(picture), picture)

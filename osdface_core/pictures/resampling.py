@@ -7,6 +7,7 @@ Coordinates are (x, y) in pixels with pixel centres at .5: the pixel in row j, c
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,8 @@ FILTER_RADIUS = 6
 # The part of the shrinking filter that counts, in the same pixels: its waves beyond carry less than
 # a tenth of an edge.
 WAVES = 3
+# What devices say of an operator that they lack.
+LACKS = re.compile("not (currently )?(implemented|supported)|[Uu]nsupported")
 # A picture is shrunk up to this factor by interpolation alone: the filter would gain 2 dB there,
 # for four times the samples.
 MAX_UNFILTERED = 1.2
@@ -154,7 +157,8 @@ def _here_or_on_cpu(work: Callable[..., Tensor], *given: Tensor) -> Tensor:
         return work(*given)
     except RuntimeError as error:
         device = given[0].device
-        if device.type == "cpu" or is_out_of_memory(error):
+        lacks = isinstance(error, NotImplementedError) or LACKS.search(str(error))
+        if device.type == "cpu" or is_out_of_memory(error) or not lacks:
             raise
     return work(*(tensor.cpu() for tensor in given)).to(device)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .picture import finite
@@ -27,6 +28,9 @@ POINTS = 24
 # below LEAST_TOLERANCE, and what is off by MOST_TOLERANCE is seen.
 SHARE, TOLERANCE = 0.98, 0.3
 LEAST_TOLERANCE, MOST_TOLERANCE = 2.5 / 255, 5 / 255
+# Pixels a side of the square whose mean colour says whether a place has the tone: what JPEG spreads
+# of a colour beside it is within.
+PLACE = 9
 # A curve that is nowhere further from grey is grey.
 GREY = 0.5 / 255
 
@@ -53,9 +57,24 @@ class ToneCurve:
             light = light.clamp(float(there.min()), float(there.max()))
         return self.at(light).clamp(0, 1)
 
+    def holds(self, rgb: Tensor) -> Tensor:
+        """Where (H,W) the colours about a pixel of RGB (H,W,3 or more) lie on the curve.
+
+        A detail of another colour, such as a stamp on a grey picture or lips that were painted red,
+        is too small for the curve to be refused, and keeps its colour.
+        """
+        rgb = finite(rgb[..., :3])
+        off = (rgb - self.at(luminance(rgb))).movedim(-1, 0)[None]
+        off = F.avg_pool2d(off, PLACE, 1, PLACE // 2, count_include_pad=False)
+        return off[0].abs().amax(0) <= 2 * MOST_TOLERANCE
+
     def at(self, light: Tensor) -> Tensor:
         """The colours (...,3) of luminances (...); they may leave [0,1]."""
-        red, blue = (_hats(light) @ self.differences.to(light)).unbind(-1)
+        # Between two points; by `_hats` it would take a number for each point and pixel.
+        place = light.clamp(0, 1).sqrt() * (POINTS - 1)
+        low = place.floor().clamp(max=POINTS - 2)
+        table, first = self.differences.to(light), low.long()
+        red, blue = torch.lerp(table[first], table[first + 1], (place - low)[..., None]).unbind(-1)
         green = -(LUMA[0] * red + LUMA[2] * blue) / LUMA[1]
         return light[..., None] + torch.stack([red, green, blue], -1)
 
@@ -82,6 +101,10 @@ def tone_curve(picture: Tensor, place: tuple[int, int, int, int] | None = None) 
     if not part.numel():
         return None
     light, colour = _block_means(part)
+    if len(light) < LEAST_BLOCKS**2:
+        # Of so few blocks a curve passes near all, whatever their colours.
+        is_grey = float(torch.quantile(colour.abs().amax(1), SHARE)) <= LEAST_TOLERANCE
+        return ToneCurve(torch.zeros(POINTS, 2)) if is_grey else None
     # Points that no block reaches are drawn towards their neighbours.
     slack = torch.eye(POINTS, dtype=torch.float64).diff(dim=0) * 1e-2 * len(light) ** 0.5
     differences = torch.linalg.lstsq(

@@ -213,6 +213,9 @@ def fetch(
                 )
             ):
                 return path
+            if path.is_file() and _misfit(entry, path) is not None:
+                # What was recorded of another file is no truth.
+                _record(path, None)
             return _fetch(entry, path, incomplete, progress, unreachable, trust)
         finally:
             lock.release()
@@ -249,7 +252,8 @@ def _fetch(
                 raise _NextAddress(f"gave another file: {misfit}")
             if source.sha256 is None and not trust:
                 log.warning(
-                    "%s: no SHA-256 is known for it; the names and shapes of its tensors are right",
+                    "%s: no SHA-256 is known for it; the names and shapes of the tensors that "
+                    "tell it are right",
                     entry.name,
                 )
                 digest = None
@@ -322,7 +326,8 @@ def _source(address: str, entry: WeightFile, path: Path, progress: Progress | No
     # A mirror's may be anything.
     told = metadata.etag if re.fullmatch("[0-9a-f]{64}", metadata.etag or "") else None
     if known and told and known != told:
-        raise _NextAddress("the hub has another file under this name than the one known")
+        remedy = "" if entry.sha256 else f": delete {path.name}{RECORD} to trust the hub's"
+        raise _NextAddress(f"the hub has another file under this name than the one known{remedy}")
     return _Source(metadata.location or url, metadata.size, known or told)
 
 

@@ -65,7 +65,8 @@ def judge(entry: WeightFile, path: Path) -> Finding:
     """
     try:
         known, digest = entry.sha256 or recorded_sha256(path), sha256_of(path)
-        if digest == known:
+        # A digest that was recorded beside the file may be that of the rubbish it came as.
+        if digest == known and (entry.sha256 is not None or fits(entry, shapes(path))):
             whose = "known one" if entry.sha256 else f"one recorded in {path.name}{RECORD}"
             return Finding(entry, State.VERIFIED, f"its SHA-256 is the {whose}", path)
         if not fits(entry, shapes(path)):
@@ -74,7 +75,10 @@ def judge(entry: WeightFile, path: Path) -> Finding:
             why = f"its SHA-256 is no longer the one recorded beside it in {path.name}{RECORD}"
             return Finding(entry, State.WRONG, why, path)
         if entry.sha256 is None:
-            why = "no SHA-256 is known for it, but its tensors have the right names and shapes"
+            why = (
+                "no SHA-256 is known for it, but the tensors that tell it have the right names and "
+                "shapes"
+            )
         else:
             why = "not the official file (another SHA-256), but it has the same layout"
         if entry.check is not None:
