@@ -509,3 +509,51 @@ def test_aligned_takes_strength_keep_alpha_grey_and_animations(
     options = ("--aligned", "--strength", "0")
     assert run(source / "grey.png", tmp_path / "same.png", *options) == 0
     assert (tmp_path / "same.png").read_bytes() == (source / "grey.png").read_bytes()
+
+
+def test_a_name_that_no_disk_takes_is_told(
+    face: Image.Image, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    face.save(tmp_path / "a.png")
+    assert run(tmp_path / "a.png", tmp_path / f"{'n' * 300}.png") == cli.UNUSABLE
+    assert "name another" in caplog.text
+
+
+def test_a_torn_animation_is_told_and_not_taken_for_a_picture(
+    face: Image.Image, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = [face, face.transpose(Image.Transpose.FLIP_LEFT_RIGHT), face.rotate(5)]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    assert run(tmp_path / "a.png", tmp_path / "out.png") == 1
+    assert "cannot be read as an animation" in caplog.text
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_camera_s_raw_file_is_skipped_and_not_taken_for_its_preview(
+    face: Image.Image, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    face.save(tmp_path / "in" / "a.png")
+    face.save(tmp_path / "in" / "raw.dng", "TIFF")
+    assert run(tmp_path / "in", tmp_path / "out") == cli.OK
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+
+
+def test_transparency_of_an_animated_png_in_rgb_stays(
+    nobody: Image.Image, run: Run, tmp_path: Path
+) -> None:
+    frames = []
+    for shade in (10, 20):
+        frame = nobody.copy()
+        frame.paste((0, 0, 0), (0, 0, 20, 20))
+        frame.paste((shade, 0, 0), (30, 30, 40, 40))
+        frames.append(frame)
+    frames[0].save(
+        tmp_path / "a.png", save_all=True, append_images=frames[1:], transparency=(0, 0, 0)
+    )
+    assert run(tmp_path / "a.png", tmp_path / "out.webp") in (cli.OK, cli.UNUSABLE)
+    with Image.open(tmp_path / "out.webp") as image:
+        assert image.n_frames == 2
+        assert image.convert("RGBA").getpixel((5, 5))[3] == 0

@@ -308,11 +308,12 @@ def test_a_truncated_file_is_named(name: str, host: Any, checkpoint: tuple[Any, 
 
 def test_a_file_that_is_not_there_is_named_with_the_remedy(host: Any) -> None:
     says = (
-        r"^`vre_name`: osdface_vre.safetensors is missing "
-        r".*install.py --only osdface_vre.safetensors .* or allow downloads"
+        r"^`detector`: detection_Resnet50_Final.pth is missing "
+        r".*install.py --only detection_Resnet50_Final.pth .* or allow downloads"
     )
+    given = widgets.FIND | {"detector": "retinaface_resnet50"}
     with pytest.raises(host.error, match=says):
-        run(host, "OSDFaceVRE", crops=torch.zeros(1, 64, 64, 3), vre_name="osdface_vre.safetensors")
+        run(host, "FaceDetectAlign", image=torch.zeros(1, 64, 64, 3), **given)
 
 
 def test_a_lora_that_is_not_there_is_named_before_a_network_runs(

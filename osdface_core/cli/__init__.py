@@ -38,6 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
     except OSDFaceError as error:
         log.error("%s", error)
         return UNUSABLE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        log.error("%s cannot be used (%s): name another.", error.filename, error.strerror)
+        return UNUSABLE
     except KeyboardInterrupt:
         log.error("\nStopped; start the same command again to go on from here.")
         return STOPPED

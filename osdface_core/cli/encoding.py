@@ -277,7 +277,7 @@ def choose(
                 why = why or " ".join(str(error).split())
                 log.debug("%s: %s", way, error)
                 continue
-            return _with_tracks(way, source, container, stream, frames, packets)
+            return _with_tracks(way, source, target, container, stream, frames, packets)
     if fields:
         raise OSDFaceError(
             f"{source} is interlaced, as which nothing that {target.suffix} holds can be encoded "
@@ -472,6 +472,7 @@ def _encode_trial(
 def _with_tracks(
     way: Encoding,
     source: Path,
+    target: Path,
     container: Any,
     stream: Any,
     frames: list[av.VideoFrame],
@@ -480,6 +481,9 @@ def _with_tracks(
     """`way` without the tracks that its container cannot hold, each of which is named."""
     left_out = set()
     others = [other for other in container.streams if other.type in COPIED]
+    for other in container.streams:
+        if other.index != stream.index and other.type not in COPIED:
+            log.warning("%s: its other %s track is left out.", source, other.type)
     for other in others:
         rest = frozenset(one.index for one in others if one is not other)
         alone = replace(way, left_out=rest)
@@ -497,10 +501,10 @@ def _with_tracks(
             log.debug("%s", error)
             left_out.add(other.index)
             log.warning(
-                "%s: its %s track (%s) cannot be kept in a .%s file and is left out.",
+                "%s: its %s track (%s) cannot be kept in a %s file and is left out.",
                 source,
                 other.type,
                 other.codec_context.name if other.codec_context else "unknown",
-                way.container,
+                target.suffix,
             )
     return replace(way, left_out=frozenset(left_out))

@@ -70,6 +70,8 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
             raise missing(name)
     if options.command == INPAINT:
         options.mask = Path(given("mask", str(options.mask)))
+        # Masks lie as the pictures do, also for a worker that was started in another folder.
+        options.input = options.input.absolute()
     return options
 
 

@@ -117,7 +117,6 @@ class Picture:
     path: the file.
     pixels: (H,W,C) fp32 in [0,1]; C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
     depth: bits a channel of the file, 8 or 16.
-    turned: whether the file's orientation is not upright.
     icc, exif, xmp: as in the file, but for the orientation, which is 1.
     dpi: across and down.
     cmyk: the ink (H,W,4) of a CMYK picture.
@@ -135,7 +134,6 @@ class Picture:
     path: Path
     pixels: Tensor
     depth: int = 8
-    turned: bool = False
     icc: bytes | None = None
     exif: bytes | None = None
     xmp: bytes | None = None
@@ -261,7 +259,6 @@ def _main_page(image: Image.Image) -> int | None:
 
 
 def _read(path: Path, image: Image.Image, page: int | None, deep: bool) -> Picture:
-    given = image.getexif().get(ORIENTATION, 1)
     image.load()  # Pillow turns a TIFF upright here
     exif = image.getexif()
     turn = _UPRIGHT.get(exif.get(ORIENTATION, 1), _UPRIGHT[1])
@@ -292,7 +289,6 @@ def _read(path: Path, image: Image.Image, page: int | None, deep: bool) -> Pictu
         path,
         _tensor(array, turn),
         depth,
-        given in _UPRIGHT and given != 1,
         image.info.get("icc_profile"),
         _upright_exif(raw) if raw else None,
         _upright_xmp(xmp.encode() if isinstance(xmp, str) else xmp) if xmp else None,
@@ -306,7 +302,7 @@ def _read(path: Path, image: Image.Image, page: int | None, deep: bool) -> Pictu
         span=span,
         info=tuple(
             (name, image.info[name])
-            for name in ("sizes", "compression", "comment", "transparency")
+            for name in ("sizes", "compression", "comment")
             if name in image.info
         ),
     )
@@ -406,7 +402,6 @@ def _read_tiff(path: Path) -> Picture | None:
             path,
             _tensor(array, turn),
             16,
-            turn != _UPRIGHT[1],
             page.tags.valueof(ICC_TAG),
             dpi=resolution,
             tags=tuple(
