@@ -344,6 +344,27 @@ def test_chapters_titles_and_sound_stay(
         )
 
 
+@pytest.mark.parametrize("begins", [0, 10_000])
+@pytest.mark.parametrize("ending", ["mkv", "mp4", "avi"])
+def test_what_a_broadcast_recorded_begins_at_nought_elsewhere(
+    begins: int, ending: str, portrait: np.ndarray, run: Run, tmp_path: Path
+) -> None:
+    """A transport stream starts at whatever hour it was; picture and sound stay together."""
+    made(tmp_path / "0.ts", moving(portrait, 208, 208), "libx264", "yuv420p", sound="mp2")
+    with av.open(str(tmp_path / "0.ts")) as whole, av.open(str(tmp_path / "in.ts"), "w") as out:
+        copies = {one.index: out.add_stream_from_template(one) for one in whole.streams}
+        for packet in whole.demux():
+            if packet.dts is not None:
+                late = round(begins / packet.time_base)
+                packet.pts, packet.dts = packet.pts + late, packet.dts + late
+                packet.stream = copies[packet.stream.index]
+                out.mux(packet)
+    assert run(tmp_path / "in.ts", tmp_path / f"out.{ending}") == cli.OK
+    with av.open(str(tmp_path / f"out.{ending}")) as container:
+        starts = [one.start_time * one.time_base for one in container.streams]
+    assert all(-0.2 < start < 0.2 for start in starts), starts
+
+
 @pytest.mark.parametrize("codec", ["libx265", "libsvtav1"])
 def test_encoders_say_nothing_to_the_terminal(
     codec: str, portrait: np.ndarray, tmp_path: Path
