@@ -8,7 +8,8 @@ import torch
 from PIL import ImageDraw
 from torch import Tensor
 
-from osdface_core.faces.detect import DetectOptions, detect
+from osdface_core.faces.candidates import Candidates
+from osdface_core.faces.detect import DetectOptions, detect, detect_in_tiles
 from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.faces.find import find_faces
 from osdface_core.faces.retinaface import RetinaFace, build_retinaface
@@ -71,3 +72,16 @@ def test_what_is_faint_changes_no_other_detection(network: RetinaFace, any_angle
     with_faint = detect(picture, network, options, faint=True)[0]
     assert [face for face in with_faint if not face.faint] == plain
     assert any(face.faint for face in with_faint)
+
+
+def test_tiles_of_a_large_picture_leave_faint_signs_too(network: RetinaFace) -> None:
+    head = photographs.astronaut().crop(photographs.HEAD).convert("RGB").resize((60, 51))
+    picture = torch.full((1, 420, 2400, 3), 0.5)
+    picture[0, 200:251, 1000:1060] = torch.from_numpy(np.asarray(head, np.float32) / 255)
+    pixels, tiles = picture.movedim(-1, 1), (1.0, 0.5, lambda *_: None)
+    face = detect_in_tiles(network, pixels, 0.3, *tiles)
+    assert len(face) == 1
+    faint: list[Candidates] = []
+    above = float((1 + face.score) / 2)
+    assert len(detect_in_tiles(network, pixels, above, *tiles, faint=faint, least=0.3)) == 0
+    assert torch.equal(Candidates.join(faint).box, face.box)
