@@ -223,8 +223,13 @@ class Norm(nn.Module):
             bias = self.body.bias.to(x)
             pixels = F.layer_norm(pixels, weight.shape, weight, bias, EPSILON)
         else:
-            # The layer norm's by-product; var takes ten times as long as a whole layer norm.
-            *_, deviation = torch.native_layer_norm(pixels, weight.shape, None, None, EPSILON)
+            if torch.is_grad_enabled():
+                variance = pixels.var(-1, correction=0, keepdim=True)
+                deviation = (variance + EPSILON).rsqrt()
+            else:
+                # The layer norm's by-product, which has no gradient; var takes ten times as long
+                # as a whole layer norm.
+                *_, deviation = torch.native_layer_norm(pixels, weight.shape, None, None, EPSILON)
             pixels, scale = pixels * deviation.to(x), scale * weight
         return torch.addcmul(shift, pixels, scale).movedim(-1, 1)
 
