@@ -17,6 +17,7 @@ from ..pictures.color import as_given
 from ..pictures.picture import all_finite, holes_of, mirrored, rgb_of
 from ..pictures.resampling import antialiased
 from .enhance import Enhanced, Load, check_whole, log, shrinking
+from .membrane import membrane
 from .network import INPAINT, DiffIR, start_vector
 
 # Pixels of the shorter side at which a picture is filled: that of CelebA-HQ's faces, that at which
@@ -157,9 +158,12 @@ def _filled(
     # pixels have touched is a hole too.
     seen, hollow = (_resized(part, size) for part in (colours, hole))
     hollow = (hollow > 0).float()
+    if network.shape.prefilled:
+        seen = membrane(seen, hollow)
     given = torch.cat([seen, hollow], 1)
     given = mirrored(given, network.shape.multiple, edge=True).to(start)
-    given[:, :3] *= 1 - given[:, 3:]
+    if not network.shape.prefilled:
+        given[:, :3] *= 1 - given[:, 3:]
     given = given.contiguous(memory_format=torch.channels_last)
     prior = network.prior(given, start, tick)
     made = network.restore(given, prior, tick)[..., : size[0], : size[1]].to(colours)

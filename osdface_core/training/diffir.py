@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..diffir.membrane import membrane
 from ..diffir.network import (
     AT_ONCE,
     INPAINT,
@@ -63,6 +64,7 @@ class Network:
     expansion: of the gated layers.
     centred: whether norms subtract the mean and have a bias.
     residuals: residual blocks of the network that reads the condition.
+    prefilled: for inpainting, whether it gets its holes with a smooth fill and adds to that.
     """
 
     job: Literal["upscale", "deblur", "inpaint"]
@@ -74,6 +76,7 @@ class Network:
     expansion: float = 2.2
     centred: bool = False
     residuals: int = 9
+    prefilled: bool = False
 
     def shape(self) -> Shape:
         """Raises OSDFaceError for a size that no network has."""
@@ -94,6 +97,11 @@ class Network:
                     f"`network.heads` has {heads} for {width} channels; a divisor is wanted: set "
                     "network.width and network.heads so."
                 )
+        if self.prefilled and self.job != INPAINT:
+            raise OSDFaceError(
+                f"`network.prefilled` is true for the job {self.job}, which has no holes; false is "
+                "wanted: set it so."
+            )
         if min(self.blocks) < 1:
             raise OSDFaceError(
                 f"`network.blocks` is {list(self.blocks)}; one or more at each level is wanted: "
@@ -112,6 +120,7 @@ class Network:
             hidden=tuple(int(width * self.expansion) for width in widths),
             centred=self.centred,
             residuals=self.residuals,
+            prefilled=self.prefilled,
         )
 
 
@@ -266,6 +275,9 @@ class Teacher(nn.Module):
         super().__init__()
         self.gather = shape.gather
         self.G = Transformer(shape, nn)
+        if shape.prefilled:
+            # Training begins with the smooth fill.
+            nn.init.zeros_(self.G.output.weight)
         channels = shape.channels * shape.gather**2 + 3 * SEEN**2
         self.E = Condition(replace(shape, channels=channels, gather=1), nn)
 
@@ -342,7 +354,10 @@ class Tasks:
         sample = self.samples[n]
         if self.shape.job == INPAINT:
             hole = self.masks(sample["hq"].shape[-1], generator_for(self.seed, -4, n))
-            sample["lq"] = torch.cat([sample["lq"] * (1 - hole), hole])
+            lq = sample["lq"] * (1 - hole)
+            if self.shape.prefilled:
+                lq = membrane(lq[None], hole[None])[0]
+            sample["lq"] = torch.cat([lq, hole])
         elif self.shape.scale > 1:
             side = sample["hq"].shape[-1] // self.shape.scale
             smaller = F.interpolate(
