@@ -87,7 +87,6 @@ _UPRIGHT = {
 }
 _XMP_ORIENTATION = re.compile(rb'(tiff:Orientation(?:="|>))[2-8]')
 _EXIF_HEADER = b"Exif\0\0"
-_PNG_HEADER = b"\x89PNG\r\n\x1a\n"
 # A PNG's chunks that stay true when the pixels change.
 PNG_KEPT = (
     b"iCCP",
@@ -718,11 +717,8 @@ def _png(array: np.ndarray, picture: Picture, icc: bytes | None) -> bytes:
             chunks.append((b"eXIf", picture.exif.removeprefix(_EXIF_HEADER)))
         if picture.xmp:
             chunks.append((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + picture.xmp))
-    added = b"".join(
-        struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c))
-        for kind, c in chunks
-    )
-    header = len(_PNG_HEADER) + 12 + 13
+    added = b"".join(frames.png_chunk(kind, content) for kind, content in chunks)
+    header = len(frames.PNG_HEADER) + 12 + 13
     return data[:header] + added + data[header:]
 
 
