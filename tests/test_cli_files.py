@@ -168,6 +168,45 @@ def test_heic_is_read_where_pillow_heif_is_and_named_where_it_is_not(
     assert "pip install pillow-heif" in caplog.text
 
 
+@pytest.mark.parametrize(("mode", "ending"), [("RGB", "heic"), ("RGBA", "heif"), ("L", "heic")])
+def test_heic_stays_heic_with_its_other_pictures_and_notes(
+    mode: str, ending: str, face: Image.Image, nobody: Image.Image, run: Run, tmp_path: Path
+) -> None:
+    """As phones write it: turned by a note, and with a second picture."""
+    pytest.importorskip("pillow_heif", reason="no pillow-heif: pip install -r requirements-dev.txt")
+    source, target = tmp_path / f"in.{ending}", tmp_path / f"out.{ending}"
+    image = face.convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size).point(lambda v: 255 * (v > 60)))
+    image = image if mode == "RGBA" else face.convert(mode)
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    notes: dict[str, Any] = {"exif": exif.tobytes(), "quality": 90}
+    image.save(source, "HEIF", save_all=True, append_images=[nobody], **notes)
+    assert run(source, target, "--report", tmp_path / "r.json") == 0
+    assert chosen(tmp_path / "r.json", source.name) == [0]
+    assert target.read_bytes()[4:8] == b"ftyp"
+    with Image.open(source) as before, Image.open(target) as after:
+        assert after.format == before.format == "HEIF"
+        assert after.size == before.size
+        assert after.getexif()[0x010F] == "Maker"
+        assert after.n_frames == before.n_frames == 2
+        assert ("A" in after.mode) is ("A" in before.mode)
+        main, restored = (np.asarray(one.convert("RGBA")).astype(int) for one in (before, after))
+        before.seek(1)
+        after.seek(1)
+        others = [np.asarray(one.convert("RGB")).astype(int) for one in (before, after)]
+    # HEIC loses something of every picture.
+    difference = np.abs(main - restored).max(-1)
+    assert difference.max() > 24
+    assert difference[-8:].mean() < 4
+    assert np.abs(others[0] - others[1]).mean() < 4
+    assert run(source, tmp_path / "out.png") == 0
+    assert run(tmp_path / "out.png", tmp_path / f"back.{ending}") == 0
+    with Image.open(tmp_path / f"back.{ending}") as back:
+        assert back.format == "HEIF"
+        assert back.size == face.size
+
+
 # What a file holds beside its picture
 
 
