@@ -7,6 +7,7 @@ Whatever Pillow reads and writes is done, HEIC where pillow-heif is installed. P
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import os
 import re
@@ -30,8 +31,7 @@ from ..pictures.color import LUMA
 from . import frames, jpeg, tiff
 
 try:
-    import pillow_heif
-
+    pillow_heif: Any = importlib.import_module("pillow_heif")
     pillow_heif.register_heif_opener()
 except ImportError:
     pillow_heif = None
