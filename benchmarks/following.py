@@ -1,17 +1,28 @@
-"""How long it takes to follow, number and choose the faces of long videos and of crowds, without
-finding them: `python -m benchmarks.following`.
+"""How long videos and crowds take: `python -m benchmarks.following [follow] [any_angle]`.
+
+First to follow, number and choose faces that are found already; then to find those of one picture
+at any angle, by the built-in detector on one thread, with the most memory that the process held.
+There the seconds are the processor's own, which other work on the machine does not lengthen much.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 import time
 
+import numpy as np
+import psutil
 import torch
+from torch import Tensor
 
-from osdface_core.faces.detect import Detection, DetectOptions
+from osdface_core.faces.detect import Detection, DetectOptions, detect
+from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.faces.find import place_faces
+from osdface_core.faces.retinaface import build_retinaface
 from osdface_core.faces.track import THUMBNAIL
+from osdface_core.weights.reading import read_tensors
+from tests import photographs
 
 
 def crowd(frames: int, faces: int) -> list[list[Detection]]:
@@ -40,7 +51,7 @@ def crowd(frames: int, faces: int) -> list[list[Detection]]:
     return found
 
 
-def main() -> None:
+def following() -> None:
     print("frames, faces in each: seconds")
     for frames, faces in (
         (5000, 1),
@@ -58,6 +69,45 @@ def main() -> None:
         started = time.perf_counter()
         place_faces(found, small, 1920, 1080, DetectOptions(smoothing=0.5))
         print(f"{frames:6}, {faces:4}: {time.perf_counter() - started:.1f}", flush=True)
+
+
+def mosaic(side: int) -> Tensor:
+    """(1,H,W,3): a group of six faces, 480 x 270 px, `side` times across and down."""
+    group = np.asarray(photographs.group().resize((480, 270)), np.float32) / 255
+    return torch.from_numpy(np.tile(group, (side, side, 1)))[None]
+
+
+def at_any_angle() -> None:
+    torch.set_num_threads(1)
+    network = build_retinaface(read_tensors(BUILTIN_DETECTOR))
+    print("faces in one picture, found: seconds, milliseconds a face, GiB at most")
+    for side in (4, 8, 12, 16, 24):
+        picture = mosaic(side)
+        started = time.process_time()
+        found = detect(picture, network, DetectOptions(any_angle=True))[0]
+        spent = time.process_time() - started
+        print(
+            f"{6 * side**2:5}, {len(found):5}: {spent:.1f}, {1000 * spent / len(found):.0f}, "
+            f"{most_memory():.1f}",
+            flush=True,
+        )
+
+
+def most_memory() -> float:
+    """The most memory in GiB that this process has held."""
+    held = psutil.Process().memory_info()
+    if hasattr(held, "peak_wset"):
+        return float(held.peak_wset) / 2**30
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def main() -> None:
+    parts = {"follow": following, "any_angle": at_any_angle}
+    for name in sys.argv[1:] or parts:
+        parts[name]()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Restores all of them by the small built-in model in one run, as the command line does, and prints a
 table. A raw error of Python is a violation. The files are looked at afterwards: what is called
-copied is the same bytes. Pillow's own test pictures (github.com/python-pillow/Pillow, Tests/images)
-are a good DIR.
+copied is the same bytes, and every restored one is opened and each of its pictures read, at the
+size and in the number of the file it was made from. Pillow's own test pictures
+(github.com/python-pillow/Pillow, Tests/images) are a good DIR.
 """
 
 from __future__ import annotations
@@ -17,8 +18,34 @@ from collections import Counter
 from pathlib import Path
 
 from osdface_core import cli
+from osdface_core.cli import pictures
 
 RAW = re.compile(r"^[A-Za-z_.]*([Ee]rror|Exception|Warning|Exit): ")
+
+
+def pictures_of(path: Path) -> list[tuple[int, int]]:
+    """The sizes of all pictures in a file, each read to its end."""
+    sizes = []
+    with pictures.opened(path) as image:
+        for number in range(getattr(image, "n_frames", 1)):
+            image.seek(number)
+            image.load()
+            sizes.append(image.size)
+    return sizes
+
+
+def fault(source: Path, target: Path) -> str:
+    """What is wrong with a restored file; nothing if it is as it should be."""
+    try:
+        after = pictures_of(target)
+    except Exception as error:  # each of Pillow's readers raises its own errors
+        return f"cannot be opened: {error!r}"
+    before = pictures_of(source)
+    if len(after) != len(before):
+        return f"{len(after)} pictures of {len(before)}"
+    if any(sorted(one) != sorted(other) for one, other in zip(before, after, strict=True)):
+        return f"sizes {after} of {before}"
+    return ""
 
 
 def verdict(entry: dict, source: Path, target: Path) -> str:
@@ -33,7 +60,10 @@ def verdict(entry: dict, source: Path, target: Path) -> str:
     chosen = any(face["verdict"] == "chosen" for face in entry.get("faces", ()))
     if same:
         return "VIOLATION" if chosen else "copied"
-    return "done" if chosen else "VIOLATION"
+    if not chosen:
+        return "VIOLATION"
+    entry["error"] = fault(source, target)
+    return "VIOLATION" if entry["error"] else "done"
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ the last digits of their type.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,23 +22,50 @@ from torch.overrides import TorchFunctionMode
 ROWS, CACHED = 256, 2**18
 
 
+class _TF32:
+    """cuDNN's switch for TF32, which is one for all threads: off while any of them needs it so."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users, self.before = 0, True
+
+    def off(self) -> bool:
+        """Turns it off, or keeps it so. False where torch does not let it be turned."""
+        with self.lock:
+            if not self.users:
+                try:
+                    self.before = torch.backends.cudnn.allow_tf32
+                    torch.backends.cudnn.allow_tf32 = False
+                except RuntimeError:
+                    # Whoever has set torch's newer switches has decided: the two do not mix.
+                    return False
+            self.users += 1
+            return True
+
+    def back(self) -> None:
+        """The last one that needed it off leaves it as the first one found it."""
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                torch.backends.cudnn.allow_tf32 = self.before
+
+
+_tf32 = _TF32()
+
+
 @contextmanager
 def exact() -> Iterator[None]:
     """A context, or decorator, in which cuDNN computes fp32 in fp32, and not in TF32's 10 bits.
 
     TF32 is torch's default for convolutions on NVIDIA's cards. Half precision is not concerned.
+    Where several threads are within, it comes back when the last one leaves.
     """
-    try:
-        before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
-    except RuntimeError:
-        # Whoever has set torch's newer switches has decided, and the two kinds do not mix.
-        yield
-        return
+    is_off = _tf32.off()
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        if is_off:
+            _tf32.back()
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class Elsewhere(torch.Tensor):
 class _Device(TorchDispatchMode):
     """Makes what is asked for on the device; counts copies and waits."""
 
-    def __init__(self, forbidden: dict[Any, str]) -> None:
+    def __init__(self, forbidden: dict[Any, str | Exception]) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.forbidden = forbidden
@@ -101,7 +101,8 @@ class _Device(TorchDispatchMode):
         there = any(isinstance(x, Elsewhere) for x in given)
         target = kwargs.get("device")
         if there and func in self.forbidden:
-            raise NotImplementedError(self.forbidden[func])
+            told = self.forbidden[func]
+            raise told if isinstance(told, Exception) else NotImplementedError(told)
         if func in COPIES:
             source = isinstance(args[1 if func is aten.copy_.default else 0], Elsewhere)
             result = (
@@ -187,11 +188,12 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 @contextmanager
-def elsewhere(forbidden: dict[Any, str] | None = None) -> Iterator[Counter[str]]:
+def elsewhere(forbidden: dict[Any, str | Exception] | None = None) -> Iterator[Counter[str]]:
     """A context in which the device is there. Gives the counts of copies up and down, of the values
     copied, and of waits.
 
-    forbidden: operators that raise NotImplementedError with a message, as on another device.
+    forbidden: operators that raise an error, or NotImplementedError with a message, as on another
+        device.
     """
     mode = _Device(forbidden or {})
     with mode, _FromValues():

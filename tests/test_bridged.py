@@ -64,6 +64,41 @@ def test_a_face_that_is_seen_faintly_is_bridged_and_the_report_says_so(
     assert f"bridged in {MISSED}" in found.report
 
 
+def turned(degrees: float) -> Tensor:
+    """(360,400,3): the head turned to the side, as a cylinder of elliptic shape: of its back, which
+    the photograph does not show, there is dark hair.
+    """
+    picture = np.asarray(photographs.astronaut().crop((20, 0, 420, 360)).convert("RGB"), np.float32)
+    y, x = np.mgrid[:360, :400].astype(np.float32)
+    half = 62 * np.sqrt(np.clip(1 - ((y - 120) / 95) ** 2, 0, 1))
+    inside = np.abs(x - 202) < half
+    angle = np.arcsin(np.clip((x - 202) / np.maximum(half, 1), -1, 1)) - np.radians(degrees)
+    seen = np.cos(angle) > 0
+    place = np.clip(202 + half * np.sin(angle), 0, 398.999)
+    left, share = place.astype(int), (place % 1)[..., None]
+    row = y.astype(int)
+    skin = picture[row, left] * (1 - share) + picture[row, left + 1] * share
+    head = np.where(seen[..., None], skin, np.array([38, 28, 24], np.float32))
+    return torch.from_numpy(np.where(inside[..., None], head, picture) / 255)
+
+
+@pytest.mark.parametrize(
+    ("away", "bridged"),
+    [([60], True), ([90], False), ([180], False), ([105, 180], False), ([90, -90], False)],
+)
+def test_a_head_that_turns_away_is_bridged_as_long_as_its_face_is_seen(
+    network: RetinaFace, away: list[int], bridged: bool
+) -> None:
+    """At 60 degrees one eye and the mouth are seen, at 90 cheek and hair, beyond it hair."""
+    before, after = [0, 20, 45], [45, 20, 0]
+    angles = [*before, *away, *after]
+    found = find_faces(torch.stack([turned(angle) for angle in angles]), network)
+    changed = [face.frame for face in found.everyone]
+    seen = [i for i in range(len(angles)) if bridged or not 3 <= i < 3 + len(away)]
+    assert changed == seen
+    assert [face.frame for face in found.everyone if face.bridged] == ([3] if bridged else [])
+
+
 @pytest.mark.parametrize("any_angle", [False, True])
 def test_what_is_faint_changes_no_other_detection(network: RetinaFace, any_angle: bool) -> None:
     picture = torch.from_numpy(np.asarray(photographs.group(), np.float32) / 255)[None]

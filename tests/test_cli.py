@@ -34,7 +34,7 @@ import imagecodecs
 import tifffile
 
 from osdface_core import cli
-from osdface_core.cli import job, pictures, video
+from osdface_core.cli import frames, job, pictures
 from osdface_core.cli.options import parser
 from osdface_core.cli.restorer import resolve
 from osdface_core.diffusers.backbone import DiffusersBackbone
@@ -801,8 +801,8 @@ def test_a_video_keeps_its_times_its_sound_and_all_but_its_faces(
     times = [0, 40, 100, 120, 160, 290]
     made_video(tmp_path / "in.mkv", clip, times, "ffv1", "yuv420p", sound=True)
     reports = []
-    for name, window in (("whole", video.WINDOW), ("pieces", 2 * 160 * 192)):
-        monkeypatch.setattr(video, "WINDOW", window)
+    for name, window in (("whole", frames.WINDOW), ("pieces", 2 * 160 * 192)):
+        monkeypatch.setattr(frames, "WINDOW", window)
         options = ("--report", tmp_path / "r.json", "--smoothing", "0.5")
         assert run(tmp_path / "in.mkv", tmp_path / f"{name}.mkv", *options) == 0
         reports.append(entries(tmp_path / "r.json")["in.mkv"])

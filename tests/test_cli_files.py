@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ pytest.importorskip("tifffile", reason="no tifffile: pip install -r requirements
 import tifffile
 
 from osdface_core import cli
-from osdface_core.cli import animations, job, pictures
+from osdface_core.cli import animations, job, pictures, tiff
 from osdface_core.cli.options import parser
 from osdface_core.cli.restorer import resolve
 from osdface_core.errors import OSDFaceError
@@ -168,6 +169,45 @@ def test_heic_is_read_where_pillow_heif_is_and_named_where_it_is_not(
     assert "pip install pillow-heif" in caplog.text
 
 
+@pytest.mark.parametrize(("mode", "ending"), [("RGB", "heic"), ("RGBA", "heif"), ("L", "heic")])
+def test_heic_stays_heic_with_its_other_pictures_and_notes(
+    mode: str, ending: str, face: Image.Image, nobody: Image.Image, run: Run, tmp_path: Path
+) -> None:
+    """As phones write it: turned by a note, and with a second picture."""
+    pytest.importorskip("pillow_heif", reason="no pillow-heif: pip install -r requirements-dev.txt")
+    source, target = tmp_path / f"in.{ending}", tmp_path / f"out.{ending}"
+    image = face.convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size).point(lambda v: 255 * (v > 60)))
+    image = image if mode == "RGBA" else face.convert(mode)
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    notes: dict[str, Any] = {"exif": exif.tobytes(), "quality": 90}
+    image.save(source, "HEIF", save_all=True, append_images=[nobody], **notes)
+    assert run(source, target, "--report", tmp_path / "r.json") == 0
+    assert chosen(tmp_path / "r.json", source.name) == [0]
+    assert target.read_bytes()[4:8] == b"ftyp"
+    with Image.open(source) as before, Image.open(target) as after:
+        assert after.format == before.format == "HEIF"
+        assert after.size == before.size
+        assert after.getexif()[0x010F] == "Maker"
+        assert after.n_frames == before.n_frames == 2
+        assert ("A" in after.mode) is ("A" in before.mode)
+        main, restored = (np.asarray(one.convert("RGBA")).astype(int) for one in (before, after))
+        before.seek(1)
+        after.seek(1)
+        others = [np.asarray(one.convert("RGB")).astype(int) for one in (before, after)]
+    # HEIC loses something of every picture.
+    difference = np.abs(main - restored).max(-1)
+    assert difference.max() > 24
+    assert difference[-8:].mean() < 4
+    assert np.abs(others[0] - others[1]).mean() < 4
+    assert run(source, tmp_path / "out.png") == 0
+    assert run(tmp_path / "out.png", tmp_path / f"back.{ending}") == 0
+    with Image.open(tmp_path / f"back.{ending}") as back:
+        assert back.format == "HEIF"
+        assert back.size == face.size
+
+
 # What a file holds beside its picture
 
 
@@ -281,6 +321,46 @@ def test_pages_of_other_kinds_stay_in_a_tiff(
             assert np.array_equal(np.asarray(before), np.asarray(after))
 
 
+def test_pages_that_pillow_does_not_know_stay_in_a_tiff(
+    face: Image.Image, run: Run, tmp_path: Path
+) -> None:
+    """A table of fp64 between the picture and its preview."""
+    numbers = np.random.default_rng(0).random((30, 20))
+    with tifffile.TiffWriter(tmp_path / "in.tif") as file:
+        file.write(np.asarray(face), photometric="rgb", metadata=None)
+        file.write(numbers, metadata=None)
+        file.write(np.asarray(face.resize((40, 31))), photometric="rgb", metadata=None)
+    assert run(tmp_path / "in.tif", tmp_path / "out.tif", "--report", tmp_path / "r.json") == 0
+    assert chosen(tmp_path / "r.json", "in.tif") == [0]
+    with tifffile.TiffFile(tmp_path / "out.tif") as file:
+        pages = [page.asarray() for page in file.pages]
+    assert (pages[0] != np.asarray(face)).any()
+    assert np.array_equal(pages[1], numbers)
+    assert np.array_equal(pages[2], np.asarray(face.resize((40, 31))))
+
+
+def test_a_layered_tiff_takes_memory_for_its_bytes_and_little_more(
+    face: Image.Image, tmp_path: Path
+) -> None:
+    """Photoshop keeps the layers in one value of the page, which may be most of the file."""
+    layers = bytes(2_000_000)
+    with tifffile.TiffWriter(tmp_path / "in.tif") as file:
+        tags = [(37724, 7, len(layers), layers, True)]
+        file.write(np.asarray(face), photometric="rgb", metadata=None, extratags=tags)
+        file.write(np.asarray(face.resize((40, 31))), photometric="rgb", metadata=None)
+    with tifffile.TiffWriter(tmp_path / "new.tif") as file:
+        file.write(np.asarray(face), photometric="rgb", metadata=None)
+    data, picture = ((tmp_path / f"{name}.tif").read_bytes() for name in ("in", "new"))
+    tracemalloc.start()
+    whole = tiff.replace_page(data, 1, picture)
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    (tmp_path / "whole.tif").write_bytes(whole)
+    with tifffile.TiffFile(tmp_path / "whole.tif") as file:
+        assert file.pages[0].tags[37724].value == layers
+    assert held < 16 * len(data), f"{held / len(data):.0f} times the file's size"
+
+
 # Animations
 
 
@@ -374,6 +454,29 @@ def test_a_gif_keeps_its_transparency_and_clearing(
         different = (before != after).any(-1)
         assert 0.02 < different.mean() < 0.9
         assert not different[-8:].any()
+
+
+def test_a_gif_that_becomes_transparent_after_a_whole_frame_shows_what_is_behind(
+    face: Image.Image, run: Run, tmp_path: Path
+) -> None:
+    """The whole frame is cleared away to nothing, and not to the first colour of its palette.
+    Pillow makes no such GIF of these frames; the file here is made by hand.
+    """
+    from fractions import Fraction
+
+    from osdface_core.cli.frames import Around, write_gif
+
+    whole, pierced, again = (face.crop((x, 0, x + 200, 200)).convert("RGBA") for x in (0, 2, 4))
+    pierced.paste((0, 0, 0, 0), (20, 150, 60, 200))
+    source, target = tmp_path / "in.gif", tmp_path / "out.gif"
+    given = [(np.asarray(one), np.ones((200, 200), bool)) for one in (whole, pierced, again)]
+    write_gif(source, iter(given), Around([Fraction(1, 20)] * 3, 0))
+    assert run(source, target) == 0
+    frames = shown(target)[0]
+    assert (frames[0][..., 3] == 255).all()
+    assert (frames[1][150:200, 20:60, 3] == 0).all()
+    for before, after in zip(shown(source)[0], frames, strict=True):
+        assert np.array_equal(before[..., 3], after[..., 3])
 
 
 def test_an_animation_of_nobody_is_copied_and_a_still_kind_named(

@@ -309,6 +309,48 @@ def test_interlaced_is_refused_where_it_cannot_be_kept(
         )
 
 
+@pytest.mark.parametrize(("fields", "wanted"), [("bff", "yuv422p"), ("", "yuv420p")])
+def test_a_tapes_colours_stay_those_of_their_fields(
+    fields: str, wanted: str, portrait: np.ndarray, tmp_path: Path
+) -> None:
+    """A tape's colours (4:1:1) have all lines. A format of half of them, which is right for a
+    progressive video, would mix those of both fields.
+    """
+    from osdface_core.cli import encoding
+
+    pictures = [woven(portrait, i, "bff") for i in range(2)]
+    made(tmp_path / "in.mkv", pictures, "ffv1", "yuv411p", fields=fields)
+    way = encoding.choose(tmp_path / "in.mkv", tmp_path / "out.mpg", 16)
+    assert (way.pix_fmt, way.fields) == (wanted, fields)
+
+
+def test_tracks_that_are_left_out_are_named(
+    portrait: np.ndarray, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A second video, and sound that the container cannot hold."""
+    with av.open(str(tmp_path / "in.mkv"), "w") as out:
+        streams = [out.add_stream("ffv1", rate=25) for _ in range(2)]
+        track = out.add_stream("pcm_s16le", rate=48000, layout="stereo")
+        for stream in streams:
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for i, picture in enumerate(moving(portrait, 64, 64, 2)):
+            for stream in streams:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                frame.pts, frame.time_base = i, Fraction(1, 25)
+                out.mux(stream.encode(frame))
+        for stream in streams:
+            out.mux(stream.encode(None))
+        silence = np.zeros((1, 2 * 1024), np.int16)
+        samples = av.AudioFrame.from_ndarray(silence, format="s16", layout="stereo")
+        samples.sample_rate, samples.pts, samples.time_base = 48000, 0, Fraction(1, 48000)
+        out.mux(track.encode(samples))
+        out.mux(track.encode(None))
+    assert run(tmp_path / "in.mkv", tmp_path / "out.webm") == 0
+    assert "in.mkv: its other video track is left out" in caplog.text
+    assert "its audio track (pcm_s16le) cannot be kept in a .webm file" in caplog.text
+    assert seen(tmp_path / "out.webm")[0]["tracks"] == ["video"]
+
+
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
 def test_chapters_titles_and_sound_stay(
     name: str, portrait: np.ndarray, run: Run, tmp_path: Path

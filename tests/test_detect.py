@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.detection import turned
 from osdface_core.errors import OSDFaceError
 from osdface_core.faces.align import TEMPLATE
-from osdface_core.faces.candidates import detect_once
+from osdface_core.faces.candidates import Candidates, Overlaps, detect_once, nms, overlaps
 from osdface_core.faces.choose import Choice
 from osdface_core.faces.detect import Detection, DetectOptions, detect
 from osdface_core.faces.files import BUILTIN_DETECTOR
@@ -389,3 +389,79 @@ def test_anchors_cover_a_picture_whose_sides_no_step_divides() -> None:
     assert len(centres) == len(sides) == 2 * (5 * 9 + 3 * 5 + 2 * 3)
     assert centres[0].tolist() == [4, 4] and centres[2].tolist() == [12, 4]
     assert sides[:2].tolist() == [16, 32] and sides[-2:].tolist() == [256, 512]
+
+
+def every_pair(one: Candidates, other: Candidates) -> Overlaps:
+    """All pairs of two lists, from a table of each with each."""
+    i, j = torch.cartesian_prod(torch.arange(len(one)), torch.arange(len(other))).view(-1, 2).T
+    low = torch.maximum(one.box[i, :2], other.box[j, :2])
+    high = torch.minimum(one.box[i, 2:], other.box[j, 2:])
+    shared = (high - low).clamp(min=0).prod(1) * (one.frame[i] == other.frame[j])
+    area, other_area = ((c.box[k, 2:] - c.box[k, :2]).prod(1) for c, k in ((one, i), (other, j)))
+    union = area + other_area - shared
+    smaller = torch.minimum(area, other_area)
+    return Overlaps(i, j, shared / union.clamp(min=1e-6), shared / smaller.clamp(min=1e-6))
+
+
+def scattered(count: int, seed: int) -> Candidates:
+    """Boxes from a tenth of a pixel to thousands, some beyond the picture, in two pictures."""
+    numbers = torch.Generator().manual_seed(seed)
+    place = torch.rand(count, 2, generator=numbers) * 2000 - 500
+    side = 10 ** (torch.rand(count, 2, generator=numbers) * 4.6 - 1)
+    # Some begin and end at whole powers of two, where cells do.
+    place[::3], side[::3] = (place[::3] / 64).round() * 64, 2.0 ** side[::3].log2().round()
+    frame = torch.randint(0, 2, (count,), generator=numbers)
+    points = torch.zeros(count, 5, 2)
+    return Candidates(frame, torch.cat([place, place + side], 1), side[:, 0], points, frame * 0)
+
+
+def kept_by_a_table(scores: Tensor, same: Overlaps) -> Tensor:
+    """Non-maximum suppression as `nms`, by a table of each with each."""
+    table = torch.zeros(len(scores), len(scores), dtype=torch.bool)
+    table[same.one, same.other] = True
+    left, kept = torch.ones(len(scores), dtype=torch.bool), []
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        if left[i]:
+            kept.append(i)
+            left &= ~table[i]
+    return torch.tensor(kept, dtype=torch.long)
+
+
+@pytest.mark.parametrize(("count", "more"), [(0, 0), (0, 5), (5, 0), (1, 1), (300, 200)])
+def test_every_two_boxes_that_overlap_are_looked_up(count: int, more: int) -> None:
+    one, other = scattered(count, 0), scattered(more, 1)
+    found, wanted = overlaps(one, other), every_pair(one, other)
+    touching = wanted[wanted.smaller > 0]
+    assert len(touching.one) >= (1000 if count == 300 else 0)
+    found = found[found.smaller > 0]
+    for ours, theirs in zip(vars(found).values(), vars(touching).values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_of_boxes_that_are_one_the_best_is_kept() -> None:
+    """A box that is one with a suppressed one alone is kept, as in a table of each with each."""
+    boxes = scattered(400, 2)
+    scores = torch.rand(400, generator=torch.Generator().manual_seed(3))
+    pairs = overlaps(boxes, boxes)
+    same = pairs[pairs.smaller > 0.6]
+    kept = nms(scores, same)
+    assert 50 < len(kept) < 350
+    assert torch.equal(kept, kept_by_a_table(scores, same))
+
+
+def test_a_crowd_at_any_angle_is_what_a_table_of_each_with_each_gives(
+    network: RetinaFace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ninety-six faces, every other group on its side or upside down."""
+    small = photographs.group().resize((360, 202))
+    square = np.zeros((360, 360, 3), np.float32)
+    square[79:281] = np.asarray(small, np.float32) / 255
+    tiles = [[np.rot90(square, (i + j) % 4) for i in range(4)] for j in range(4)]
+    picture = torch.from_numpy(np.concatenate([np.concatenate(row, 1) for row in tiles]))[None]
+    options = DetectOptions(any_angle=True)
+    found = detect(picture, network, options, faint=True)
+    assert len([face for face in found[0] if not face.faint]) >= 90
+    monkeypatch.setattr("osdface_core.faces.detect.nms", kept_by_a_table)
+    for module in ("candidates", "detect"):
+        monkeypatch.setattr(f"osdface_core.faces.{module}.overlaps", every_pair)
+    assert detect(picture, network, options, faint=True) == found

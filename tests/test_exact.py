@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -70,4 +71,33 @@ def test_it_comes_back_when_the_work_fails(before: bool) -> None:
     with pytest.raises(RuntimeError, match="no"), exact():
         assert not torch.backends.cudnn.allow_tf32
         raise RuntimeError("no")
+    assert torch.backends.cudnn.allow_tf32 is before
+
+
+def test_it_stays_off_until_the_last_of_several_threads_is_done(before: bool) -> None:
+    """The first to begin is the first to end, as with the workers of a host."""
+    from osdface_core.cpu import exact
+
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+    seen: list[bool] = []
+
+    def first() -> None:
+        with exact():
+            first_is_in.set()
+            assert second_is_in.wait(10)
+        first_is_out.set()
+
+    def second() -> None:
+        assert first_is_in.wait(10)
+        with exact():
+            second_is_in.set()
+            assert first_is_out.wait(10)
+            seen.append(torch.backends.cudnn.allow_tf32)
+
+    workers = [threading.Thread(target=work) for work in (first, second)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(20)
+    assert seen == [False]
     assert torch.backends.cudnn.allow_tf32 is before

@@ -27,6 +27,7 @@ from osdface_core.osdface import builtin
 from osdface_core.osdface.restore import restore
 from osdface_core.osdface.vre import embed
 from osdface_core.osediff.upscale import UpscaleOptions, upscale
+from osdface_core.pictures.resampling import antialiased
 from osdface_core.weights.reading import read_tensors
 from tests.conftest import DEVICE as REAL
 from tests.fake_device import DEVICE, elsewhere
@@ -328,3 +329,30 @@ def test_pictures_are_enlarged_on_a_device_that_lacks_operators() -> None:
     made, _ = there(lambda _: resized(picture.to(OTHER), 30, 90), LACKING)
     assert made.device == OTHER
     assert torch.equal(made.cpu(), resized(picture, 30, 90))
+
+
+@pytest.mark.skipif(bool(REAL), reason="a real device is tested elsewhere")
+@pytest.mark.parametrize(
+    ("says", "is_lacking"),
+    [
+        ("MPS: Unsupported Border padding mode", True),
+        ("Antialiased interpolation is not currently supported on the MPS backend", True),
+        ("Could not run 'aten::_upsample_bicubic2d_aa': it is not implemented here", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("elsewhere: out of memory, and this operator is not implemented for less", False),
+    ],
+)
+def test_what_a_device_lacks_runs_on_the_processor_and_what_breaks_it_is_told(
+    says: str, is_lacking: bool
+) -> None:
+    """Devices say so in a plain RuntimeError too."""
+    picture = torch.rand(1, 3, 40, 30, generator=torch.Generator().manual_seed(0))
+    wanted = antialiased(picture, (20, 15), "bicubic")
+    with elsewhere({torch.ops.aten._upsample_bicubic2d_aa.default: RuntimeError(says)}):
+        if is_lacking:
+            made = antialiased(picture.to(DEVICE), (20, 15), "bicubic")
+            assert made.device == DEVICE
+            assert torch.equal(made.cpu(), wanted)
+        else:
+            with pytest.raises(RuntimeError, match=says.split(" ", maxsplit=1)[0]):
+                antialiased(picture.to(DEVICE), (20, 15), "bicubic")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,7 +103,38 @@ def diffir(host: Any, picture: Tensor) -> Any:
     return [holes, filled, sharp]
 
 
-GRAPHS = {"chain": chain, "one node": one_node, "DiffIR": diffir}
+def osediff(host: Any, picture: Tensor) -> Any:
+    """OSEDiff Upscale in tiles, with the built-in networks as they are in place of the large ones,
+    and a picture with alpha.
+    """
+    model, vae = node(host, "OSDFaceBuiltinModel")
+    text = torch.randn(1, 77, 1024, generator=torch.Generator().manual_seed(1))
+    given = widgets.UPSCALE | {"osediff_name": "small", "upscale": 2.0, "tile": 256, "overlap": 64}
+    part = picture[:, 40:200, 200:380]
+    inputs = {"model": model, "vae": vae, "conditioning": [[text, {}]]}
+    image = torch.cat([part, part[..., :1]], -1)
+    return node(host, "OSEDiffUpscale", image=image, **inputs, **given)
+
+
+GRAPHS = {"chain": chain, "one node": one_node, "DiffIR": diffir, "OSEDiff": osediff}
+
+
+@pytest.fixture(autouse=True)
+def small_osediff(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets OSEDiff Upscale take the built-in networks, for which there are no weights of it."""
+    room, upscale = host.module("nodes.comfy.osediff"), host.module("nodes.osediff_upscale")
+    real = room.OSEDiffBackbone
+
+    class Small(real):  # type: ignore[misc,valid-type]
+        def __init__(self, model: Any, vae: Any, options: Any, name: str) -> None:
+            marked = {**(options or {}), host.backbone.BUILTIN_MARK: True}
+            host.backbone.HostBackbone.__init__(self, model, vae, marked, timestep=room.TIMESTEP)
+            self.encoder = vae
+
+    def choose(model: Any, vae: Any, options: Any, name: str) -> Any:
+        return (Small if name == "small" else real)(model, vae, options, name)
+
+    monkeypatch.setattr(upscale, "OSEDiffBackbone", choose)
 
 
 @pytest.mark.parametrize("picture_is_there", [False, True])
@@ -147,3 +179,77 @@ def test_a_device_without_memory_is_told_and_the_next_graph_runs(
     with device():
         made = [x.cpu() for x in GRAPHS[name](host, group)]
     assert all(bool(x.isfinite().all()) for x in made)
+
+
+OSEDIFF = "osediff.pkl"
+
+
+@pytest.fixture
+def full_size(
+    host: Any, checkpoint: tuple[Any, Any], osediff_pickle: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[torch.dtype], tuple[Any, Any]]:
+    """Loads the full-size stand-in checkpoint in a type, for the device that ComfyUI has now."""
+    folder = host.base / "models" / "osediff"
+    folder.mkdir(exist_ok=True)
+    if not (folder / OSEDIFF).exists():
+        (folder / OSEDIFF).symlink_to(osediff_pickle)
+    # Pictures under 512 px are not made larger, so that full-size networks are quick.
+    monkeypatch.setattr(host.module("osdface_core.osediff.upscale"), "SIDE", 8)
+    path = host.folder_paths.get_full_path_or_raise(
+        "checkpoints", "v2-1_512-ema-pruned.safetensors"
+    )
+
+    def load(dtype: torch.dtype) -> tuple[Any, Any]:
+        model, *_ = host.comfy.sd.load_checkpoint_guess_config(
+            path, output_vae=False, output_clip=False, model_options={"dtype": dtype}
+        )
+        tensors = checkpoint[1].get_sd()
+        return model, host.comfy.sd.VAE(sd=dict(tensors), dtype=dtype)
+
+    return load
+
+
+def restored_crops(host: Any, model: Any, vae: Any, picture: Tensor) -> Tensor:
+    """The crops restored with the embedder's prompts and OSDFace's LoRA."""
+    (conditioning,) = node(host, "OSDFaceVRE", crops=picture, vre_name="associate_2.ckpt")
+    given = widgets.STEP | {"lora_name": "pytorch_lora_weights.safetensors"}
+    inputs = {"model": model, "vae": vae, "crops": picture, "conditioning": conditioning}
+    return node(host, "OSDFaceOneStep", **inputs, **given)[0]
+
+
+def upscaled(host: Any, model: Any, vae: Any, picture: Tensor) -> Tensor:
+    """The picture in two tiles, by OSEDiff's weights on UNet and encoder."""
+    text = torch.randn(1, 77, 1024, generator=torch.Generator().manual_seed(1))
+    given = widgets.UPSCALE | {"osediff_name": OSEDIFF, "tile": 256, "overlap": 64}
+    inputs = {"model": model, "vae": vae, "image": picture, "conditioning": [[text, {}]]}
+    return node(host, "OSEDiffUpscale", **inputs, **given)[0]
+
+
+@pytest.mark.once
+def test_half_precision_gives_what_fp32_gives_on_the_cpu(
+    host: Any,
+    checkpoint: tuple[Any, Any],
+    full_size: Callable[[torch.dtype], tuple[Any, Any]],
+    device: Callable[..., Any],
+) -> None:
+    """Full-size networks with each method's weights added to them, on the device."""
+    numbers = torch.Generator().manual_seed(0)
+    crops = torch.rand(1, 64, 72, 3, generator=numbers)
+    picture = torch.rand(1, 40, 72, 3, generator=numbers)
+    runs = {restored_crops: crops, upscaled: picture}
+    wanted = [run(host, *checkpoint, given) for run, given in runs.items()]
+    host.comfy.model_management.unload_all_models()
+    with device() as counts:
+        model, vae = full_size(torch.float16)
+        assert model.load_device == vae.device == DEVICE
+        assert model.model.get_dtype() == vae.vae_dtype == torch.float16
+        made = [
+            restored_crops(host, model, vae, crops.to(DEVICE)).cpu(),
+            upscaled(host, model, vae, picture).cpu(),
+        ]
+        host.comfy.model_management.unload_all_models()
+    assert counts["up"]
+    for ours, theirs in zip(made, wanted, strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).abs().mean() < 0.003

@@ -25,10 +25,19 @@ from ..faces.face import Face
 from ..faces.track import thumbnails
 from . import pictures
 from .enhancer import Enhancer
-from .frames import Around, Frame, png_chunks, write_apng, write_avif, write_gif, write_webp
+from .frames import (
+    Around,
+    Frame,
+    png_chunks,
+    windows,
+    write_apng,
+    write_avif,
+    write_gif,
+    write_webp,
+)
 from .restorer import Restorer, describe_faces
 from .upscaler import Upscaler
-from .video import MAX_FRAMES, WINDOW, scaled
+from .video import scaled
 
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "FLI")
 
@@ -141,7 +150,7 @@ def restore(
     size = 0, 0
     everyone: tuple[Face, ...] = ()
     verdicts: tuple[str, ...] = ()
-    for window in _windows(_checked(animation)):
+    for window in _windows(animation):
         times += [time for _, time in window]
         size = window[0][0].shape[:2]
         if finder is not None:
@@ -164,7 +173,7 @@ def restore(
         def restored() -> Iterator[Frame]:
             nonlocal after_size
             start = 0
-            for window in _windows(_checked(animation)):
+            for window in _windows(animation):
                 shown = [one for one, _ in window]
                 here = [
                     replace(face, frame=face.frame - start)
@@ -197,6 +206,10 @@ def _no_writer(animation: Animation, kind: str) -> OSDFaceError:
     )
 
 
+def _windows(animation: Animation) -> Iterator[list[tuple[np.ndarray, Fraction]]]:
+    return windows(_checked(animation), lambda one: one[0][..., 0].size)
+
+
 def _checked(animation: Animation) -> Iterator[tuple[np.ndarray, Fraction]]:
     try:
         yield from animation.frames()
@@ -208,19 +221,6 @@ def _checked(animation: Animation) -> Iterator[tuple[np.ndarray, Fraction]]:
             f"{animation.path} cannot be read as an animation ({says}): it is damaged or of "
             "another kind."
         ) from error
-
-
-def _windows(
-    frames: Iterator[tuple[np.ndarray, Fraction]],
-) -> Iterator[list[tuple[np.ndarray, Fraction]]]:
-    window: list[tuple[np.ndarray, Fraction]] = []
-    for shown, time in frames:
-        window.append((shown, time))
-        if len(window) >= MAX_FRAMES or len(window) * shown[..., 0].size >= WINDOW:
-            yield window
-            window = []
-    if window:
-        yield window
 
 
 def _tensor(shown: np.ndarray) -> torch.Tensor:

@@ -221,21 +221,25 @@ def field_order(stream: Any, frames: list[av.VideoFrame]) -> str:
         pts, frame.pts = frame.pts, 0
         try:
             graph.vpush(frame)
-            field = _rows(graph.vpull())
+            field = _first_plane(graph.vpull())
         finally:
             frame.pts = pts
-        whole = _rows(frame)
+        whole = _first_plane(frame)
         top, bottom = (np.array_equal(field, whole[start::2]) for start in (0, 1))
         if top != bottom:
             return "tff" if top else "bff"
     return "tff"
 
 
-def _rows(frame: av.VideoFrame) -> np.ndarray:
+def lines_of(plane: Any) -> np.ndarray:
+    """The lines of a frame's plane as bytes (height, line_size), with what pads them at the end."""
+    return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+
+
+def _first_plane(frame: av.VideoFrame) -> np.ndarray:
+    """Its bytes without what lies between the lines, which is not the picture's."""
     plane = frame.planes[0]
-    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
-    # What lies between the rows is not the picture's.
-    return rows[:, : plane.width].copy()
+    return lines_of(plane)[:, : plane.width].copy()
 
 
 def choose(

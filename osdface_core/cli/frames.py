@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,8 +21,10 @@ from PIL import Image
 # A frame (H,W,4) uint8, and where it was changed (H,W).
 Frame = tuple[np.ndarray, np.ndarray]
 
+# Most pixels and most frames of a window.
+WINDOW, MAX_FRAMES = 24 * 1024**2, 64
 MAX_COLORS, CLEAR, KEEP = 256, 2, 1
-_PNG_HEADER = b"\x89PNG\r\n\x1a\n"
+PNG_HEADER = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,21 @@ class Around:
     xmp: bytes | None = None
     comment: bytes | None = None
     chunks: tuple[tuple[bytes, bytes], ...] = ()
+
+
+def windows(frames: Iterable[Any], size: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """Frames by as many as are held at once: MAX_FRAMES at most, or WINDOW pixels.
+
+    size: how many pixels a frame has.
+    """
+    window: list[Any] = []
+    for frame in frames:
+        window.append(frame)
+        if len(window) >= MAX_FRAMES or len(window) * size(frame) >= WINDOW:
+            yield window
+            window = []
+    if window:
+        yield window
 
 
 # GIF
@@ -223,37 +241,38 @@ def write_apng(path: Path, frames: Iterator[Frame], around: Around) -> None:
             chunks = list(png_chunks(bytes(imagecodecs.png_encode(shown))))
             if not i:
                 count = len(around.times) - around.still_first
-                file.write(_PNG_HEADER + _png(b"IHDR", dict(chunks)[b"IHDR"]))
+                file.write(PNG_HEADER + png_chunk(b"IHDR", dict(chunks)[b"IHDR"]))
                 for kind, content in around.chunks:
-                    file.write(_png(kind, content))
-                file.write(_png(b"acTL", struct.pack(">II", count, around.plays)))
+                    file.write(png_chunk(kind, content))
+                file.write(png_chunk(b"acTL", struct.pack(">II", count, around.plays)))
             if i or not around.still_first:
                 time = around.times[i].limit_denominator(65535)
                 if time.numerator > 65535:
                     time = Fraction(min(65535, round(time)))
                 height, width = picture.shape[:2]
                 parts = (sequence, width, height, 0, 0, time.numerator, time.denominator, 0, 0)
-                file.write(_png(b"fcTL", struct.pack(">IIIIIHHBB", *parts)))
+                file.write(png_chunk(b"fcTL", struct.pack(">IIIIIHHBB", *parts)))
                 sequence += 1
             for kind, content in chunks:
                 if kind == b"IDAT" and i:
-                    file.write(_png(b"fdAT", struct.pack(">I", sequence) + content))
+                    file.write(png_chunk(b"fdAT", struct.pack(">I", sequence) + content))
                     sequence += 1
                 elif kind == b"IDAT":
-                    file.write(_png(kind, content))
-        file.write(_png(b"IEND", b""))
+                    file.write(png_chunk(kind, content))
+        file.write(png_chunk(b"IEND", b""))
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """The chunks of a PNG, as kind and content."""
-    position = len(_PNG_HEADER)
+    position = len(PNG_HEADER)
     while position + 8 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)
         yield data[position + 4 : position + 8], data[position + 8 : position + 8 + length]
         position += 12 + length
 
 
-def _png(kind: bytes, content: bytes) -> bytes:
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """A chunk as a PNG holds it: its length, kind, content and checksum."""
     check = struct.pack(">I", zlib.crc32(kind + content))
     return struct.pack(">I", len(content)) + kind + content + check
 

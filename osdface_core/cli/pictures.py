@@ -7,6 +7,7 @@ Whatever Pillow reads and writes is done, HEIC where pillow-heif is installed. P
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import os
 import re
@@ -30,8 +31,7 @@ from ..pictures.color import LUMA
 from . import frames, jpeg, tiff
 
 try:
-    import pillow_heif
-
+    pillow_heif: Any = importlib.import_module("pillow_heif")
     pillow_heif.register_heif_opener()
 except ImportError:
     pillow_heif = None
@@ -87,7 +87,6 @@ _UPRIGHT = {
 }
 _XMP_ORIENTATION = re.compile(rb'(tiff:Orientation(?:="|>))[2-8]')
 _EXIF_HEADER = b"Exif\0\0"
-_PNG_HEADER = b"\x89PNG\r\n\x1a\n"
 # A PNG's chunks that stay true when the pixels change.
 PNG_KEPT = (
     b"iCCP",
@@ -718,11 +717,8 @@ def _png(array: np.ndarray, picture: Picture, icc: bytes | None) -> bytes:
             chunks.append((b"eXIf", picture.exif.removeprefix(_EXIF_HEADER)))
         if picture.xmp:
             chunks.append((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + picture.xmp))
-    added = b"".join(
-        struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c))
-        for kind, c in chunks
-    )
-    header = len(_PNG_HEADER) + 12 + 13
+    added = b"".join(frames.png_chunk(kind, content) for kind, content in chunks)
+    header = len(frames.PNG_HEADER) + 12 + 13
     return data[:header] + added + data[header:]
 
 

@@ -34,12 +34,12 @@ _LETTERS = {
 class _Page:
     """A directory of a TIFF: its values by tag, the pixels they point to, the pages below.
 
-    values: type and numbers by tag.
+    values: type and numbers by tag, as they stand in the file where each is a byte.
     blobs: the bytes by the tag that says where they are.
     below: pages by tag.
     """
 
-    values: dict[int, tuple[int, tuple[float, ...]]] = field(default_factory=dict)
+    values: dict[int, tuple[int, tuple[float, ...] | bytes]] = field(default_factory=dict)
     blobs: dict[int, list[bytes]] = field(default_factory=dict)
     below: dict[int, list[_Page]] = field(default_factory=dict)
 
@@ -109,7 +109,13 @@ def _read(data: bytes, place: int, layout: _Layout) -> tuple[_Page, int]:
             at = place + struct.calcsize(layout.entry)
             if struct.calcsize(form) > layout.inline:
                 (at,) = struct.unpack_from(layout.offset, data, at)
-            page.values[tag] = kind, struct.unpack_from(form, data, at)
+            if letters == "B":
+                # Bytes stay bytes: a file's layers may be most of it.
+                if at + number > len(data):
+                    raise struct.error("a value goes beyond the file's end")
+                page.values[tag] = kind, data[at : at + number]
+            else:
+                page.values[tag] = kind, struct.unpack_from(form, data, at)
         place += struct.calcsize(layout.entry) + layout.inline
     for where, length in _BLOBS.items():
         if where in page.values and length in page.values:
@@ -136,7 +142,8 @@ def _write(out: bytearray, page: _Page, layout: _Layout) -> tuple[int, int]:
     entries = []
     for tag, (kind, numbers) in sorted(values.items()):
         letters = _LETTERS[kind]
-        content = struct.pack(f"{layout.order}{len(numbers)}{letters[0]}", *numbers)
+        form = f"{layout.order}{len(numbers)}{letters[0]}"
+        content = numbers if isinstance(numbers, bytes) else struct.pack(form, *numbers)
         if len(content) > layout.inline:
             place = len(out)
             out += content + b"\0" * (len(content) % 2)

@@ -27,16 +27,15 @@ from ..faces.face import Face
 from ..faces.track import thumbnails
 from ..osediff.upscale import result_size
 from ..pictures.geometry import compose, scaling
-from .encoding import Encoding, FieldMarker, choose
+from .encoding import Encoding, FieldMarker, choose, lines_of
 from .enhancer import Enhancer
+from .frames import windows
 from .restorer import Restorer, describe_faces
 from .upscaler import Upscaler
 
 log = logging.getLogger(__name__)
 
 
-# Most pixels and most frames of a window.
-WINDOW, MAX_FRAMES = 24 * 1024**2, 64
 QUARTER = 90
 TOP, BOTTOM = 0, 1
 # Containers whose times go on from what was broadcast before.
@@ -341,15 +340,11 @@ def _moments(window: list[av.VideoFrame], start: int, fields: str) -> Iterator[_
             yield _Moment(_field(frame, parity), number, parity, frame.rotation)
 
 
-def _lines(plane: Any) -> np.ndarray:
-    return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
-
-
 def _field(frame: av.VideoFrame, parity: int) -> av.VideoFrame:
     """The field's lines of a frame, in each of its planes."""
     field = av.VideoFrame(frame.width, (frame.height + 1) // 2, frame.format.name)
     for whole, half in zip(frame.planes, field.planes, strict=True):
-        lines = _lines(whole)[parity::2]
+        lines = lines_of(whole)[parity::2]
         width = min(whole.line_size, half.line_size)
         fresh = np.zeros((half.height, half.line_size), np.uint8)
         # The lower field of an odd height has a line less.
@@ -368,7 +363,7 @@ def _woven(frame: av.VideoFrame, top: av.VideoFrame, bottom: av.VideoFrame) -> a
         for parity, half in enumerate(halves):
             place = fresh[parity::2]
             width = min(whole.line_size, half.line_size)
-            place[:, :width] = _lines(half)[: len(place), :width]
+            place[:, :width] = lines_of(half)[: len(place), :width]
         whole.update(fresh.tobytes())
     woven.pts, woven.time_base = frame.pts, frame.time_base
     woven.colorspace, woven.color_range = frame.colorspace, frame.color_range
@@ -415,15 +410,7 @@ def video_stream(container: Any, source: Path) -> Any:
 
 
 def _windows(frames: Iterable[av.VideoFrame]) -> Iterator[list[av.VideoFrame]]:
-    window: list[av.VideoFrame] = []
-    for frame in frames:
-        window.append(frame)
-        pixels = len(window) * frame.width * frame.height
-        if len(window) >= MAX_FRAMES or pixels >= WINDOW:
-            yield window
-            window = []
-    if window:
-        yield window
+    return windows(frames, lambda frame: frame.width * frame.height)
 
 
 def _transcode(
@@ -526,12 +513,8 @@ def _replace_pixels(frame: av.VideoFrame, picture: Tensor, changed: Tensor) -> a
         if any(c.is_alpha for c in inside) and len(inside) == 1:
             after.update(bytes(before))
             continue
-        old = np.frombuffer(memoryview(before), np.uint8).reshape(before.height, before.line_size)[
-            :, : before.width * pixel
-        ]
-        fresh = (
-            np.frombuffer(memoryview(after), np.uint8).reshape(after.height, after.line_size).copy()
-        )
+        old = lines_of(before)[:, : before.width * pixel]
+        fresh = lines_of(after).copy()
         keep = ~_pool_mask(where, before.height, before.width)
         visible = fresh[:, : before.width * pixel].reshape(before.height, before.width, pixel)
         visible[keep] = old.reshape(before.height, before.width, pixel)[keep]

@@ -20,6 +20,8 @@ from .retinaface import MEAN_BGR, RetinaFace
 OVERLAP = 0.4
 # Intersection over the smaller box above which boxes of two passes are one face.
 SAME = 0.6
+# Cells of a grid to either side of 0 in which boxes are looked up.
+REACH = 2**20
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,79 @@ def detect_shrunk(
     return scale_candidates(detect_once(network, small, confidence), back)
 
 
-def overlaps(one: Candidates, other: Candidates) -> tuple[Tensor, Tensor]:
-    """Intersection over union, and over the smaller box, of each pair (n,m); 0 across pictures."""
-    corner = torch.maximum(one.box[:, None, :2], other.box[None, :, :2])
-    shared = (
-        (torch.minimum(one.box[:, None, 2:], other.box[None, :, 2:]) - corner).clamp(min=0).prod(-1)
-    )
-    shared = shared * (one.frame[:, None] == other.frame[None])
-    area, other_area = ((c.box[:, 2:] - c.box[:, :2]).prod(-1) for c in (one, other))
-    union = area[:, None] + other_area[None] - shared
-    return shared / union.clamp(min=1e-6), shared / torch.minimum(
-        area[:, None], other_area[None]
-    ).clamp(min=1e-6)
+@dataclass(frozen=True)
+class Overlaps:
+    """The p pairs of two lists of boxes that may share a part of a picture; all others do not.
+
+    one: (p,) the place in the first list, in order.
+    other: (p,) the place in the second list, in order for each of the first.
+    union: (p,) intersection over union.
+    smaller: (p,) intersection over the smaller box.
+    """
+
+    one: Tensor
+    other: Tensor
+    union: Tensor
+    smaller: Tensor
+
+    def __getitem__(self, index: Tensor) -> Overlaps:
+        return Overlaps(self.one[index], self.other[index], self.union[index], self.smaller[index])
+
+
+def overlaps(one: Candidates, other: Candidates) -> Overlaps:
+    """How far the boxes of one list cover those of another, in the same picture.
+
+    The boxes are looked up in grids whose cells are as large as the boxes, one for each power of
+    two, so that a crowd takes as much time as its faces one by one, and memory for the pairs alone.
+    """
+    levels = [torch.frexp(longer_side(c).double())[1].clamp(min=0) for c in (one, other)]
+    codes = [torch.empty(0, dtype=torch.long)]
+    for level in torch.cat(levels).unique().tolist():
+        # Each pair meets in the grid of the larger of the two.
+        equal, lower = ([op(of, level) for of in levels] for op in (torch.eq, torch.lt))
+        for of_one, of_other in ((equal[0], equal[1] | lower[1]), (lower[0], equal[1])):
+            codes.append(_pairs_in_cells(one, of_one, other, of_other, level))
+    code = torch.cat(codes).unique()
+    i, j = code // max(1, len(other)), code % max(1, len(other))
+    corner = torch.maximum(one.box[i, :2], other.box[j, :2])
+    shared = (torch.minimum(one.box[i, 2:], other.box[j, 2:]) - corner).clamp(min=0).prod(-1)
+    area, other_area = ((c.box[k, 2:] - c.box[k, :2]).prod(-1) for c, k in ((one, i), (other, j)))
+    union = area + other_area - shared
+    smaller = torch.minimum(area, other_area)
+    return Overlaps(i, j, shared / union.clamp(min=1e-6), shared / smaller.clamp(min=1e-6))
+
+
+def _pairs_in_cells(
+    one: Candidates, of_one: Tensor, other: Candidates, of_other: Tensor, level: int
+) -> Tensor:
+    """Pairs that have a cell of 2 ** level px in common, each as i * len(other) + j, some twice.
+
+    of_one, of_other: which boxes are looked at, none with a side of a cell or more.
+    """
+    (cells, i), (other_cells, j) = _cells(one, of_one, level), _cells(other, of_other, level)
+    other_cells, order = other_cells.sort()
+    first = torch.searchsorted(other_cells, cells)
+    counts = torch.searchsorted(other_cells, cells, right=True) - first
+    step = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    partner = j[order][first.repeat_interleave(counts) + step]
+    return i.repeat_interleave(counts) * len(other) + partner
+
+
+def _cells(found: Candidates, chosen: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """The cells in which the corners of the chosen boxes lie, as numbers, and whose they are."""
+    index = torch.nonzero(chosen)[:, 0]
+    # Far out, many cells are one: a pair too many does no harm.
+    cell = (found.box[index].double() / 2.0**level).floor().clamp(-REACH, REACH - 1).long() + REACH
+    row = (found.frame[index, None] * 2 * REACH + cell[:, 1::2]) * 2 * REACH
+    numbers = (row[:, :, None] + cell[:, None, ::2]).flatten()
+    return numbers, index.repeat_interleave(4)
+
+
+def any_pair(places: Tensor, count: int) -> Tensor:
+    """(count,) whether a number is among `places`."""
+    held = torch.zeros(count, dtype=torch.bool)
+    held[places] = True
+    return held
 
 
 def longer_side(found: Candidates) -> Tensor:
@@ -114,8 +177,9 @@ def longer_side(found: Candidates) -> Tensor:
 
 def merge(known: Candidates, more: Candidates) -> Candidates:
     """`known` and the faces of `more` that are not among them."""
-    held = overlaps(known, more)[1] > SAME
-    return Candidates.join([known, more[~held.any(0)]])
+    pairs = overlaps(known, more)
+    held = any_pair(pairs.other[pairs.smaller > SAME], len(more))
+    return Candidates.join([known, more[~held]])
 
 
 def rotate_back(found: Candidates, turns: int, width: int, height: int) -> Candidates:
@@ -136,12 +200,13 @@ def roll_of(found: Candidates) -> Tensor:
     return torch.atan2(-down[:, 0], down[:, 1])
 
 
-def nms(scores: Tensor, same: Tensor) -> Tensor:
-    """Non-maximum suppression by a table `same` (n,n) of booleans: indices kept, best first."""
+def nms(scores: Tensor, same: Overlaps) -> Tensor:
+    """Non-maximum suppression by the pairs of a list with itself that are one: best first."""
     left = torch.ones(len(scores), dtype=torch.bool)
+    starts = torch.searchsorted(same.one, torch.arange(len(scores) + 1)).tolist()
     kept = []
     for i in scores.argsort(descending=True, stable=True).tolist():
         if left[i]:
             kept.append(i)
-            left &= ~same[i]
+            left[same.other[starts[i] : starts[i + 1]]] = False
     return torch.tensor(kept, dtype=torch.long)

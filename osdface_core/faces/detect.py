@@ -18,6 +18,7 @@ from .candidates import (
     OVERLAP,
     SAME,
     Candidates,
+    any_pair,
     detect_once,
     detect_shrunk,
     longer_side,
@@ -131,13 +132,13 @@ def detect_all_sizes(
     if longest > COARSE_SIDE:
         report(0)
         coarse = look(confidence * SUPPORT, COARSE_SIDE)
-        unsupported = (overlaps(found, coarse)[0] < OVERLAP).all(1) & (
-            longer_side(found) * scale > NEEDS_SUPPORT
-        )
-        found = found[~unsupported]
+        pairs = overlaps(found, coarse)
+        supported = any_pair(pairs.one[pairs.union >= OVERLAP], len(found))
+        found = found[supported | (longer_side(found) * scale <= NEEDS_SUPPORT)]
         coarse = coarse[coarse.score > confidence]
         huge = longer_side(coarse) * scale > TOO_LARGE
-        found = found[~(overlaps(found, coarse[huge])[1] > SAME).any(1)]
+        pairs = overlaps(found, coarse[huge])
+        found = found[~any_pair(pairs.one[pairs.smaller > SAME], len(found))]
         found = merge(found, coarse)
     wanted = min(1.0, EASILY_SEEN / max(smallest, 1.0))
     if wanted > 1.3 * scale:
@@ -236,20 +237,24 @@ def detect_all_angles(
             faint += [rotate_back(part, turns, width, height) for part in lower] + passes[-1:]
     everything = Candidates.join(passes)
     turn = roll_of(everything)
-    alike = torch.cos(turn[:, None] - turn[None]) > math.cos(math.radians(SAME_ROLL))
-    views = everything[
-        nms(everything.score, (overlaps(everything, everything)[0] > OVERLAP) & alike)
-    ]
+    pairs = overlaps(everything, everything)
+    alike = torch.cos(turn[pairs.one] - turn[pairs.other]) > math.cos(math.radians(SAME_ROLL))
+    views = everything[nms(everything.score, pairs[(pairs.union > OVERLAP) & alike])]
     found, seen = refine(network, pixels, views, confidence, report)
     found = found[seen]
-    found = found[nms(found.score, overlaps(found, found)[1] > SAME)]
+    pairs = overlaps(found, found)
+    found = found[nms(found.score, pairs[pairs.smaller > SAME])]
     # The box is most precise in the pass in which the face was nearest to upright.
     quarter = (roll_of(found) / (math.pi / 2)).round().long() % 4 * 90
-    fitting = overlaps(found, everything)[0] * (everything.angle[None] == quarter[:, None])
+    pairs = overlaps(found, everything)
+    fitting = (everything.angle[pairs.other] == quarter[pairs.one]) & (pairs.union > OVERLAP)
     box = found.box.clone()
-    for i, shared in enumerate(fitting):
-        if shared.max() > OVERLAP:
-            box[i] = everything.box[shared.argmax()]
+    best = [0.0] * len(found)
+    for i, j, shared in zip(
+        *(column[fitting].tolist() for column in (pairs.one, pairs.other, pairs.union)), strict=True
+    ):
+        if shared > best[i]:
+            best[i], box[i] = shared, everything.box[j]
     return replace(found, box=box, angle=quarter)
 
 
