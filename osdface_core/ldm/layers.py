@@ -28,12 +28,12 @@ class Layer(nn.Module):
 
     def values(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias on the device and in the type of a tensor; not copied if they are."""
-        weight = self.weight.detach()
+        weight: Tensor = self.weight
         if self.adapters:
             weight = weight.to(like.device)
             for adapter, strength in self.adapters:
                 weight = merged(weight, adapter, strength)
-        bias = None if self.bias is None else self.bias.detach().to(like.device, like.dtype)
+        bias = None if self.bias is None else self.bias.to(like.device, like.dtype)
         return weight.to(like.device, like.dtype), bias
 
 
