@@ -285,7 +285,9 @@ def test_it_does_not_go_with_a_real_model(
 
 
 def test_training_starts_where_the_step_changes_little() -> None:
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip(
+        "diffusers", reason="no diffusers: pip install -r requirements-dev.txt"
+    )
     from osdface_core.osdface.builtin.start import start
     from osdface_core.sd21.schedule import alphas_cumprod
 
