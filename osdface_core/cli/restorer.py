@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..catalogue import CATALOGUE
 from ..chunks import Progress
-from ..diffusers.backbone import DiffusersBackbone, best_device, best_dtype
+from ..devices import best_device, best_dtype
+from ..diffusers.backbone import DiffusersBackbone
 from ..diffusers.builtin import load_backbone
 from ..errors import OSDFaceError
 from ..faces import find

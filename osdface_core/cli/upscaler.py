@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import Progress
-from ..diffusers.backbone import best_dtype
+from ..devices import best_dtype
 from ..diffusers.osediff import load_osediff
 from ..diffusers.text import encode_text
 from ..errors import OSDFaceError

@@ -10,36 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..chunks import is_out_of_memory
-from ..cpu import exact, has_bf16, optimized
+from ..cpu import exact, optimized
+from ..devices import VALUES_PER_FACE, best_device, best_dtype, max_batch
 from ..errors import OSDFaceError
 from ..sd21.adapters import Lora
 from ..sd21.backbone import SIDE
+from ..sd21.base_model import check_unet
 from ..sd21.schedule import x0_of
-from .loading import Autoencoder, UNet, check_unet, load
+from .loading import Autoencoder, UNet, load
 from .lora import merge_lora
-
-# Peak of the activations for a 512 px crop, reached in the decoder's last level, in values.
-VALUES_PER_FACE = 600 * 1024**2
-MAX_BATCH = 16
-
-
-def best_device() -> torch.device:
-    """The accelerator that this torch finds (CUDA or ROCm, XPU, MPS ...), else the CPU."""
-    # torch 2.6 cannot check availability and name the device in one call.
-    accelerator = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    )
-    return accelerator or torch.device("cpu")
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """Half precision where the device computes in it, else fp32.
-
-    That is fp16 on an accelerator, bf16 on a CPU with instructions for it.
-    """
-    if device.type != "cpu":
-        return torch.float16
-    return torch.bfloat16 if has_bf16() else torch.float32
 
 
 class DiffusersBackbone:
@@ -164,23 +143,8 @@ class DiffusersBackbone:
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def max_batch(self, height: int, width: int) -> int:
-        # On a CPU two at once take more memory and no less time.
-        if self.device.type == "cpu":
-            return 1
-        per_face = VALUES_PER_FACE * self.dtype.itemsize * height * width / SIDE**2
-        return max(1, min(MAX_BATCH, int(_free_memory(self.device) / per_face)))
+        values = VALUES_PER_FACE * height * width / SIDE**2
+        return max_batch(self.device, self.dtype, values)
 
     def out_of_memory(self, error: BaseException) -> bool:
         return is_out_of_memory(error)
-
-
-def _free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device, and those that torch has from it and does not use."""
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    try:
-        module = torch.get_device_module(device)
-        free = module.mem_get_info(device)[0]
-        return free + module.memory_reserved(device) - module.memory_allocated(device)
-    except (AttributeError, RuntimeError):
-        return 0
