@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from ..errors import OSDFaceError
-from ..faces.choose import CHOSEN
+from ..faces.choose import CHOSEN, describe_faces
 from ..faces.face import Face
 from ..faces.track import thumbnails
 from . import pictures
 from .enhancer import Enhancer
 from .frames import Around, Frame, png_chunks, write_apng, write_avif, write_gif, write_webp
-from .restorer import Restorer, describe_faces
+from .restorer import Restorer
 from .upscaler import Upscaler
 from .video import MAX_FRAMES, WINDOW, scaled
 

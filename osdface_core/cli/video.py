@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from ..errors import OSDFaceError
-from ..faces.choose import CHOSEN
+from ..faces.choose import CHOSEN, describe_faces
 from ..faces.face import Face
 from ..faces.track import thumbnails
 from ..osediff.upscale import result_size
 from ..pictures.geometry import compose, scaling
 from .encoding import Encoding, FieldMarker, choose
 from .enhancer import Enhancer
-from .restorer import Restorer, describe_faces
+from .restorer import Restorer
 from .upscaler import Upscaler
 
 log = logging.getLogger(__name__)
