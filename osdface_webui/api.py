@@ -10,7 +10,6 @@ from typing import Any, Optional
 
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
-from modules import call_queue
 from modules.api.api import decode_base64_to_image
 from PIL import Image, ImageOps
 from pydantic import BaseModel, Field
@@ -158,9 +157,9 @@ def _values(request: BaseModel) -> dict[str, Any]:
 
 
 def _do(work: Any) -> Any:
-    """The work under the host's lock, with what users can mend as status 422."""
+    """The work in the host's queue, with what users can mend as status 422."""
     try:
-        with call_queue.queue_lock:
+        with host.own_job():
             return work()
     except OSDFaceError as error:
         raise HTTPException(422, str(error)) from error

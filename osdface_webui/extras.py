@@ -6,7 +6,7 @@ import html
 from typing import Any
 
 import gradio as gr
-from modules import call_queue, errors, scripts_postprocessing, ui_components
+from modules import errors, scripts_postprocessing, ui_components
 from PIL import Image
 
 from osdface_core.faces.choose import BY_INDEX
@@ -146,14 +146,17 @@ def _add_preview(source: Any, inputs: dict[str, Any]) -> None:
         if not isinstance(image, Image.Image):
             return None, "Put a picture in first."
         try:
-            found = look(image, options_of(dict(zip(names, values, strict=True))))
+            with host.own_job():
+                found = look(image, options_of(dict(zip(names, values, strict=True))))
+        except host.Stopped:
+            return None, "Stopped."
         except Exception as error:
             errors.report(f"{host.NAME}: {error}", exc_info=True)
             return None, html.escape(str(error))
         return found.image, html.escape(found.report).replace("\n", "<br>")
 
     button.click(
-        call_queue.wrap_queued_call(show),
+        show,
         inputs=[source, *(inputs[name] for name in names)],
         outputs=[picture, report],
     )

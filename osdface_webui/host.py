@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from modules import devices, paths_internal, shared
+from modules import call_queue, devices, paths_internal, shared
 
 from osdface_core.devices import best_dtype
 from osdface_core.errors import OSDFaceError
@@ -92,6 +94,17 @@ def leaves_device() -> bool:
 def collect() -> None:
     """Gives back memory that nothing uses."""
     devices.torch_gc()
+
+
+@contextmanager
+def own_job() -> Iterator[None]:
+    """A job of ours alone, under the host's lock. A wish to stop an earlier one is over."""
+    with call_queue.queue_lock:
+        shared.state.begin(job=NAME)
+        try:
+            yield
+        finally:
+            shared.state.end()
 
 
 def stop_if_asked(*_: Any) -> None:
