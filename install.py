@@ -25,9 +25,12 @@ from osdface_core.catalogue import CATALOGUE
 from osdface_core.diffir.files import FOLDER as DIFFIR
 from osdface_core.diffir.files import LICENCE
 from osdface_core.errors import OSDFaceError
-from osdface_core.osdface.files import KOHYA_LORA
+from osdface_core.faces.files import FOLDER as DETECTION
+from osdface_core.osdface.files import FOLDER as OSDFACE
+from osdface_core.osdface.files import KOHYA_LORA, LORAS
 from osdface_core.osediff.files import FACES, PICTURES
 from osdface_core.sd21.files import BASE
+from osdface_core.sd21.files import FOLDER as CHECKPOINTS
 from osdface_core.weights.catalogue import WeightFile
 from osdface_core.weights.fetching import UnreachableError, recorded_sha256
 from osdface_core.weights.store import Store, command
@@ -55,38 +58,64 @@ def run_by_host(arguments: list[str]) -> bool:
 def hosts() -> Iterator[Path]:
     """Folders that may hold a host's `models`, nearest first.
 
-    Those that the variables name, then the hosts that this file lies in.
+    A WebUI that this file lies in, what the variables name, a ComfyUI that this file lies in.
     """
+    # Links are not resolved first: a pack linked into custom_nodes belongs to the host of the link.
+    places = [start.parent for start in (Path(__file__).absolute().parent, ROOT)]
+    yield from (place.parent for place in places if place.name == "extensions")
     yield from (
         Path(os.environ[variable]) for variable in MANAGER_VARIABLES if os.environ.get(variable)
     )
-    # Links are not resolved first: a pack linked into custom_nodes belongs to the host of the link.
-    for start in (Path(__file__).absolute().parent, ROOT):
-        if start.parent.name in ("custom_nodes", "extensions"):
-            yield start.parent.parent
+    yield from (place.parent for place in places if place.name == "custom_nodes")
 
 
-def model_folders(models: Path | None) -> dict[str, list[Path]]:
-    """The model folders by name, with those of extra_model_paths.yaml.
+def is_webui(models: Path) -> bool:
+    """Whether a models folder is a Stable-Diffusion-WebUI's."""
+    return (models / "Stable-diffusion").is_dir() or (models.parent / "launch.py").is_file()
+
+
+def webui_folders(models: Path) -> dict[str, list[Path]]:
+    """The model folders by name in a WebUI, which has folders for some kinds of its own.
+
+    What a WebUI knows lies in the WebUI's, all else in models/osdface.
+    """
+    own = models / OSDFACE
+    folders = {name: [own, models / name] for name in CATALOGUE.folders}
+    return folders | {
+        OSDFACE: [own, models / "Lora"],
+        LORAS: [models / "Lora"],
+        CHECKPOINTS: [models / "Stable-diffusion", own],
+        # facexlib's files, where the host's own restorers put them.
+        DETECTION: [own, models / DETECTION, models / "GFPGAN", models / "Codeformer"],
+    }
+
+
+def models_folder(given: Path | None) -> Path:
+    """The host's models folder: the given one, or that of the nearest host.
 
     Raises OSDFaceError if no host is found.
     """
-    root = None
+    if given is not None:
+        return given
+    found = (host / "models" for host in hosts() if (host / "models").is_dir())
+    models = next(found, None)
     if models is None:
-        root = next((host for host in hosts() if (host / "models").is_dir()), None)
-        if root is None:
-            raise OSDFaceError(
-                f"No models folder is found from {ROOT}: name ComfyUI's with --models-dir, set "
-                "COMFYUI_PATH, or move this folder into "
-                "ComfyUI's custom_nodes."
-            )
-        models = root / "models"
+        raise OSDFaceError(
+            f"No models folder is found from {ROOT}: name the host's with --models-dir, or move "
+            "this folder into ComfyUI's custom_nodes or a WebUI's extensions."
+        )
+    return models
+
+
+def model_folders(models: Path) -> dict[str, list[Path]]:
+    """The model folders by name; ComfyUI's with those of extra_model_paths.yaml.
+
+    Raises OSDFaceError for a file of that name that cannot be read.
+    """
+    if is_webui(models):
+        return webui_folders(models)
     folders = {name: [models / name] for name in CATALOGUE.folders}
-    extra = [
-        host / "extra_model_paths.yaml"
-        for host in dict.fromkeys((root, models.parent, *hosts()))
-        if host is not None
-    ]
+    extra = [host / "extra_model_paths.yaml" for host in (models.parent, *hosts())]
     for path in dict.fromkeys(path.resolve() for path in extra if path.is_file()):
         for name, folder, first in extra_folders(path):
             if name in folders and folder not in folders[name]:
@@ -123,7 +152,7 @@ def extra_folders(path: Path) -> Iterator[tuple[str, Path, bool]]:
 
 def greet_host() -> None:
     """Prints the one line of a run by a host."""
-    store = Store(CATALOGUE, model_folders(None))
+    store = Store(CATALOGUE, model_folders(models_folder(None)))
     missing = [
         entry.name
         for entry in CATALOGUE.files
@@ -200,7 +229,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="keep what was fetched only to be converted, such as the 1.8 GB checkpoint",
     )
     parser.add_argument(
-        "--models-dir", metavar="DIR", type=Path, help="the models folder of ComfyUI"
+        "--models-dir", metavar="DIR", type=Path, help="the models folder of the host"
     )
     return parser.parse_args(arguments)
 
@@ -233,12 +262,15 @@ def run_by_hand(options: argparse.Namespace) -> int:
         raise OSDFaceError(
             f"--from wants a folder that holds the downloaded files, and {options.given} is none."
         )
-    store = Store(CATALOGUE, model_folders(options.models_dir))
+    models = models_folder(options.models_dir)
+    store = Store(CATALOGUE, model_folders(models))
     wanted = (
         [CATALOGUE.by_name[name] for name in dict.fromkeys(options.only)]
         if options.only
         else [entry for entry in CATALOGUE.files if entry.needed]
     )
+    if is_webui(models) and not options.only:
+        wanted.remove(KOHYA_LORA)  # for a node of ComfyUI's alone
     if options.checkpoint and BASE not in wanted:
         wanted.append(BASE)
     if options.osediff:

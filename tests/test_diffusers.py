@@ -21,6 +21,7 @@ from torch.nn import Linear
 from osdface_core.errors import OSDFaceError
 from osdface_core.osdface.lora import adapted_layers
 from osdface_core.sd21.adapters import Adapter
+from osdface_core.sd21.base_model import V_WITNESS
 
 pytest.importorskip("diffusers", reason="no diffusers: pip install -r requirements-dev.txt")
 pytest.importorskip("peft", reason="no peft: pip install -r requirements-dev.txt")
@@ -304,9 +305,7 @@ def test_a_wrong_checkpoint_is_refused(
 def test_a_checkpoint_that_predicts_v_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "v2-1_768-ema-pruned.safetensors"
     bias = torch.linspace(-0.3, 0.3, 320)
-    save_file(
-        {name: torch.zeros(shape) for name, shape in SD21.items()} | {loading.V_WITNESS: bias}, file
-    )
+    save_file({name: torch.zeros(shape) for name, shape in SD21.items()} | {V_WITNESS: bias}, file)
     with pytest.raises(OSDFaceError, match="predicts v"):
         loading.load(file)
 

@@ -359,6 +359,82 @@ def manager(folder: Path) -> dict[str, str]:
     return {"COMFYUI_PATH": str(folder), "COMFYUI_FOLDERS_BASE_PATH": str(folder)}
 
 
+def extension(webui: Path) -> Path:
+    """install.py of this checkout, linked into a WebUI's extensions."""
+    (webui / "launch.py").write_text("")
+    (webui / "extensions").mkdir()
+    (webui / "extensions" / "osdface").symlink_to(ROOT)
+    for name in ("Stable-diffusion", "Lora", "GFPGAN"):
+        (webui / "models" / name).mkdir()
+    return webui / "extensions" / "osdface" / "install.py"
+
+
+def test_in_a_webui_s_extensions_a_run_by_hand_fills_that_webui_s_folders(
+    full: Server, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(install, "__file__", str(extension(models.parent)))
+    # A ComfyUI that the user has beside it gets nothing.
+    comfyui = tmp_path / "other"
+    (comfyui / "models").mkdir(parents=True)
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
+    monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": staticmethod(lambda: True)}))
+    there = models / "GFPGAN" / "parsing_parsenet.pth"
+    there.write_bytes(b"parsing_parsenet.pth" * 1000)
+    assert install.main([]) == 0
+    needed = {entry.name for entry in CATALOGUE.files if entry.needed} - {KOHYA}
+    assert held(models / "osdface") == needed - {there.name}
+    assert held(models) == needed and held(comfyui) == set()
+
+
+def test_what_a_webui_has_is_found_in_its_own_folders(models: Path) -> None:
+    extension(models.parent)
+    store = Store(CATALOGUE, install.model_folders(models))
+    for folder, name in (
+        ("Stable-diffusion", "v2-1_512-ema-pruned.safetensors"),
+        ("Lora", LORA),
+        ("GFPGAN", "detection_Resnet50_Final.pth"),
+        ("osdface", VRE),
+    ):
+        (models / folder).mkdir(exist_ok=True)
+        (models / folder / name).touch()
+        assert store.find(CATALOGUE.by_name[name]) == models / folder / name
+
+
+def test_at_a_webui_s_launch_one_line_tells_what_is_missing_and_nothing_is_fetched(
+    server: Server, models: Path
+) -> None:
+    """As a WebUI runs it: anywhere, its own root on PYTHONPATH, nothing attached."""
+    script = extension(models.parent)
+    for folder, name in (("Lora", LORA), ("GFPGAN", "parsing_parsenet.pth")):
+        (models / folder / name).touch()
+    done = subprocess.run(
+        f'"{sys.executable}" "{script}"',
+        shell=True,
+        env=os.environ
+        | {"PYTHONPATH": f"{models.parent}{os.pathsep}/elsewhere", "HF_ENDPOINT": server.url},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=True,
+        cwd=models,
+    )
+    assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
+    assert VRE in done.stdout and LORA not in done.stdout and KOHYA not in done.stdout
+    assert "parsing_parsenet.pth" not in done.stdout
+    assert server.gets == []
+
+
+def test_a_webui_gets_our_option_and_loads_nothing_for_it() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import argparse, preload\n"
+        "parser = argparse.ArgumentParser(); preload.preload(parser)\n"
+        "assert parser.parse_args([]).osdface_models_path is None\n"
+        "assert parser.parse_args(['--osdface-models-path', 'x']).osdface_models_path == 'x'\n"
+        "assert not {'torch', 'numpy', 'osdface_core'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("host", [webui, manager])
 def test_a_host_s_installer_gets_one_line_and_no_download(
     host: Callable[[Path], dict[str, str]], server: Server, models: Path

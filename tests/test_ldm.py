@@ -415,7 +415,7 @@ def test_the_builtin_model_is_the_same_as_with_diffusers() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("lent", [False, True])
+@pytest.mark.parametrize("lent", [pytest.param(False, marks=pytest.mark.repeat), True])
 def test_the_released_code_s_numbers(
     lent: bool,
     stand_ins: Path,
@@ -433,10 +433,9 @@ def test_the_released_code_s_numbers(
     backbone = (
         from_tensors(*read(file), lora, **options) if lent else from_file(file, lora, **options)
     )
-    for name in ("astronaut_lq", "many_codes"):
-        latents = backbone.encode(network_input(crop(name)))
-        assert (latents - truth(f"{name}.latent")).abs().max() < 1e-4
-        x0 = backbone.denoise(latents, truth(f"{name}.prompt"), 399)
-        assert (x0 - truth(f"{name}.x0")).abs().max() < 1e-4
+    latents = backbone.encode(network_input(crop("astronaut_lq")))
+    assert (latents - truth("astronaut_lq.latent")).abs().max() < 1e-4
+    x0 = backbone.denoise(latents, truth("astronaut_lq.prompt"), 399)
+    assert (x0 - truth("astronaut_lq.x0")).abs().max() < 1e-4
     image = backbone.decode(truth("astronaut_lq.x0"))
     assert (image - truth("astronaut_lq.image")).abs().max() < 1e-4
