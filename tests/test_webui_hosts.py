@@ -442,5 +442,5 @@ def test_a_crop_is_restored_as_the_released_code_does(
     assert wanted in result["model"]
     after = torch.from_numpy(np.array(decoded(result["image"]))).float() / 255
     worst = float((after - truth(f"{name}.image")[0].movedim(0, -1)).abs().max())
-    print(f"{full.host}: {name} differs by {worst:.1e}, of which 8 bits are {0.5 / 255:.1e}")
+    report(f"{full.host}: {name} differs by {worst:.1e}, of which 8 bits are {0.5 / 255:.1e}")
     assert worst <= 1e-3 + 0.5 / 255
