@@ -35,7 +35,9 @@ from osdface_core.weights.catalogue import WeightFile
 from osdface_core.weights.fetching import UnreachableError, recorded_sha256
 from osdface_core.weights.store import Store, command
 
-ROOT = Path(__file__).resolve().parent
+# Links are kept: a pack linked into custom_nodes or extensions belongs to the host of the link.
+SCRIPT = Path(__file__).absolute()
+ROOT = SCRIPT.resolve().parent
 MANAGER_VARIABLES = ("COMFYUI_FOLDERS_BASE_PATH", "COMFYUI_PATH")
 OK, INCOMPLETE, UNREACHABLE = 0, 1, 2
 INTERRUPTED = 130
@@ -60,8 +62,7 @@ def hosts() -> Iterator[Path]:
 
     A WebUI that this file lies in, what the variables name, a ComfyUI that this file lies in.
     """
-    # Links are not resolved first: a pack linked into custom_nodes belongs to the host of the link.
-    places = [start.parent for start in (Path(__file__).absolute().parent, ROOT)]
+    places = [start.parent for start in (SCRIPT.parent, ROOT)]
     yield from (place.parent for place in places if place.name == "extensions")
     yield from (
         Path(os.environ[variable]) for variable in MANAGER_VARIABLES if os.environ.get(variable)
@@ -161,7 +162,7 @@ def greet_host() -> None:
     if missing:
         print(
             f"OSDFace: {len(missing)} weight files are missing ({', '.join(missing)}); to fetch "
-            f"them run: {command('--fetch')}"
+            f"them run: {command('--fetch', script=SCRIPT)}"
         )
     else:
         print("OSDFace: all weights are there.")

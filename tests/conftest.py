@@ -28,9 +28,23 @@ ROOT = Path(__file__).resolve().parents[1]
 REASONS = re.findall(
     r"^\| `([^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M
 )
+if os.environ.get("OSDFACE_TEST_FLOORS"):
+    # What tests/floors.sh does without.
+    REASONS += ["no diffusers: *", "no peft: *", "this torch has no convolutions in fp16 *"]
 unlisted: list[str] = []
 # A real accelerator, such as "cuda", that the tests of the host and of the chain run on instead.
 DEVICE = os.environ.get("OSDFACE_TEST_DEVICE")
+
+
+def _has_fp16() -> bool:
+    try:
+        F.conv2d(torch.ones(1, 1, 4, 4).half(), torch.ones(1, 1, 3, 3).half())
+    except RuntimeError:
+        return False
+    return True
+
+
+FP16 = pytest.mark.skipif(not _has_fp16(), reason="this torch has no convolutions in fp16 on a CPU")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -366,6 +380,9 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small random networks: a folder in diffusers' layout with Stable Diffusion 2.1's modules, and
     `vre.safetensors`.
     """
+    for package in ("diffusers", "peft"):
+        reason = f"no {package}: pip install -r requirements-dev.txt"
+        pytest.importorskip(package, reason=reason)
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from safetensors.torch import save_file
 

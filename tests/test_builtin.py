@@ -4,6 +4,7 @@ given, never mixed with another.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from osdface_core.diffusers.builtin import load_backbone
+from osdface_core.diffusers.builtin import load_backbone as load_in_diffusers
 from osdface_core.faces.detect import DetectOptions
 from osdface_core.faces.files import BUILTIN_DETECTOR
 from osdface_core.faces.find import find_faces
 from osdface_core.faces.paste import PasteOptions, paste
 from osdface_core.faces.retinaface import build_retinaface
+from osdface_core.ldm.builtin import load_backbone
 from osdface_core.osdface import builtin
 from osdface_core.osdface.builtin.autoencoder import Autoencoder
 from osdface_core.osdface.restore import restore
@@ -75,8 +77,8 @@ def close_up() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def backbone() -> Any:
-    pytest.importorskip("diffusers")
-    return load_backbone(torch.device("cpu"), torch.float32)
+    load = load_in_diffusers if importlib.util.find_spec("diffusers") else load_backbone
+    return load(torch.device("cpu"), torch.float32)
 
 
 def restored(crops: torch.Tensor, backbone: Any) -> torch.Tensor:
@@ -283,7 +285,9 @@ def test_it_does_not_go_with_a_real_model(
 
 
 def test_training_starts_where_the_step_changes_little() -> None:
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip(
+        "diffusers", reason="no diffusers: pip install -r requirements-dev.txt"
+    )
     from osdface_core.osdface.builtin.start import start
     from osdface_core.sd21.schedule import alphas_cumprod
 

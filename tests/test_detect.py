@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from benchmarks.detection import turned
+from osdface_core.chunks import OUT_OF_MEMORY
 from osdface_core.errors import OSDFaceError
 from osdface_core.faces.align import TEMPLATE
 from osdface_core.faces.candidates import detect_once
@@ -374,7 +375,7 @@ def test_a_batch_that_does_not_fit_is_halved(network: RetinaFace, astronaut: Ten
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             if len(x) > 2:
-                raise torch.OutOfMemoryError("full")
+                raise OUT_OF_MEMORY("full")
             self.largest = max(self.largest, len(x))
             return network(x)
 

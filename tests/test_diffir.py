@@ -36,6 +36,7 @@ from osdface_core.diffir.weights import read_weights
 from osdface_core.errors import OSDFaceError
 from osdface_core.pictures.color import LUMA
 from osdface_core.pictures.tone import tone_curve
+from tests.conftest import FP16
 from tests.test_weights_reading import MALICIOUS
 
 # The families of golden outputs, and the stand-in weights that they were made with.
@@ -195,7 +196,10 @@ def test_pictures_at_once_are_each_alone(network_of: Callable[[str], DiffIR]) ->
         assert (network.restore(pair[i : i + 1], prior)[0] - together[i]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 38), (torch.float16, 52)])
+@pytest.mark.parametrize(
+    ("dtype", "least"),
+    [(torch.bfloat16, 38), pytest.param(torch.float16, 52, marks=FP16)],
+)
 @pytest.mark.parametrize("case", ["x2_37x29", "inpaint_big_72x88"])
 def test_half_precision_is_near_the_released_numbers(
     case: str,
@@ -222,6 +226,7 @@ def test_half_precision_is_near_the_released_numbers(
     assert -10 * apart.square().mean().log10() > least
 
 
+@FP16
 @torch.inference_mode()
 def test_half_precision_holds_a_large_bright_picture() -> None:
     """Its sums over all pixels are beyond the range of fp16."""

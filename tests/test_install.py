@@ -372,7 +372,7 @@ def extension(webui: Path) -> Path:
 def test_in_a_webui_s_extensions_a_run_by_hand_fills_that_webui_s_folders(
     full: Server, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(install, "__file__", str(extension(models.parent)))
+    monkeypatch.setattr(install, "SCRIPT", extension(models.parent))
     # A ComfyUI that the user has beside it gets nothing.
     comfyui = tmp_path / "other"
     (comfyui / "models").mkdir(parents=True)
@@ -421,6 +421,8 @@ def test_at_a_webui_s_launch_one_line_tells_what_is_missing_and_nothing_is_fetch
     assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
     assert VRE in done.stdout and LORA not in done.stdout and KOHYA not in done.stdout
     assert "parsing_parsenet.pth" not in done.stdout
+    # By the link, from which alone the WebUI is found.
+    assert f"{script} --fetch" in done.stdout
     assert server.gets == []
 
 

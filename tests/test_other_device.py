@@ -23,6 +23,9 @@ from osdface_core.faces.mask import mask_to_crops
 from osdface_core.faces.paste import PasteOptions, paste
 from osdface_core.faces.preview import before_after, draw_faces
 from osdface_core.faces.retinaface import build_retinaface
+from osdface_core.ldm import layers
+from osdface_core.ldm.backbone import LdmBackbone
+from osdface_core.ldm.builtin import load_unet
 from osdface_core.osdface import builtin
 from osdface_core.osdface.restore import restore
 from osdface_core.osdface.vre import embed
@@ -125,6 +128,35 @@ def test_a_picture_is_restored_as_on_the_cpu(
     for ours, theirs in zip(results, (found.faces.crops, restored, wanted, mask), strict=True):
         assert (ours - theirs).abs().max() < 1e-4
     assert torch.equal(results[2][0][results[3][0] == 0], group[0][results[3][0] == 0])
+
+
+@pytest.mark.parametrize("lent", [True, False])
+def test_weights_on_the_cpu_serve_the_networks_in_plain_torch(lent: bool, group: Tensor) -> None:
+    """As a host keeps them there that is short of memory; own ones are moved."""
+    pixels = group[:, :128, :192].movedim(-1, 1).contiguous()
+    prompts = torch.rand(1, 77, 1024, generator=torch.Generator().manual_seed(0))
+
+    def step(device: torch.device) -> list[Tensor]:
+        with torch.inference_mode(False):
+            backbone = LdmBackbone(
+                load_unet(),
+                builtin.autoencoder(layers),
+                device=device,
+                dtype=torch.float32,
+                owned=not lent,
+                scaling=builtin.SCALING,
+            )
+        latents = backbone.encode(pixels)
+        x0 = backbone.denoise(latents, prompts, 399)
+        found = [latents, x0, backbone.decode(x0)]
+        assert {tensor.device.type for tensor in found} == {device.type}
+        home = {p.device.type for p in backbone.unet.parameters()}
+        assert home == {"cpu" if lent else device.type}
+        return [tensor.cpu() for tensor in found]
+
+    found, _ = there(lambda chain: step(OTHER))
+    for ours, wanted in zip(found, step(CPU), strict=True):
+        assert (ours - wanted).abs().max() < 1e-4
 
 
 def test_faces_that_lie_are_found_as_on_the_cpu(here: Chain, group: Tensor) -> None:

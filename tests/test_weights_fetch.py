@@ -42,14 +42,16 @@ REPOSITORY = "somebody/faces"
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     for variable in PROXIES:
         monkeypatch.delenv(variable, raising=False)
     with running() as state:
         monkeypatch.setenv("HF_ENDPOINT", state.url)
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**14)
+        # Older versions import it by name.
+        for module in (constants, file_download):
+            monkeypatch.setattr(module, "DOWNLOAD_CHUNK_SIZE", 2**14, raising=False)
         monkeypatch.setenv("OSDFACE_RELEASES", state.url)
         yield state
 

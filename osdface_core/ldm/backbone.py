@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import autocast
 
 from ..chunks import is_out_of_memory
 from ..cpu import exact, optimized
@@ -173,7 +174,7 @@ class LdmBackbone:
         """A context in which a host's autocast does not change the type that is computed in."""
         if self.device.type not in ("cpu", "cuda", "xpu"):
             return nullcontext()
-        return torch.autocast(self.device.type, enabled=False)
+        return autocast(self.device.type, enabled=False)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

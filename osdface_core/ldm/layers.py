@@ -28,12 +28,12 @@ class Layer(nn.Module):
 
     def values(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias on the device and in the type of a tensor; not copied if they are."""
-        weight = self.weight.detach()
+        weight: Tensor = self.weight
         if self.adapters:
             weight = weight.to(like.device)
             for adapter, strength in self.adapters:
                 weight = merged(weight, adapter, strength)
-        bias = None if self.bias is None else self.bias.detach().to(like.device, like.dtype)
+        bias = None if self.bias is None else self.bias.to(like.device, like.dtype)
         return weight.to(like.device, like.dtype), bias
 
 
@@ -41,8 +41,9 @@ def merged(weight: Tensor, adapter: Adapter, strength: float) -> Tensor:
     """A weight with a LoRA added to it, fp32."""
     up = adapter.up.to(weight.device, torch.float32).flatten(1)
     down = adapter.down.to(weight.device, torch.float32).flatten(1)
-    change = (up @ down).view(weight.shape)
-    return torch.add(weight.float(), change, alpha=adapter.scale * strength)
+    # At once, since on a CPU the memory that is passed through is what takes the time.
+    whole = torch.addmm(weight.float().flatten(1), up, down, alpha=adapter.scale * strength)
+    return whole.view(weight.shape)
 
 
 class Linear(Layer):

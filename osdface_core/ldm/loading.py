@@ -148,8 +148,8 @@ def add_lora(network: nn.Module, lora: Lora, strength: float, source: str, *, me
     lora: the adapters.
     strength: factor of all of them.
     source: the LoRA's name, for errors.
-    merge: whether the weights are replaced by merged copies; else they stay, and each is merged
-        whenever its layer is called.
+    merge: whether the weights are changed; else they stay, and each is merged whenever its layer is
+        called.
     """
     layers = dict(network.named_modules())
     found, left_over = [], []
@@ -165,8 +165,13 @@ def add_lora(network: nn.Module, lora: Lora, strength: float, source: str, *, me
         raise OSDFaceError(f"The network has no weight for {missing}; {REMEDY}")
     for layer, adapter in found:
         if merge:
-            weight = merged(layer.weight.detach(), adapter, strength)
-            layer.weight = nn.Parameter(weight, requires_grad=False)
+            before = layer.weight.detach()
+            weight = merged(before, adapter, strength)
+            if before.dtype == weight.dtype:
+                # In place: tensors of a file share its memory, which stays while one of them does.
+                before.copy_(weight)
+            else:
+                layer.weight = nn.Parameter(weight, requires_grad=False)
         else:
             layer.adapters.append((adapter, strength))
 

@@ -35,8 +35,8 @@ def load_osediff(
     """
     unet, autoencoder = load(*read(model, shapes), model.name, shapes)
     first = unet.get_submodule(unet_layers()[FIRST].ldm)
-    first.weight = nn.Parameter(weights.first_weight, requires_grad=False)
-    first.bias = nn.Parameter(weights.first_bias, requires_grad=False)
+    first.weight = nn.Parameter(weights.first_weight.clone(), requires_grad=False)
+    first.bias = nn.Parameter(weights.first_bias.clone(), requires_grad=False)
     add_lora(unet, weights.unet, 1.0, source, merge=True)
     add_lora(autoencoder, weights.encoder, 1.0, source, merge=True)
     return LdmBackbone(unet, autoencoder, device=device, dtype=dtype)

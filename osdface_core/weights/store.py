@@ -49,9 +49,12 @@ class Finding:
         return self.state in (State.VERIFIED, State.ACCEPTED)
 
 
-def command(*options: str) -> str:
-    """The command line that fetches weights, ready to be pasted."""
-    script = Path(__file__).resolve().parents[2] / "install.py"
+def command(*options: str, script: Path | None = None) -> str:
+    """The command line that fetches weights, ready to be pasted.
+
+    script: install.py, if it was started from another place than the one it lies in.
+    """
+    script = script or Path(__file__).resolve().parents[2] / "install.py"
     return " ".join(
         f'"{part}"' if " " in part else part for part in (sys.executable, str(script), *options)
     )
