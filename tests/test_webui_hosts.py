@@ -387,6 +387,7 @@ def knows_sd2(full: Server) -> None:
         pytest.skip("no WebUI: Forge-Neo has no Stable Diffusion 2 to share")
 
 
+@pytest.mark.full
 def test_the_loaded_checkpoint_is_used_and_no_second_one_is_read(
     full: Server, photograph: Path
 ) -> None:
@@ -403,6 +404,7 @@ def test_the_loaded_checkpoint_is_used_and_no_second_one_is_read(
     assert grown < 1.9 * 2**30
 
 
+@pytest.mark.full
 def test_a_lora_of_the_prompt_does_not_touch_the_restoring(full: Server) -> None:
     knows_sd2(full)
     without, _ = full.generate()
@@ -414,6 +416,7 @@ def test_a_lora_of_the_prompt_does_not_touch_the_restoring(full: Server) -> None
     assert difference(without, again) == 0
 
 
+@pytest.mark.full
 def test_memory_comes_back_after_ten_pictures(full: Server) -> None:
     knows_sd2(full)
     full.generate()
@@ -425,6 +428,7 @@ def test_memory_comes_back_after_ten_pictures(full: Server) -> None:
     assert held[-1] - held[2] < 0.3 * 2**30
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["astronaut_lq", "portrait_severe_lq"])
 def test_a_crop_is_restored_as_the_released_code_does(
     full: Server,
