@@ -27,7 +27,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    for name in ("osdface_core", "nodes"):
+    for name in ("osdface_core", "nodes", "osdface_webui"):
         ignored = shutil.ignore_patterns("*.safetensors", "__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     for name in ("__init__.py", "pyproject.toml"):
@@ -51,6 +51,7 @@ def test_the_contracts_are_kept() -> None:
         ("osdface_core/osdface/restore.py", "import diffusers"),
         ("osdface_core/cli/job.py", "from ...nodes import inputs"),
         ("nodes/comfy/files.py", "from ..inputs import FACES"),
+        ("osdface_webui/job.py", "from osdface_core.cli import restorer"),
     ],
 )
 def test_an_import_that_goes_up_is_found(module: str, line: str, copy: Path) -> None:

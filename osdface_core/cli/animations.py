@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..errors import OSDFaceError
-from ..faces.choose import CHOSEN
+from ..faces.choose import CHOSEN, describe_faces
 from ..faces.face import Face
 from ..faces.track import thumbnails
 from . import pictures
@@ -35,7 +35,7 @@ from .frames import (
     write_gif,
     write_webp,
 )
-from .restorer import Restorer, describe_faces
+from .restorer import Restorer
 from .upscaler import Upscaler
 from .video import scaled
 

@@ -21,7 +21,7 @@ from ..diffusers.builtin import load_backbone
 from ..errors import OSDFaceError
 from ..faces import find
 from ..faces.align import crop_faces
-from ..faces.choose import CHOSEN, Choice, parse_indices
+from ..faces.choose import Choice, describe_faces, parse_indices
 from ..faces.detect import DetectOptions, detect
 from ..faces.detector_check import build_detector
 from ..faces.face import Face, Faces
@@ -368,29 +368,6 @@ class Restorer:
     def _parse(self, crops: Tensor) -> Tensor:
         assert self.parser is not None
         return parse_faces(crops, self.parser)
-
-
-def describe_faces(
-    everyone: Sequence[Face], verdicts: Sequence[str], notes: dict[tuple[int, int], str]
-) -> list[dict[str, Any]]:
-    """The faces for the report, one by one."""
-    return [
-        {
-            "frame": face.frame,
-            "number": face.number,
-            "box": [round(c, 1) for c in face.box],
-            "size": round(face.size, 1),
-            "confidence": round(face.score, 4),
-            "verdict": verdict,
-            **({"bridged": True} if face.bridged else {}),
-            **(
-                {"note": notes[face.frame, face.number]}
-                if (face.frame, face.number) in notes and verdict == CHOSEN
-                else {}
-            ),
-        }
-        for face, verdict in zip(everyone, verdicts, strict=True)
-    ]
 
 
 def versions() -> dict[str, str]:

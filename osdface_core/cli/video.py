@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OSDFaceError
-from ..faces.choose import CHOSEN
+from ..faces.choose import CHOSEN, describe_faces
 from ..faces.face import Face
 from ..faces.track import thumbnails
 from ..osediff.upscale import result_size
@@ -30,7 +30,7 @@ from ..pictures.geometry import compose, scaling
 from .encoding import Encoding, FieldMarker, choose, lines_of
 from .enhancer import Enhancer
 from .frames import windows
-from .restorer import Restorer, describe_faces
+from .restorer import Restorer
 from .upscaler import Upscaler
 
 log = logging.getLogger(__name__)

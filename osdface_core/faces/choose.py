@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
+from typing import Any
 
 import torch
 
@@ -199,6 +200,29 @@ def split(faces: Faces, choice: Choice) -> tuple[Faces, Faces, str]:
         )
 
     return part(True), part(False), report(faces.faces, verdicts, faces.frames)
+
+
+def describe_faces(
+    everyone: Sequence[Face], verdicts: Sequence[str], notes: Mapping[tuple[int, int], str]
+) -> list[dict[str, Any]]:
+    """The faces for the report, one by one."""
+    return [
+        {
+            "frame": face.frame,
+            "number": face.number,
+            "box": [round(c, 1) for c in face.box],
+            "size": round(face.size, 1),
+            "confidence": round(face.score, 4),
+            "verdict": verdict,
+            **({"bridged": True} if face.bridged else {}),
+            **(
+                {"note": notes[face.frame, face.number]}
+                if (face.frame, face.number) in notes and verdict == CHOSEN
+                else {}
+            ),
+        }
+        for face, verdict in zip(everyone, verdicts, strict=True)
+    ]
 
 
 def report(faces: Sequence[Face], verdicts: Sequence[str], frames: int) -> str:

@@ -1,0 +1,454 @@
+"""Real WebUIs with this checkout among their extensions, over their own servers.
+
+Each is started on a folder of its own (--data-dir), so that the user's is not touched.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import ROOT
+
+COMMON = (
+    "--skip-torch-cuda-test",
+    "--skip-prepare-environment",
+    "--skip-python-version-check",
+    "--skip-install",
+    "--api",
+    "--server-name",
+    "127.0.0.1",
+)
+A1111 = "--use-cpu all --no-half --precision full --disable-nan-check --do-not-download-clip"
+ARGUMENTS = {
+    "forge": ("--always-cpu",),
+    "a1111": (
+        *A1111.split(),
+        "--no-download-sd-model",
+        "--skip-load-model-at-start",
+        "--no-hashing",
+    ),
+    "neo": ("--cpu",),
+}
+STARTED = 300
+# A script of the host that puts a photograph in place of what the random weights make, just before
+# faces are restored, and presses Reload UI.
+HELPER = """
+import os
+import numpy as np
+import torch
+from PIL import Image
+from modules import script_callbacks, scripts, shared
+
+class Photograph(scripts.Script):
+    def title(self):
+        return "photograph"
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+    def postprocess_batch_list(self, p, pp, *args, **kwargs):
+        p.extra_generation_params["Made"] = float(sum(x.float().mean() for x in pp.images))
+        picture = np.array(Image.open(os.environ["OSDFACE_PHOTOGRAPH"]).convert("RGB"))
+        pp.images[:] = [torch.from_numpy(picture / 255.0).movedim(-1, 0).float() for _ in pp.images]
+
+def routes(demo, app):
+    app.add_api_route("/test/reload", shared.state.request_restart, methods=["POST"])
+
+script_callbacks.on_app_started(routes)
+"""
+
+
+@dataclass
+class Server:
+    """A running WebUI.
+
+    host: its name. place: its data folder. address: of its server. process: the server.
+    """
+
+    host: str
+    place: Path
+    address: str
+    process: subprocess.Popen[bytes]
+    auth: tuple[str, str] | None = None
+    log: Path = field(default_factory=Path)
+
+    def get(self, path: str) -> Any:
+        answer = requests.get(self.address + path, auth=self.auth, timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    def post(self, path: str, body: dict[str, Any] | None = None, **given: Any) -> Any:
+        given = {"auth": self.auth, "timeout": 900} | given
+        return requests.post(self.address + path, json=body or {}, **given)
+
+    def restore(self, image: Image.Image, **options: Any) -> dict[str, Any]:
+        answer = self.post("/osdface/v1/restore", {"image": encoded(image), **options})
+        assert answer.status_code == 200, answer.text
+        result: dict[str, Any] = answer.json()
+        return result
+
+    def generate(self, prompt: str = "somebody", **given: Any) -> tuple[Image.Image, str]:
+        """A picture by txt2img in one step, with faces restored, and its parameters."""
+        body = {
+            "prompt": prompt,
+            "steps": 1,
+            "width": 64,
+            "height": 64,
+            "sampler_name": "Euler",
+            "seed": 1,
+            "restore_faces": True,
+            "override_settings": {"face_restoration_model": "OSDFace"},
+            "override_settings_restore_afterwards": True,
+        }
+        answer = self.post("/sdapi/v1/txt2img", body | given)
+        assert answer.status_code == 200, answer.text
+        image = decoded(answer.json()["images"][0])
+        return image, image.info["parameters"]
+
+    @property
+    def memory(self) -> float:
+        """Bytes that the server's process holds."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
+        line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) * 1024
+
+    def wait(self, since: int = 0) -> int:
+        """Waits until it says once more that it has started; gives the place in its log."""
+        for _ in range(STARTED):
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+            found = text.find("Startup time:", since)
+            if found >= 0:
+                time.sleep(1)
+                return found + 1
+            assert self.process.poll() is None, text[-3000:]
+            time.sleep(1)
+        raise AssertionError(f"no start within {STARTED} s: {text[-3000:]}")
+
+
+def report(words: str) -> None:
+    """A measured figure, shown by -s."""
+    sys.stdout.write(f"\n{words}\n")
+
+
+def encoded(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def decoded(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    assert a.size == b.size
+    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+
+
+def start(host: str, place: Path, photograph: Path, *arguments: str) -> Server:
+    folder = Path(os.environ.get(f"OSDFACE_{host.upper()}_DIR", "/nowhere"))
+    if not folder.is_dir():
+        pytest.skip(f"no WebUI: set OSDFACE_{host.upper()}_DIR to its folder")
+    own = folder / "venv" / "bin" / "python"
+    extensions = place / "extensions"
+    extensions.mkdir(parents=True, exist_ok=True)
+    (extensions / "osdface").symlink_to(ROOT)
+    helper = extensions / "test_helper" / "scripts"
+    helper.mkdir(parents=True)
+    (helper / "photograph.py").write_text(HELPER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = place / "log.txt"
+    command = [
+        str(own if own.exists() else sys.executable),
+        "launch.py",
+        *COMMON,
+        *ARGUMENTS[host],
+        *("--port", str(port), "--data-dir", str(place)),
+        *arguments,
+    ]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ
+            | {
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+                "OSDFACE_PHOTOGRAPH": str(photograph),
+                "GRADIO_ANALYTICS_ENABLED": "False",
+            },
+        )
+    server = Server(host, place, f"http://127.0.0.1:{port}", process, log=log)
+    try:
+        server.wait()
+    except BaseException:
+        stop(server)
+        raise
+    return server
+
+
+def stop(server: Server) -> None:
+    server.process.terminate()
+    try:
+        server.process.wait(20)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+
+
+@pytest.fixture(scope="module")
+def photograph(photographs: Path) -> Path:
+    return photographs / "astronaut.png"
+
+
+@pytest.fixture(scope="module", params=list(ARGUMENTS))
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, photograph: Path
+) -> Iterator[Server]:
+    """Each host without any weights, behind a password."""
+    place = tmp_path_factory.mktemp(request.param)
+    server = start(request.param, place, photograph, "--api-auth", "somebody:word")
+    server.auth = ("somebody", "word")
+    yield server
+    stop(server)
+
+
+def test_one_restorer_is_registered_at_the_start_and_after_a_reload(server: Server) -> None:
+    def names() -> list[str]:
+        return [x["name"] for x in server.get("/sdapi/v1/face-restorers")]
+
+    assert names().count("OSDFace") == 1
+    seen = server.wait()
+    assert server.post("/test/reload").ok
+    server.wait(seen)
+    assert names().count("OSDFace") == 1
+    assert server.post("/osdface/v1/faces", {"image": encoded(Image.new("RGB", (64, 64)))}).ok
+
+
+def test_own_routes_want_the_password(server: Server) -> None:
+    for route in ("restore", "faces"):
+        for auth in (None, ("somebody", "wrong"), ("nobody", "word")):
+            answer = server.post(f"/osdface/v1/{route}", {"image": ""}, auth=auth)
+            assert answer.status_code == 401, (route, auth)
+
+
+def test_a_photograph_comes_back_changed_in_its_face_alone(
+    server: Server, photograph: Path
+) -> None:
+    image = Image.open(photograph).convert("RGB")
+    result = server.restore(image)
+    after, mask = decoded(result["image"]), np.asarray(decoded(result["mask"]))
+    assert after.mode == "RGB" and after.size == image.size == mask.shape[::-1]
+    changed = np.abs(np.asarray(after, dtype=int) - np.asarray(image, dtype=int)).max(-1)
+    assert changed[mask == 0].max() == 0
+    assert changed[mask > 200].mean() > 1
+    assert [face["verdict"] for face in result["faces"]] == ["chosen"]
+    assert "built-in" in result["model"]
+
+
+def test_transparency_and_grey_stay(server: Server, photograph: Path) -> None:
+    image = Image.open(photograph).convert("RGBA")
+    fade = Image.linear_gradient("L").resize(image.size)
+    image.putalpha(fade)
+    after = decoded(server.restore(image)["image"])
+    assert after.mode == "RGBA" and difference(after.getchannel("A"), fade) == 0
+    grey = image.convert("L")
+    after = decoded(server.restore(grey)["image"])
+    assert after.mode == "L" and difference(after, grey) > 10
+
+
+def test_a_picture_without_a_face_comes_back_bit_by_bit(server: Server) -> None:
+    image = Image.effect_noise((8000, 500), 60).convert("RGB")
+    result = server.restore(image)
+    assert difference(decoded(result["image"]), image) == 0
+    assert result["faces"] == [] and result["model"] == ""
+
+
+def test_what_is_wrong_is_told_in_words(server: Server, photograph: Path) -> None:
+    image = encoded(Image.open(photograph))
+    for body, words in (
+        ({"image": "abc"}, "no picture"),
+        ({"image": image, "mask_type": "round"}, "parsing"),
+        ({"image": image, "select": "by index", "indices": "one"}, "numbers and ranges"),
+        ({"image": image, "strength": 7}, "less than or equal to 1"),
+    ):
+        answer = server.post("/osdface/v1/restore", body)
+        assert answer.status_code == 422 and words in answer.text
+
+
+def test_the_hosts_own_extras_do_nothing_of_ours_unasked(server: Server) -> None:
+    image = Image.effect_noise((32, 32), 60).convert("RGB")
+    answer = server.post("/sdapi/v1/extra-single-image", {"image": encoded(image)})
+    assert answer.ok, answer.text
+    assert difference(decoded(answer.json()["image"]).convert("RGB"), image) == 0
+
+
+# With full-size networks
+
+
+@pytest.fixture(scope="module")
+def whole_checkpoint(stand_ins: Path) -> Path:
+    """The stand-in checkpoint with a text encoder of random numbers, which the hosts want."""
+    path = stand_ins / "v2-1_512-with-text.safetensors"
+    if not path.is_file():
+        tensors = load_file(stand_ins / "v2-1_512-seeded.safetensors")
+        save_file(tensors | text_encoder(), path)
+    return path
+
+
+def text_encoder() -> dict[str, torch.Tensor]:
+    """OpenCLIP's ViT-H text encoder in fp16, by its names in a checkpoint."""
+    width, names = 1024, "cond_stage_model.model."
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.02).half()
+
+    tensors = {
+        "token_embedding.weight": random(49408, width),
+        "positional_embedding": random(77, width),
+        "text_projection": random(width, width),
+        "logit_scale": torch.tensor(4.6).half(),
+    }
+    norms = ["ln_final"]
+    for i in range(23):
+        block = f"transformer.resblocks.{i}."
+        norms += [f"{block}ln_1", f"{block}ln_2"]
+        for name, out, inside in (
+            ("attn.in_proj_", 3 * width, width),
+            ("attn.out_proj.", width, width),
+            ("mlp.c_fc.", 4 * width, width),
+            ("mlp.c_proj.", width, 4 * width),
+        ):
+            tensors[f"{block}{name}weight"] = random(out, inside)
+            tensors[f"{block}{name}bias"] = random(out)
+    for name in norms:
+        tensors[f"{name}.weight"] = torch.ones(width).half()
+        tensors[f"{name}.bias"] = torch.zeros(width).half()
+    return {names + name: tensor for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module", params=list(ARGUMENTS))
+def full(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    photograph: Path,
+    stand_ins: Path,
+    whole_checkpoint: Path,
+) -> Iterator[Server]:
+    """Each host with OSDFace's stand-in weights and, where it knows Stable Diffusion 2, with that
+    as the only checkpoint; on Forge-Neo, which does not, beside it.
+    """
+    place = tmp_path_factory.mktemp(f"{request.param}_full")
+    models = place / "models"
+    for name in ("Stable-diffusion", "Lora"):
+        (models / name).mkdir(parents=True)
+    (models / "osdface").symlink_to(stand_ins / "osdface")
+    checkpoint = models / "Stable-diffusion" / "v2-1_512-ema-pruned.safetensors"
+    checkpoint.symlink_to(whole_checkpoint)
+    if request.param == "a1111":
+        # Without it the host runs the UNet to see what it predicts.
+        settings = "repositories/stable-diffusion-stability-ai/configs/stable-diffusion"
+        folder = Path(os.environ.get("OSDFACE_A1111_DIR", "/nowhere"))
+        if folder.is_dir():
+            checkpoint.with_suffix(".yaml").symlink_to(folder / settings / "v2-inference.yaml")
+    lora = {}
+    for name in ("input_blocks_1_1_transformer_blocks_0_attn1_to_q", "middle_block_1_proj_in"):
+        width = 320 if "input" in name else 1280
+        key = f"lora_unet_{name}"
+        lora[f"{key}.lora_up.weight"] = torch.ones(width, 4)
+        lora[f"{key}.lora_down.weight"] = torch.ones(4, width)
+        lora[f"{key}.alpha"] = torch.tensor(4.0)
+    save_file(lora, models / "Lora" / "strong.safetensors")
+    server = start(request.param, place, photograph)
+    yield server
+    stop(server)
+
+
+def knows_sd2(full: Server) -> None:
+    if full.host == "neo":
+        pytest.skip("no WebUI: Forge-Neo has no Stable Diffusion 2 to share")
+
+
+@pytest.mark.full
+def test_the_loaded_checkpoint_is_used_and_no_second_one_is_read(
+    full: Server, photograph: Path
+) -> None:
+    knows_sd2(full)
+    plain, _ = full.generate(restore_faces=False)
+    before = full.memory
+    image, parameters = full.generate()
+    grown = full.memory - before
+    assert difference(plain, image) > 5
+    assert "Face restoration: OSDFace" in parameters
+    assert "as loaded" in parameters
+    # UNet and autoencoder have 3.8 GB in fp32; the embedder, the LoRA and activations have less.
+    report(f"{full.host}: {before / 2**30:.2f} GiB before, {grown / 2**30:+.2f} GiB")
+    assert grown < 1.9 * 2**30
+
+
+@pytest.mark.full
+def test_a_lora_of_the_prompt_does_not_touch_the_restoring(full: Server) -> None:
+    knows_sd2(full)
+    without, before = full.generate()
+    with_lora, after = full.generate("somebody <lora:strong:1>")
+    # What the networks made, before the photograph took its place, tells that the LoRA was there.
+    made = [text.partition("Made: ")[2].partition(",")[0] for text in (before, after)]
+    assert all(made) and made[0] != made[1]
+    assert difference(without, with_lora) == 0
+    again, _ = full.generate()
+    assert difference(without, again) == 0
+
+
+@pytest.mark.full
+def test_memory_comes_back_after_ten_pictures(full: Server) -> None:
+    knows_sd2(full)
+    full.generate()
+    held = [full.memory]
+    for _ in range(10):
+        full.generate()
+        held.append(full.memory)
+    report(f"{full.host}: {[round(x / 2**30, 2) for x in held]} GiB")
+    assert held[-1] - held[2] < 0.3 * 2**30
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["astronaut_lq", "portrait_severe_lq"])
+def test_a_crop_is_restored_as_the_released_code_does(
+    full: Server,
+    name: str,
+    golden: Path,
+    truth: Callable[[str], torch.Tensor],
+    crop: Callable[[str], torch.Tensor],
+) -> None:
+    # Half precision is what `automatic` takes where the processor has it.
+    assert full.post("/sdapi/v1/options", {"osdface_precision": "fp32"}).ok
+    given = Image.fromarray((crop(name)[0] * 255).round().byte().numpy())
+    result = full.restore(given, aligned=True)
+    wanted = "beside" if full.host == "neo" else "as loaded"
+    if wanted == "as loaded" and wanted not in result["model"]:
+        full.generate(restore_faces=False)  # which loads the checkpoint
+        result = full.restore(given, aligned=True)
+    assert wanted in result["model"]
+    after = torch.from_numpy(np.array(decoded(result["image"]))).float() / 255
+    worst = float((after - truth(f"{name}.image")[0].movedim(0, -1)).abs().max())
+    report(f"{full.host}: {name} differs by {worst:.1e}, of which 8 bits are {0.5 / 255:.1e}")
+    assert worst <= 1e-3 + 0.5 / 255
