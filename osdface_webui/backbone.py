@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from osdface_core.errors import OSDFaceError
 from osdface_core.ldm.backbone import LdmBackbone
 from osdface_core.ldm.builtin import load_backbone
 from osdface_core.osdface import builtin
 from osdface_core.osdface.files import LORA
 from osdface_core.osdface.lora import parse_lora
 from osdface_core.sd21.backbone import Backbone
+from osdface_core.sd21.base_model import UNET_PREFIX, VAE_PREFIX, check_checkpoint
 from osdface_core.weights.reading import read_tensors
 
 from . import files, host
@@ -91,14 +93,27 @@ def _builtin(why: str, announce: bool = False) -> Source:
 
 
 def _is_fit(model: Any) -> bool:
-    """Whether the host's checkpoint is of Stable Diffusion 2 and predicts noise."""
+    """Whether the host's checkpoint is Stable Diffusion 2.1-base or a fine-tune of it."""
     if not getattr(model, "is_sd2", False):
         return False
     objects = getattr(model, "forge_objects_original", None)
     if objects is not None:
         predictor = getattr(objects.unet.model, "predictor", None)
-        return getattr(predictor, "prediction_type", "epsilon") in ("epsilon", "eps")
-    return getattr(model, "parameterization", None) == "eps"
+        says = getattr(predictor, "prediction_type", "epsilon")
+    else:
+        says = getattr(model, "parameterization", None)
+    if says not in ("epsilon", "eps"):
+        return False
+    unet, vae = shared_networks(model)
+    tensors = {UNET_PREFIX + name: tensor for name, tensor in unet.items()}
+    tensors |= {VAE_PREFIX + name: tensor for name, tensor in vae.items()}
+    try:
+        # Forge calls any Stable Diffusion 2 one that predicts noise; the weights know better.
+        check_checkpoint(tensors, "The loaded checkpoint")
+    except OSDFaceError as error:
+        log.info("%s", error)
+        return False
+    return True
 
 
 def _file_of(model: Any) -> Path | None:

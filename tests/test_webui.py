@@ -426,3 +426,49 @@ def test_the_hosts_tensors_are_shared_as_they_are_without_a_prompts_loras(host: 
     assert given["a.weight"] is whole["diffusion_model"]["a"].weight
     assert given["b.weight"] is before
     assert set(of_vae) == {"decoder.weight", "decoder.bias"}
+
+
+def tree(tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """A module whose parameters have these names."""
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        module = root
+        *path, last = name.split(".")
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(last, nn.Parameter(tensor))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("channels", "deviation", "says"),
+    [
+        (4, 0.05, "pytorch_lora_weights.safetensors and osdface_vre.safetensors are missing"),
+        (4, 0.3, "no Stable Diffusion 2.1-base is there"),
+        (9, 0.05, "no Stable Diffusion 2.1-base is there"),
+    ],
+)
+def test_what_forge_takes_for_stable_diffusion_2_and_is_not_its_base_is_passed_over(
+    channels: int, deviation: float, says: str, host: Host
+) -> None:
+    """The 768-v model, told by this bias in its weights alone, and the one for inpainting."""
+    host.load()
+    from osdface_webui.backbone import source
+
+    unet = tree(
+        {
+            "input_blocks.0.0.weight": torch.zeros(2, channels, 3, 3),
+            "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(2, 1024),
+            "output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])
+            * deviation,
+        }
+    )
+    whole = nn.Module()
+    whole.diffusion_model = unet
+    vae = SimpleNamespace(first_stage_model=tree({"decoder.weight": torch.zeros(1)}))
+    objects = SimpleNamespace(unet=SimpleNamespace(model=whole), vae=vae)
+    model = SimpleNamespace(is_sd2=True, forge_objects_original=objects)
+    host.sd_models.model_data.sd_model = model
+    assert says in source().words
