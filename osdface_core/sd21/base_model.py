@@ -138,7 +138,7 @@ def check_checkpoint(tensors: Mapping[str, Tensor], source: str, remedy: str = R
     if any(name.startswith(UNET_PREFIX + "label_emb") for name in tensors) or text is None:
         raise refusal(source, "is another kind of model (SDXL, unCLIP or the like)", remedy)
     witness = tensors.get(V_WITNESS)
-    is_v = witness is not None and float(witness.float().std(correction=0)) > V_DEVIATION
+    is_v = witness is not None and float(witness.detach().float().std(correction=0)) > V_DEVIATION
     facts = BaseFacts(
         f"{source} is a model", text.shape[1], first.shape[1], prediction="v" if is_v else "epsilon"
     )
