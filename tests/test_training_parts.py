@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 from osdface_core.errors import OSDFaceError
 from osdface_core.osdface.vre import Shape
@@ -129,18 +130,20 @@ def test_dists_is_its_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_lpips_is_its_authors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("network", ["vgg", "alex"])
+def test_lpips_is_its_authors(network: str, tmp_path: Path) -> None:
     lpips = pytest.importorskip(
         "lpips", reason="no reference for LPIPS: pip install --no-deps lpips"
     )
     torch.manual_seed(0)
-    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
-    file = tmp_path / "vgg16.pth"
+    theirs = lpips.LPIPS(net=network, pnet_rand=True, verbose=False).eval()
+    file = tmp_path / "features.pth"
     slices = {
         k: v for i in range(1, 6) for k, v in getattr(theirs.net, f"slice{i}").state_dict().items()
     }
     torch.save({f"features.{key}": value for key, value in slices.items()}, file)
-    ours = losses.load_lpips([file, Path(lpips.__file__).with_name("weights") / "v0.1" / "vgg.pth"])
+    linear = Path(lpips.__file__).with_name("weights") / "v0.1" / f"{network}.pth"
+    ours = losses.load_lpips([file, linear])
     x, y = pictures(1), pictures(2)
     assert torch.allclose(ours(x, y), theirs(x * 2 - 1, y * 2 - 1).mean(), atol=1e-5)
 
@@ -156,7 +159,7 @@ def test_identity_is_arcfaces(tmp_path: Path) -> None:
             buffer.uniform_(0.5, 2)
     file = tmp_path / "arcface.pth"
     torch.save(theirs.state_dict(), file)
-    ours = losses.load_arcface([file])
+    ours = losses.load_identity([file])
     x, y = pictures(1, 256), pictures(2, 256)
     part = [
         F.interpolate(v[..., 35:223, 32:220], (112, 112), mode="bilinear", antialias=True) * 2 - 1
@@ -166,6 +169,28 @@ def test_identity_is_arcfaces(tmp_path: Path) -> None:
         wanted = 1 - F.cosine_similarity(theirs(part[0]), theirs(part[1])).mean()
         assert torch.allclose(losses.identity(ours, x, y), wanted, atol=1e-5)
         assert abs(float(losses.identity(ours, x, x))) < 1e-5
+
+
+def test_identity_can_be_dlibs(tmp_path: Path) -> None:
+    """Without its weights: the file is known, the face is what is looked at, and it teaches."""
+    torch.manual_seed(0)
+    network = losses.DlibFace()
+    torch.nn.init.normal_(network.fc)
+    save_file(network.state_dict(), tmp_path / "identity.safetensors")
+    ours = losses.load_identity([tmp_path / "identity.safetensors"])
+    assert isinstance(ours, losses.DlibFace)
+    x, y = pictures(1, 256), pictures(2, 256)
+    assert ours.of_crops(x).shape == (len(x), 128)
+    assert abs(float(losses.identity(ours, x, x))) < 1e-5
+    given = x.clone().requires_grad_()
+    losses.identity(ours, given, y).backward()
+    assert given.grad is not None
+    seen = given.grad.abs().sum((0, 1)) > 0
+    # Brows to chin, cheek to cheek, of a crop that is aligned as FFHQ is; strides leave the last
+    # few pixels out.
+    for axis, first, last in ((1, 72, 233), (0, 47, 208)):
+        found = seen.any(axis).nonzero()
+        assert int(found.min()) == first and last - 6 <= int(found.max()) <= last
 
 
 def test_a_wrong_network_is_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -199,17 +200,49 @@ def edge_aware_dists(network: DISTS, given: Tensor, right: Tensor) -> Tensor:
     return network(given, right) + network(*of_edges)
 
 
-class LPIPS(nn.Module):
-    """Learned perceptual similarity (Zhang et al. 2018) over VGG16. Files: torchvision's
-    vgg16-397923af.pth and the authors' vgg.pth.
-    """
+class AlexNet(nn.Module):
+    """torchvision's AlexNet: normalised pictures -> what its five convolutions see."""
+
+    # Number, width, side, stride and padding of each; the second and third see a pooled picture.
+    LAYERS = (
+        (0, 64, 11, 4, 2),
+        (3, 192, 5, 1, 2),
+        (6, 384, 3, 1, 1),
+        (8, 256, 3, 1, 1),
+        (10, 256, 3, 1, 1),
+    )
+    POOLED = (3, 6)
+    WIDTHS = tuple(width for _, width, *_ in LAYERS)
 
     def __init__(self) -> None:
         super().__init__()
-        self.vgg = VGG16()
-        self.pool = nn.MaxPool2d(2, 2)
+        self.features = nn.ModuleDict()
+        inside = 3
+        for number, width, side, stride, padding in self.LAYERS:
+            self.features[str(number)] = Conv2d(inside, width, side, stride, padding)
+            inside = width
+
+    def forward(self, x: Tensor, pool: nn.Module) -> list[Tensor]:
+        found = []
+        for number, *_ in self.LAYERS:
+            x = pool(x) if number in self.POOLED else x
+            x = F.relu(self.features[str(number)](x))
+            found.append(x)
+        return found
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual similarity (Zhang et al. 2018) over VGG16, or over AlexNet, a twentieth of
+    the work. Files: torchvision's vgg16-397923af.pth and the authors' vgg.pth, or
+    alexnet-owt-7be5be79.pth and alex.pth.
+    """
+
+    def __init__(self, of: type[VGG16 | AlexNet] = VGG16) -> None:
+        super().__init__()
+        self.vgg = of()
+        self.pool = nn.MaxPool2d(2 if of is VGG16 else 3, 2)
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(1, width, 1, 1)) for width in VGG16.WIDTHS
+            nn.Parameter(torch.empty(1, width, 1, 1)) for width in of.WIDTHS
         )
 
     def forward(self, given: Tensor, right: Tensor) -> Tensor:
@@ -305,11 +338,89 @@ class ArcFace(nn.Module):
         return self(F.interpolate(part, (112, 112), mode="bilinear", antialias=True) * 2 - 1)
 
 
-def identity(network: ArcFace, given: Tensor, right: Tensor) -> Tensor:
+class Scaled(nn.Module):
+    """A convolution, then a factor and a shift for each channel."""
+
+    def __init__(self, inside: int, out: int, side: int, stride: int = 1, padding: int = 1) -> None:
+        super().__init__()
+        self.conv = Conv2d(inside, out, side, stride, padding)
+        self.scale = nn.Parameter(torch.ones(out))
+        self.shift = nn.Parameter(torch.zeros(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = (1, -1, 1, 1)
+        return self.conv(x) * self.scale.view(channels) + self.shift.view(channels)
+
+
+class DlibBlock(nn.Module):
+    """A residual block, of which some halve the size."""
+
+    def __init__(self, inside: int, out: int, down: bool) -> None:
+        super().__init__()
+        self.down = down
+        self.conv1 = Scaled(inside, out, 3, *((2, 0) if down else (1, 1)))
+        self.conv2 = Scaled(out, out, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(F.relu(self.conv1(x)))
+        if self.down:
+            x = F.avg_pool2d(x, 2)
+            x = F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+            y = F.pad(y, (0, x.shape[3] - y.shape[3], 0, x.shape[2] - y.shape[2]))
+        return F.relu(x + y)
+
+
+class DlibFace(nn.Module):
+    """dlib's ResNet-29 (Davis King, public domain): one person's faces are less than 0.6 apart.
+
+    File: identity.safetensors, which benchmarks/measures.py makes of face-api's. Takes FFHQ-aligned
+    crops; it is shown the square of them that face-api cuts out for it, at 150 px.
+    """
+
+    # The blocks' names, the channels that each is given, and those that it gives.
+    BLOCKS = (
+        *((f"conv32_{i}", 32, 32) for i in (1, 2, 3)),
+        ("conv64_down", 32, 64),
+        *((f"conv64_{i}", 64, 64) for i in (1, 2, 3)),
+        ("conv128_down", 64, 128),
+        *((f"conv128_{i}", 128, 128) for i in (1, 2)),
+        ("conv256_down", 128, 256),
+        *((f"conv256_{i}", 256, 256) for i in (1, 2)),
+        ("conv256_down_out", 256, 256),
+    )
+    MEAN = (122.782, 117.001, 104.298)
+    # Left, top and side of the square in a crop of side 1: half of it and 0.43 before the middle of
+    # the eyes' and the mouth's centres, its side the distance from eyes to mouth over 0.45.
+    SQUARE = (0.185, 0.283, 0.632)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv32_down = Scaled(3, 32, 7, 2, 0)
+        self.blocks = nn.ModuleDict(
+            {name: DlibBlock(inside, out, "down" in name) for name, inside, out in self.BLOCKS}
+        )
+        self.fc = nn.Parameter(torch.empty(256, 128))
+
+    def forward(self, faces: Tensor) -> Tensor:
+        """(B,3,150,150) in [0,1] -> (B,128)."""
+        x = (faces * 255 - faces.new_tensor(self.MEAN)[:, None, None]) / 256
+        x = F.max_pool2d(F.relu(self.conv32_down(x)), 3, 2)
+        for block in self.blocks.values():
+            x = block(x)
+        return x.mean((2, 3)) @ self.fc
+
+    def of_crops(self, crops: Tensor) -> Tensor:
+        """(B,3,S,S) in [0,1], aligned -> (B,128)."""
+        left, top, side = (round(part * crops.shape[-1]) for part in self.SQUARE)
+        part = crops[..., top : top + side, left : left + side]
+        return self(F.interpolate(part, (150, 150), mode="bilinear", antialias=True))
+
+
+def identity(network: ArcFace | DlibFace, given: Tensor, right: Tensor) -> Tensor:
     """1 - the cosine of the faces' embeddings."""
     with torch.no_grad():
         target = network.of_crops(right)
-    return 1 - (network.of_crops(given) * target).sum(1).mean()
+    return 1 - F.cosine_similarity(network.of_crops(given), target).mean()
 
 
 def gan_losses(kind: str, fake: Tensor | None = None, real: Tensor | None = None) -> Tensor:
@@ -358,22 +469,26 @@ def load_lpips(files: Sequence[Path]) -> LPIPS:
         for i in range(5)
         if (key := f"lin{i}.model.1.weight") in tensors
     }
+    first = state.get("vgg.features.0.weight")
     return load_network(
-        LPIPS,
+        partial(LPIPS, AlexNet if first is not None and first.shape[-1] == 11 else VGG16),
         state,
         "The files given for LPIPS do not fit it",
-        "give vgg16-397923af.pth and LPIPS' vgg.pth.",
+        "give vgg16-397923af.pth and LPIPS' vgg.pth, or alexnet-owt-7be5be79.pth and alex.pth.",
         spare=True,
     )
 
 
-def load_arcface(files: Sequence[Path]) -> ArcFace:
-    return load_network(
-        ArcFace,
-        _tensors(files),
-        "The file given for the identity loss does not fit",
-        "give recognition_arcface_ir_se50.pth.",
+def load_identity(files: Sequence[Path]) -> ArcFace | DlibFace:
+    """The network of a file: ArcFace's or dlib's."""
+    tensors = _tensors(files)
+    why = "The file given for the identity loss does not fit"
+    remedy = (
+        "give recognition_arcface_ir_se50.pth, or benchmarks/measures.py's identity.safetensors."
     )
+    if "fc" in tensors:
+        return load_network(DlibFace, tensors, why, remedy)
+    return load_network(ArcFace, tensors, why, remedy)
 
 
 def measures(given: Tensor, right: Tensor) -> dict[str, float]:

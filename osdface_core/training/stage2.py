@@ -34,8 +34,8 @@ from .losses import (
     gan_losses,
     identity,
     lattice,
-    load_arcface,
     load_dists,
+    load_identity,
     wanted,
 )
 from .networks import (
@@ -96,7 +96,7 @@ class Losses:
     autoencoding: of the losses of pixels, for undegraded pictures through the autoencoder alone, a
         quarter of each batch. Without it a trained decoder forgets them.
     ea_dists: edge-aware DISTS.
-    identity: of ArcFace embeddings.
+    identity: of ArcFace's embeddings, or dlib's.
     gan: adversarial.
     """
 
@@ -231,8 +231,8 @@ class Stage2Task:
             else None
         )
         self.face = (
-            load_arcface(terms.identity.files).to(device)
-            if wanted("identity", terms.identity, "ArcFace's IR-SE50")
+            load_identity(terms.identity.files).to(device)
+            if wanted("identity", terms.identity, "ArcFace's IR-SE50, or dlib's")
             else None
         )
         if discriminator := self._discriminator():

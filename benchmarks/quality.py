@@ -1,0 +1,209 @@
+"""Compares restored faces by measures that eyes agree with.
+
+    python -m benchmarks.measures FOLDER                                   # once: the networks
+    python -m benchmarks.quality FOLDER made DATA [--sheet FILE] [--limit N]
+    python -m benchmarks.quality FOLDER folders TRUTH NAME=DIR [NAME=DIR ...]
+
+`made` degrades held-out faces and restores them by the built-in model; DATA is the folder with
+images/ and weights/. Bicubic enlargement and Real-ESRGAN x4plus stand beside it.
+
+`folders` takes pictures that are there: the truth, and for each method (the degraded pictures may
+be one of them) a folder with results of the same names and sizes, such as
+
+    python -m osdface_core restore --aligned LQ RESULTS
+
+Each measure is given for the whole crop and, in columns that end in "face", for the square from
+brows to chin of a crop that is aligned as FFHQ is. Higher is better for PSNR and SSIM, lower for
+all others: LPIPS over AlexNet (A) and over VGG16 (V), DISTS, NIQE, and the distance of dlib's
+identities, of which one person's are less than 0.6 apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.builtin import (
+    KINDS,
+    bytes_of,
+    degraded,
+    floats,
+    held_out_portraits,
+    load,
+    psnr,
+    ssim,
+)
+from benchmarks.measures import PEER, niqe
+from benchmarks.measures import load as load_measures
+from osdface_core.diffusers.builtin import load_backbone
+from osdface_core.faces.choose import Choice
+from osdface_core.faces.detect import DetectOptions
+from osdface_core.faces.find import find_faces
+from osdface_core.faces.retinaface import build_retinaface
+from osdface_core.osdface import builtin
+from osdface_core.osdface.restore import restore
+from osdface_core.training.losses import DlibFace
+from osdface_core.weights.reading import read_tensors
+
+# Results by a small picture and the same enlarged, both (H,W,3) in [0,1].
+Method = Callable[[Tensor, Tensor], Tensor]
+# What the undegraded faces are called.
+NOTHING = "nothing"
+
+
+def figures(given: Tensor, right: Tensor, networks: dict[str, Any]) -> dict[str, float]:
+    """Every measure of a picture against the truth, both (H,W,3) in [0,1]."""
+    given = floats(bytes_of(given))
+    x, y = (part.movedim(-1, 0)[None] for part in (given, right))
+    first, second = (networks["identity"].of_crops(part) for part in (x, y))
+    left, top, side = (round(part * len(right)) for part in DlibFace.SQUARE)
+    found = {}
+    for name, part in (("", slice(None)), (" face", None)):
+        rows, columns = (part, part) if part else (slice(top, top + side), slice(left, left + side))
+        a, b = given[rows, columns], right[rows, columns]
+        u, v = x[..., rows, columns], y[..., rows, columns]
+        found |= {f"PSNR{name}": psnr(a, b), f"SSIM{name}": ssim(a, b)}
+        for key, label in (("lpips_alex", "LPIPS A"), ("lpips_vgg", "LPIPS V"), ("dists", "DISTS")):
+            found[label + name] = float(networks[key](u, v))
+    return found | {
+        "NIQE": niqe(given, networks["niqe"]),
+        "identity": float((first - second).norm()),
+    }
+
+
+def real_esrgan(folder: Path) -> Method:
+    """Four times larger, then to the size that is wanted."""
+    from spandrel import ModelLoader
+
+    found = ModelLoader().load_from_state_dict(dict(read_tensors(folder / PEER)))
+    network = found.model.eval()
+
+    def enlarge(small: Tensor, large: Tensor) -> Tensor:
+        made = network(small.movedim(-1, 0)[None])
+        size = large.shape[:2]
+        if made.shape[-2:] != size:
+            made = F.interpolate(made, size, mode="bicubic", antialias=True)
+        return made[0].movedim(0, -1)
+
+    return enlarge
+
+
+def builtin_model() -> Method:
+    backbone = load_backbone(torch.device("cpu"), torch.float32)
+    embedder = builtin.embedder()
+
+    def restored(small: Tensor, large: Tensor) -> Tensor:
+        prompts = embedder(large[None].movedim(-1, 1))
+        return restore(large[None], prompts, backbone).pictures[0]
+
+    return restored
+
+
+def faces_of(data: Path, limit: int) -> list[Tensor]:
+    """Aligned crops (512,512,3) of held-out portraits."""
+    detector = build_retinaface(
+        read_tensors(data / "weights" / "detection_mobilenet0.25_Final.pth")
+    )
+    options = DetectOptions(confidence=0.5, choice=Choice("largest"))
+    crops = (
+        find_faces(load(path)[None], detector, options).faces.crops[0]
+        for path in held_out_portraits(data, limit)
+    )
+    return [floats(bytes_of(crop)) for crop in crops]
+
+
+class Table:
+    def __init__(self, networks: dict[str, Any]) -> None:
+        self.networks, self.begun = networks, False
+
+    def row(self, labels: list[str], pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Prints the means of a method's results and truths."""
+        each = [figures(given, right, self.networks) for given, right in pairs]
+        if not self.begun:
+            head = ["degraded by", "", *each[0]]
+            print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
+            self.begun = True
+        means = (sum(one[key] for one in each) / len(each) for key in each[0])
+        cells = (f"{mean:.2f}" if mean > 1 else f"{mean:.3f}" for mean in means)
+        print(f"| {' | '.join([*labels, *cells])} |", flush=True)
+
+
+@torch.inference_mode()
+def made(table: Table, given: argparse.Namespace) -> None:
+    faces = faces_of(given.data, given.limit)
+    methods: dict[str, Method] = {
+        "degraded, bicubic": lambda small, large: large,
+        "Real-ESRGAN x4plus": real_esrgan(given.measures),
+        "**built-in model**": builtin_model(),
+    }
+    rows: list[Tensor] = []
+    for kind, how in {**KINDS, NOTHING: None}.items():
+        pairs = [
+            degraded(face, how, seed) if how else (face, face) for seed, face in enumerate(faces)
+        ]
+        shown = [faces]
+        for name, method in methods.items():
+            if not how and name != "**built-in model**":
+                continue
+            results = [method(*pair) for pair in pairs]
+            table.row([kind, name], list(zip(results, faces, strict=True)))
+            shown.append(results)
+        if how:
+            rows += [torch.cat([*column]) for column in zip(*shown, strict=True)][:6]
+    if given.sheet:
+        Image.fromarray(bytes_of(torch.cat(rows, 1))).save(given.sheet)
+
+
+def pictures_in(folder: Path) -> dict[str, Path]:
+    """Its pictures by their names without endings."""
+    kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in kinds}
+
+
+@torch.inference_mode()
+def folders(table: Table, given: argparse.Namespace) -> None:
+    truth = pictures_in(given.truth)
+    for method in given.results:
+        name, _, folder = method.partition("=")
+        found = pictures_in(Path(folder))
+        if missing := sorted(truth.keys() - found.keys()):
+            raise SystemExit(f"{folder} lacks {', '.join(missing[:5])}: give a result for each.")
+        pairs = []
+        for stem, path in truth.items():
+            right, result = load(path), load(found[stem])
+            if result.shape != right.shape:
+                size = right.shape[1::-1]
+                result = floats(cv2.resize(bytes_of(result), size, interpolation=cv2.INTER_CUBIC))
+            pairs.append((result, right))
+        table.row([f"{len(pairs)} pictures", name], pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("measures", type=Path, help="folder that benchmarks.measures wrote")
+    ways = parser.add_subparsers(required=True)
+    way = ways.add_parser("made")
+    way.add_argument("data", type=Path)
+    way.add_argument("--sheet", type=Path, help="picture to write: truth, degraded, methods")
+    way.add_argument("--limit", type=int, default=0, help="faces, 0 for all")
+    way.set_defaults(run=made)
+    way = ways.add_parser("folders")
+    way.add_argument("truth", type=Path)
+    way.add_argument("results", nargs="+", metavar="NAME=DIR")
+    way.set_defaults(run=folders)
+    given = parser.parse_args()
+    given.run(Table(load_measures(given.measures)), given)
+
+
+if __name__ == "__main__":
+    main()
