@@ -31,6 +31,13 @@ REASONS = re.findall(
 if os.environ.get("OSDFACE_TEST_FLOORS"):
     # What tests/floors.sh does without.
     REASONS += ["no diffusers: *", "no peft: *", "this torch has no convolutions in fp16 *"]
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    # How long a machine takes over an example is not what is tested.
+    patient = [HealthCheck.too_slow]
+    settings.register_profile("patient", deadline=None, suppress_health_check=patient)
+    settings.load_profile("patient")
 unlisted: list[str] = []
 # A real accelerator, such as "cuda", that the tests of the host and of the chain run on instead.
 DEVICE = os.environ.get("OSDFACE_TEST_DEVICE")
