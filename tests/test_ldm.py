@@ -364,7 +364,7 @@ def test_a_model_that_predicts_v_is_refused(file: Path, tmp_path: Path) -> None:
 
 def test_osediff_s_weights_land_as_in_diffusers(file: Path, folder: Path) -> None:
     from osdface_core.diffusers.osediff import load_osediff as in_diffusers
-    from osdface_core.ldm.osediff import load_osediff
+    from osdface_core.ldm.osediff import lend_osediff, load_osediff
 
     layers = unet_layers(SMALL.unet)
     weights = Weights(
@@ -377,7 +377,17 @@ def test_osediff_s_weights_land_as_in_diffusers(file: Path, folder: Path) -> Non
     wanted = results(in_diffusers(folder, weights, device=CPU, dtype=torch.float32))
     ours = load_osediff(file, weights, device=CPU, dtype=torch.float32, shapes=SMALL)
     assert_same(results(ours), wanted)
+    unet, vae = tensors_of(file)
+    before = {name: tensor.clone() for name, tensor in (unet | vae).items()}
+    options: dict[str, Any] = {"device": CPU, "dtype": torch.float32, "shapes": SMALL}
+    lent = lend_osediff(unet, vae, "the host's model", weights, **options)
+    assert_same(results(lent), wanted)
+    assert lent.nbytes == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in (unet | vae).items())
     assert torch.equal(weights.first_weight, kept)
+    del unet["out.0.bias"]
+    with pytest.raises(OSDFaceError, match=r"the host's model.*out\.0\.bias is missing.*do so"):
+        lend_osediff(unet, vae, "the host's model", weights, **options, remedy="do so")
 
 
 def test_nothing_of_diffusers_is_imported() -> None:
