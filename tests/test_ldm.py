@@ -19,21 +19,16 @@ from torch.amp import autocast
 
 from osdface_core.errors import OSDFaceError
 from osdface_core.ldm.backbone import LdmBackbone
-from osdface_core.ldm.loading import SD21, Shapes
+from osdface_core.ldm.loading import SD21
 from osdface_core.ldm.networks import Autoencoder, UNet
 from osdface_core.osdface.lora import adapted_layers
-from osdface_core.osediff.weights import Weights
 from osdface_core.sd21.adapters import Adapter, Lora
 from osdface_core.sd21.base_model import UNET_PREFIX, V_WITNESS, VAE_PREFIX
-from osdface_core.sd21.modules import Layer, UNetShape, unet_layers, vae_encoder_layers
+from osdface_core.sd21.modules import unet_layers
 from tests.conftest import FP16
+from tests.small_sd21 import SMALL, small_checkpoint, small_lora, small_osediff
 
 CPU = torch.device("cpu")
-SMALL = Shapes(
-    UNetShape(widths=(8, 16, 32, 32), heads=(2, 2, 2, 2), groups=4),
-    vae=(8, 16, 32, 32),
-    vae_groups=4,
-)
 # Sides of pictures: a square, and one whose latents cannot be halved three times.
 SIZES = [(64, 64), (72, 104)]
 
@@ -46,21 +41,8 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a small Stable Diffusion 2.1 with no norm or bias as it was initialised."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    parts = ((UNET_PREFIX, UNet(SMALL.unet)), (VAE_PREFIX, Autoencoder(SMALL.vae, 4)))
-    for prefix, network in parts:
-        for name, place in network.named_parameters():
-            drawn = torch.randn(place.shape, generator=generator)
-            if place.ndim > 1:
-                tensors[prefix + name] = drawn / place[0].numel() ** 0.5
-            else:
-                is_norm = "norm" in name or name.endswith(("layers.0.weight", "out.0.weight"))
-                centre = 1.0 if is_norm and name.endswith("weight") else 0.0
-                tensors[prefix + name] = centre + 0.05 * drawn
     path = tmp_path_factory.mktemp("ldm") / "small.safetensors"
-    save_file(tensors, path)
+    save_file(small_checkpoint(), path)
     return path
 
 
@@ -97,18 +79,6 @@ def tensors_of(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for p in (UNET_PREFIX, VAE_PREFIX)
     )
     return unet, vae
-
-
-def small_lora(layers: dict[str, Layer]) -> Lora:
-    """A LoRA of several ranks and scales for these layers."""
-    generator = torch.Generator().manual_seed(1)
-    lora = {}
-    for i, (name, layer) in enumerate(layers.items()):
-        rank, scale = (4, 1.0) if i % 5 else (2, 0.5)
-        down = 0.2 * torch.randn(rank, *layer.shape[1:], generator=generator)
-        up = 0.2 * torch.randn(layer.shape[0], rank, generator=generator)
-        lora[name] = Adapter(layer.ldm, down, up, scale)
-    return lora
 
 
 def osdface_lora() -> Lora:
@@ -366,13 +336,7 @@ def test_osediff_s_weights_land_as_in_diffusers(file: Path, folder: Path) -> Non
     from osdface_core.diffusers.osediff import load_osediff as in_diffusers
     from osdface_core.ldm.osediff import lend_osediff, load_osediff
 
-    layers = unet_layers(SMALL.unet)
-    weights = Weights(
-        small_lora({name: layer for name, layer in layers.items() if "time_emb" not in name}),
-        small_lora(vae_encoder_layers(SMALL.vae)),
-        torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(3)),
-        torch.ones(8),
-    )
+    weights = small_osediff()
     kept = weights.first_weight.clone()
     wanted = results(in_diffusers(folder, weights, device=CPU, dtype=torch.float32))
     ours = load_osediff(file, weights, device=CPU, dtype=torch.float32, shapes=SMALL)

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
+from tests.small_sd21 import text_encoder
 
 COMMON = (
     "--skip-torch-cuda-test",
@@ -310,40 +311,8 @@ def whole_checkpoint(stand_ins: Path) -> Path:
     path = stand_ins / "v2-1_512-with-text.safetensors"
     if not path.is_file():
         tensors = load_file(stand_ins / "v2-1_512-seeded.safetensors")
-        save_file(tensors | text_encoder(), path)
+        save_file(tensors | text_encoder(23), path)
     return path
-
-
-def text_encoder() -> dict[str, torch.Tensor]:
-    """OpenCLIP's ViT-H text encoder in fp16, by its names in a checkpoint."""
-    width, names = 1024, "cond_stage_model.model."
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.02).half()
-
-    tensors = {
-        "token_embedding.weight": random(49408, width),
-        "positional_embedding": random(77, width),
-        "text_projection": random(width, width),
-        "logit_scale": torch.tensor(4.6).half(),
-    }
-    norms = ["ln_final"]
-    for i in range(23):
-        block = f"transformer.resblocks.{i}."
-        norms += [f"{block}ln_1", f"{block}ln_2"]
-        for name, out, inside in (
-            ("attn.in_proj_", 3 * width, width),
-            ("attn.out_proj.", width, width),
-            ("mlp.c_fc.", 4 * width, width),
-            ("mlp.c_proj.", width, 4 * width),
-        ):
-            tensors[f"{block}{name}weight"] = random(out, inside)
-            tensors[f"{block}{name}bias"] = random(out)
-    for name in norms:
-        tensors[f"{name}.weight"] = torch.ones(width).half()
-        tensors[f"{name}.bias"] = torch.zeros(width).half()
-    return {names + name: tensor for name, tensor in tensors.items()}
 
 
 @pytest.fixture(scope="module", params=list(ARGUMENTS))
