@@ -67,9 +67,11 @@ class UpscalerOSEDiff(upscaler.Upscaler):
 def enlarge(image: Image.Image, weights: Path, scale: float) -> Image.Image:
     """A picture enlarged and restored by OSEDiff. Its mode stays, and alpha is enlarged.
 
+    One of 16 bits comes back with 8.
+
     Raises OSDFaceError for what is missing or came out as NaN, Stopped when the user asks to stop.
 
-    image: of 8 bits, any mode.
+    image: of any mode.
     weights: OSEDiff's file.
     scale: of the result's sides, 1..8.
     """

@@ -339,6 +339,38 @@ def test_extras_restore_and_keep_transparency(host: Host, photograph: np.ndarray
     assert np.array_equal(np.array(pp.image), np.array(image))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_a_picture_of_16_bits_becomes_one_of_8_and_the_report_says_so(
+    mode: str, host: Host, photograph: np.ndarray
+) -> None:
+    script = host.extras()
+    grey = np.array(Image.fromarray(photograph).convert("L"))
+    # Older versions of Pillow read such a PNG as I.
+    kind = np.uint16 if mode == "I;16" else np.int32
+    deep = Image.fromarray(grey.astype(kind) * 257)
+    assert deep.mode == mode
+
+    def done(image: Image.Image) -> Any:
+        pp = SimpleNamespace(image=image, info={})
+        script.process(pp, **dict.fromkeys(script.ui()) | {"enable": True})
+        return pp
+
+    found, wanted = done(deep), done(Image.fromarray(grey))
+    assert host.reported == []
+    assert found.image.mode == "L"
+    assert np.array_equal(np.array(found.image), np.array(wanted.image))
+    assert not np.array_equal(np.array(found.image), grey)
+    said = "1 chosen. The picture had 16 bits for each value and has 8 now."
+    assert found.info["OSDFace"].endswith(said)
+    # Where nobody is found nothing is lost.
+    empty = Image.fromarray(np.full((64, 64), 1234, kind))
+    assert done(empty).image is empty
+    # What has no known range is told apart.
+    done(Image.fromarray(np.full((64, 64), 70000, np.int32)))
+    ((message, _),) = host.reported
+    assert "mode I and values of more than 16 bits" in message
+
+
 def test_every_option_of_the_node_has_its_place_in_extras(host: Host) -> None:
     shown = set(host.extras().ui())
     # `smoothing` is for the frames of a video, which these hosts do not hand over together.
