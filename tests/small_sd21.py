@@ -7,6 +7,7 @@ from torch import Tensor
 
 from osdface_core.ldm.loading import Shapes
 from osdface_core.ldm.networks import Autoencoder, UNet
+from osdface_core.osdface.lora import adapted_layers
 from osdface_core.osediff.weights import Weights
 from osdface_core.sd21.adapters import Adapter, Lora
 from osdface_core.sd21.base_model import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
@@ -80,6 +81,12 @@ def small_lora(layers: dict[str, Layer]) -> Lora:
         up = 0.2 * torch.randn(layer.shape[0], rank, generator=generator)
         lora[name] = Adapter(layer.ldm, down, up, scale)
     return lora
+
+
+def small_osdface() -> Lora:
+    """OSDFace's LoRA for SMALL."""
+    layers = unet_layers(SMALL.unet)
+    return small_lora({name: layers[name] for name in adapted_layers()})
 
 
 def small_osediff() -> Weights:

@@ -21,12 +21,10 @@ from osdface_core.errors import OSDFaceError
 from osdface_core.ldm.backbone import LdmBackbone
 from osdface_core.ldm.loading import SD21
 from osdface_core.ldm.networks import Autoencoder, UNet
-from osdface_core.osdface.lora import adapted_layers
 from osdface_core.sd21.adapters import Adapter, Lora
 from osdface_core.sd21.base_model import UNET_PREFIX, V_WITNESS, VAE_PREFIX
-from osdface_core.sd21.modules import unet_layers
 from tests.conftest import FP16
-from tests.small_sd21 import SMALL, small_checkpoint, small_lora, small_osediff
+from tests.small_sd21 import SMALL, small_checkpoint, small_osdface, small_osediff
 
 CPU = torch.device("cpu")
 # Sides of pictures: a square, and one whose latents cannot be halved three times.
@@ -79,11 +77,6 @@ def tensors_of(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for p in (UNET_PREFIX, VAE_PREFIX)
     )
     return unet, vae
-
-
-def osdface_lora() -> Lora:
-    layers = unet_layers(SMALL.unet)
-    return small_lora({name: layers[name] for name in adapted_layers()})
 
 
 def theirs(folder: Path, lora: Lora | None = None, strength: float = 1.0) -> Any:
@@ -147,7 +140,7 @@ def test_the_tensors_have_the_checkpoint_s_names_and_shapes(golden: Path) -> Non
 def test_a_checkpoint_a_folder_and_lent_tensors_give_diffusers_numbers(
     size: tuple[int, int], strength: float, file: Path, folder: Path
 ) -> None:
-    lora = osdface_lora()
+    lora = small_osdface()
     wanted = results(theirs(folder, lora if strength else None, strength), size)
     ours = [
         from_file(file, lora, strength),
@@ -159,7 +152,7 @@ def test_a_checkpoint_a_folder_and_lent_tensors_give_diffusers_numbers(
 
 
 def test_a_lora_changes_the_result(file: Path) -> None:
-    plain, adapted = (results(from_file(file, lora))[1] for lora in (None, osdface_lora()))
+    plain, adapted = (results(from_file(file, lora))[1] for lora in (None, small_osdface()))
     assert (plain - adapted).abs().max() > 0.01
 
 
@@ -190,7 +183,7 @@ def test_a_folder_whose_vae_has_the_released_names_is_read(
 def test_lent_tensors_are_neither_copied_nor_changed(file: Path) -> None:
     unet, vae = tensors_of(file)
     before = {name: tensor.clone() for name, tensor in (unet | vae).items()}
-    backbone = from_tensors(unet, vae, osdface_lora())
+    backbone = from_tensors(unet, vae, small_osdface())
     results(backbone)
     backbone.place(torch.device("meta"))
     with backbone.fp32_fallback():
@@ -249,8 +242,8 @@ def test_patches_of_torch_s_layers_do_not_reach_the_networks(
 def test_half_precision_stays_near_and_fp32_comes_back(
     dtype: torch.dtype, lent: bool, file: Path
 ) -> None:
-    exact = results(from_file(file, osdface_lora()))
-    lora = osdface_lora()
+    exact = results(from_file(file, small_osdface()))
+    lora = small_osdface()
     backbone = (
         from_tensors(*tensors_of(file), lora, dtype=dtype)
         if lent
@@ -289,7 +282,7 @@ def test_own_weights_take_the_bytes_of_their_type(file: Path) -> None:
 
 
 def test_a_layer_without_a_place_is_named(file: Path) -> None:
-    lora = osdface_lora()
+    lora = small_osdface()
     name = "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     lora[name] = Adapter(lora[name].ldm, torch.zeros(4, 7), torch.zeros(5, 4))
     for make in (

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,13 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from osdface_core.ldm.backbone import LdmBackbone
+from osdface_core.ldm.networks import Attention, Autoencoder, UNet, UNetResidual
 from osdface_core.ldm.osediff import load_osediff
 from osdface_core.ldm.text import empty_text
 from osdface_core.osdface.files import LORA
 from osdface_core.osediff.upscale import UpscaleOptions, upscale
 from osdface_core.sd21.base_model import UNET_PREFIX, VAE_PREFIX
 from tests.conftest import ROOT
-from tests.small_sd21 import SMALL, small_checkpoint, small_osediff, text_encoder
+from tests.small_sd21 import SMALL, small_checkpoint, small_osdface, small_osediff, text_encoder
 
 GRADIO = (
     *("Row", "Group", "Accordion", "Slider", "Dropdown", "Textbox", "Number"),
@@ -534,6 +536,160 @@ def test_what_forge_takes_for_stable_diffusion_2_and_is_not_its_base_is_passed_o
     model = SimpleNamespace(is_sd2=True, forge_objects_original=objects)
     host.sd_models.model_data.sd_model = model
     assert says in source().words
+
+
+# What the picture just made was made with
+
+
+class CrossAttention(Attention):
+    """The host's own attention, whose forward its hypernetworks reach."""
+
+    loaded: ClassVar[list[Callable[[torch.Tensor], torch.Tensor]]] = []
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        for hypernetwork in self.loaded:
+            context = hypernetwork(context)
+        return super().forward(x, context)
+
+
+class HostsUNet(UNet):
+    """The host's own UNet.
+
+    engine: in whose place it is, as TensorRT's; the host asks for it at the class's forward.
+    patches: on what each output block gives, as FreeU's; Forge hands them to the forward.
+    """
+
+    engine: ClassVar[list[Callable[[torch.Tensor], torch.Tensor]]] = []
+    patches: ClassVar[list[Callable[[torch.Tensor], torch.Tensor]]] = []
+
+    def forward(self, latents: torch.Tensor, timestep: int, prompts: torch.Tensor) -> torch.Tensor:
+        if self.engine:
+            return self.engine[0](latents)
+        handles = [
+            block.register_forward_hook(lambda module, given, x, patch=patch: patch(x))
+            for block in self.output_blocks.modules()
+            if isinstance(block, UNetResidual)
+            for patch in self.patches
+        ]
+        try:
+            return super().forward(latents, timestep, prompts)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def hosts_networks(path: Path) -> tuple[HostsUNet, Autoencoder]:
+    """A small checkpoint as working networks of the host's own classes."""
+    tensors = load_file(path)
+    networks = HostsUNet(SMALL.unet), Autoencoder(SMALL.vae, SMALL.vae_groups)
+    for network, prefix in zip(networks, (UNET_PREFIX, VAE_PREFIX), strict=True):
+        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        network.load_state_dict(own)
+    for module in networks[0].modules():
+        if type(module) is Attention:
+            module.__class__ = CrossAttention
+    return networks
+
+
+def as_held(kind: str, unet: HostsUNet, vae: Autoencoder) -> Any:
+    """The host's checkpoint, in the shape that it has there."""
+    info = SimpleNamespace(name="small.safetensors", filename="small.safetensors")
+    if kind == "a1111":
+        return SimpleNamespace(
+            is_sd2=True,
+            parameterization="eps",
+            model=SimpleNamespace(diffusion_model=unet),
+            first_stage_model=vae,
+            sd_checkpoint_info=info,
+        )
+    whole = nn.Module()
+    whole.diffusion_model = unet
+    held = SimpleNamespace(first_stage_model=vae)
+    original = SimpleNamespace(unet=SimpleNamespace(model=whole, model_options={}), vae=held)
+    # A patched clone shares the model, and has options of its own.
+    options = {"transformer_options": {"patches": {"output_block_patch": HostsUNet.patches}}}
+    patched = SimpleNamespace(unet=SimpleNamespace(model=whole, model_options=options), vae=held)
+    return SimpleNamespace(
+        is_sd2=True,
+        forge_objects_original=original,
+        forge_objects=patched,
+        sd_checkpoint_info=info,
+    )
+
+
+class SmallBackbone(LdmBackbone):
+    """Of small shapes."""
+
+    @classmethod
+    def from_tensors(cls, *given: Any, **options: Any) -> LdmBackbone:
+        return super().from_tensors(*given, shapes=SMALL, **options)
+
+
+@pytest.mark.parametrize("kind", ["a1111", "forge"])
+@pytest.mark.parametrize("what", ["hypernetworks", "FreeU", "TensorRT"])
+def test_what_a_picture_was_made_with_does_not_touch_the_restoring(
+    what: str,
+    kind: str,
+    host: Host,
+    small_base: Path,
+    photograph: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lora = tmp_path / "models" / "Lora" / LORA.name
+    lora.parent.mkdir(parents=True)
+    lora.touch()
+    host.load()
+    from osdface_webui import backbone
+
+    monkeypatch.setattr(backbone, "LdmBackbone", SmallBackbone)
+    monkeypatch.setattr(backbone, "read_tensors", lambda path: {})
+    monkeypatch.setattr(backbone, "parse_lora", lambda tensors, name: small_osdface())
+    # None is the built-in embedder.
+    monkeypatch.setattr(backbone.files, "ensure_embedder", lambda: None)
+    host.shared.opts.osdface_precision = "fp32"
+    unet, vae = hosts_networks(small_base)
+    host.sd_models.model_data.sd_model = as_held(kind, unet, vae)
+    unet_module = SimpleNamespace(current_unet=None, current_unet_option=None)
+    host.shared.loaded_hypernetworks = CrossAttention.loaded
+    monkeypatch.setitem(sys.modules, "modules.sd_unet", unet_module)
+
+    latents, prompts = torch.ones(1, 4, 8, 8), torch.ones(1, 77, 1024)
+
+    def own() -> torch.Tensor:
+        with torch.no_grad():
+            return HostsUNet.forward(unet, latents, 399, prompts)
+
+    made, wanted = own(), host.restorer.restore(photograph)
+    assert not np.array_equal(wanted, photograph)
+
+    def halved(x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+    place = {
+        "hypernetworks": CrossAttention.loaded,
+        "FreeU": HostsUNet.patches,
+        "TensorRT": HostsUNet.engine,
+    }[what]
+    place.append(halved)
+    if what == "TensorRT":
+        unet_module.current_unet = unet_module.current_unet_option = halved
+    before = dict(vars(host.sd_models.model_data.sd_model)), dict(vars(unet_module))
+    try:
+        changed = own()
+        assert not torch.equal(made, changed)  # the host's own network is touched
+        found = host.restorer.restore(photograph)
+        assert host.reported == []
+        assert np.array_equal(found, wanted)
+        # All of it is there for the next picture.
+        assert place == [halved] and torch.equal(own(), changed)
+        assert before == (
+            dict(vars(host.sd_models.model_data.sd_model)),
+            dict(vars(unet_module)),
+        )
+        assert host.shared.loaded_hypernetworks is CrossAttention.loaded
+    finally:
+        place.clear()
 
 
 # OSEDiff as an upscaler
