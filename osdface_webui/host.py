@@ -120,6 +120,11 @@ def stop_if_asked(*_: Any) -> None:
         raise Stopped
 
 
+def job_start() -> Any:
+    """When the host's present job began, which tells one job from another."""
+    return getattr(shared.state, "time_start", None)
+
+
 def loaded_model() -> Any:
     """The checkpoint that the host has loaded; None where there is none, and none is loaded."""
     from modules import sd_models

@@ -18,6 +18,7 @@ from osdface_core.faces.files import DETECTORS
 from osdface_core.faces.find import Found, find_faces
 from osdface_core.faces.paste import MASK_TYPES, PasteOptions, paste
 from osdface_core.faces.preview import draw_faces
+from osdface_core.faces.stream import FaceStream
 from osdface_core.osdface.restore import restore
 from osdface_core.osdface.whole import restore_whole
 from osdface_core.pictures.color import COLOR_MATCHES
@@ -60,6 +61,7 @@ class Options:
     max_size: int = 0
     any_angle: bool = False
     crop_size: int = 512
+    smoothing: float = 0.0
     strength: float = 1.0
     mask_type: str = host.AUTOMATIC
     feather: float = 0.1
@@ -87,6 +89,7 @@ class Options:
                 self.max_size,
             ),
             self.crop_size,
+            self.smoothing,
         )
 
     @property
@@ -126,6 +129,7 @@ def restore_picture(
     options: Options = DEFAULT,
     keep: Image.Image | None = None,
     aligned: bool = False,
+    stream: FaceStream | None = None,
 ) -> Result:
     """Restores the faces of a picture. Mode, size and transparency stay.
 
@@ -135,6 +139,7 @@ def restore_picture(
     options: which faces, and how.
     keep: white where pixels must stay as they are; of another size, it is resized.
     aligned: the picture is a face crop already: nobody is looked for, and all of it is restored.
+    stream: the video whose next frame the picture is.
     """
     try:
         given, image = image, readable(image)
@@ -142,7 +147,7 @@ def restore_picture(
         stays = None if keep is None else to_tensor(readable(keep).convert("L"))[None, ..., 0]
         if aligned:
             return _aligned(given, image.mode, pixels, options, stays)
-        found = find(pixels, options)
+        found = find(pixels, options, stream)
         notes: dict[tuple[int, int], str] = {}
         source = ""
         after, mask = pixels, torch.zeros(pixels.shape[:3])
@@ -194,10 +199,12 @@ def look(image: Image.Image, options: Options = DEFAULT) -> Result:
         networks.release()
 
 
-def find(pixels: Tensor, options: Options) -> Found:
-    """The faces of pictures (1,H,W,C) in [0,1]."""
+def find(pixels: Tensor, options: Options, stream: FaceStream | None = None) -> Found:
+    """The faces of a picture (1,H,W,C) in [0,1], or of a video's next frame."""
     host.stop_if_asked()
     network = networks.detector(options.detector)
+    if stream is not None:
+        return stream.find(pixels, network, progress=host.stop_if_asked)
     return find_faces(pixels, network, options.detection, progress=host.stop_if_asked)
 
 

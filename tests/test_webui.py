@@ -373,12 +373,44 @@ def test_a_picture_of_16_bits_becomes_one_of_8_and_the_report_says_so(
     assert "mode I and values of more than 16 bits" in message
 
 
+def test_a_video_s_faces_are_followed_over_its_frames(host: Host, photograph: np.ndarray) -> None:
+    """As Forge-Neo hands them over: one by one, each marked, all in one job."""
+    script = host.extras()
+    given = dict.fromkeys(script.ui()) | {"enable": True, "select": "by index", "indices": "0"}
+    given["order"] = "left to right"
+    one, frames = Image.fromarray(photograph[20:276, 100:356]), []
+    # She who is above goes to the right, she who is below to the left.
+    for step in range(5):
+        frame = Image.new("RGB", (512, 512), (90, 90, 90))
+        frame.paste(one, (100 + 14 * step, 0))
+        frame.paste(one, (150 - 14 * step, 256))
+        frames.append(frame)
+
+    def changed(frames: list[Image.Image], is_video: bool) -> list[str]:
+        """Who was changed in each frame."""
+        who = []
+        for frame in frames:
+            pp = SimpleNamespace(image=frame, info={}, shared=SimpleNamespace(is_video=is_video))
+            script.process(pp, **given)
+            differs = (np.array(pp.image) != np.array(frame)).any(-1)
+            who.append("above" * int(differs[:256].any()) + "below" * int(differs[256:].any()))
+        return who
+
+    host.state.time_start = 1.0
+    assert changed(frames, is_video=True) == ["above"] * 5
+    assert host.reported == []
+    # In a picture by itself number 0 is the one at the left.
+    assert changed(frames[4:], is_video=False) == ["below"]
+    # Another job is another video.
+    host.state.time_start = 2.0
+    assert changed(frames[4:], is_video=True) == ["below"]
+
+
 def test_every_option_of_the_node_has_its_place_in_extras(host: Host) -> None:
     shown = set(host.extras().ui())
-    # `smoothing` is for the frames of a video, which these hosts do not hand over together.
     nodes = json.loads((ROOT / "tests" / "interfaces.json").read_text(encoding="utf-8"))
     wanted = set(nodes["OSDFaceRestore"][0]) - {"image", "model", "vae", "vre_name", "lora_name"}
-    assert wanted - {"smoothing"} <= shown
+    assert wanted <= shown
 
 
 def test_a_click_numbers_the_faces(host: Host, photograph: np.ndarray) -> None:
