@@ -681,7 +681,8 @@ def test_what_a_picture_was_made_with_does_not_touch_the_restoring(
     monkeypatch.setattr(backbone.files, "ensure_embedder", lambda: None)
     host.shared.opts.osdface_precision = "fp32"
     unet, vae = hosts_networks(small_base)
-    host.sd_models.model_data.sd_model = as_held(kind, unet, vae)
+    held = host.sd_models.model_data.sd_model = as_held(kind, unet, vae)
+    as_it_was = dict(vars(held))
     unet_module = SimpleNamespace(current_unet=None, current_unet_option=None)
     host.shared.loaded_hypernetworks = CrossAttention.loaded
     monkeypatch.setitem(sys.modules, "modules.sd_unet", unet_module)
@@ -706,7 +707,7 @@ def test_what_a_picture_was_made_with_does_not_touch_the_restoring(
     place.append(halved)
     if what == "TensorRT":
         unet_module.current_unet = unet_module.current_unet_option = halved
-    before = dict(vars(host.sd_models.model_data.sd_model)), dict(vars(unet_module))
+    in_place = dict(vars(unet_module))
     try:
         changed = own()
         assert not torch.equal(made, changed)  # the host's own network is touched
@@ -715,10 +716,7 @@ def test_what_a_picture_was_made_with_does_not_touch_the_restoring(
         assert np.array_equal(found, wanted)
         # All of it is there for the next picture.
         assert place == [halved] and torch.equal(own(), changed)
-        assert before == (
-            dict(vars(host.sd_models.model_data.sd_model)),
-            dict(vars(unet_module)),
-        )
+        assert vars(held) == as_it_was and vars(unet_module) == in_place
         assert host.shared.loaded_hypernetworks is CrossAttention.loaded
     finally:
         place.clear()
