@@ -308,6 +308,9 @@ def test_transparency_and_grey_stay(server: Server, photograph: Path) -> None:
     grey = image.convert("L")
     after = decoded(server.restore(grey)["image"])
     assert after.mode == "L" and difference(after, grey) > 10
+    result = server.restore(Image.fromarray(np.array(grey).astype(np.uint16) * 257))
+    assert difference(decoded(result["image"]), after) == 0
+    assert "has 8 now" in result["report"]
 
 
 def test_a_picture_without_a_face_comes_back_bit_by_bit(server: Server) -> None:
