@@ -95,7 +95,7 @@ class FacesResponse(BaseModel):
 class RestoreResponse(BaseModel):
     """The restored picture."""
 
-    image: str = Field(..., description="the picture, PNG of its own size and mode, base64")
+    image: str = Field(..., description="its size and mode, 8 bits; PNG, base64")
     mask: str = Field(..., description="how much of each pixel was replaced, PNG, base64")
     faces: list[FoundFace]
     report: str = Field(..., description="what was found, chosen and restored")

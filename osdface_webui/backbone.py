@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from osdface_core.errors import OSDFaceError
 from osdface_core.ldm.backbone import LdmBackbone
 from osdface_core.ldm.builtin import load_backbone
+from osdface_core.ldm.loading import Tensors, check_tensors
+from osdface_core.ldm.osediff import lend_osediff, load_osediff
+from osdface_core.ldm.text import empty_text
 from osdface_core.osdface import builtin
 from osdface_core.osdface.files import LORA
 from osdface_core.osdface.lora import parse_lora
+from osdface_core.osediff.weights import parse_weights
 from osdface_core.sd21.backbone import Backbone
-from osdface_core.sd21.base_model import UNET_PREFIX, VAE_PREFIX, check_checkpoint
+from osdface_core.sd21.files import BASE
 from osdface_core.weights.reading import read_tensors
 
 from . import files, host
@@ -43,23 +47,61 @@ class Source:
     embedder: Path | None
 
 
-def source() -> Source:
-    """The networks for a job, by the setting of the base checkpoint.
+@dataclass(frozen=True)
+class Base:
+    """Stable Diffusion 2.1-base, lent by the host or in a file.
+
+    name: of the checkpoint.
+    file: its file; None where a lent one has none.
+    model: the host's checkpoint whose tensors are used; None where the file is read aside.
+    """
+
+    name: str
+    file: Path | None
+    model: Any = None
+
+    @property
+    def words(self) -> str:
+        where = "beside the loaded checkpoint" if self.model is None else "as loaded"
+        return f"{self.name}, {where}"
+
+
+def base() -> Base | None:
+    """Stable Diffusion 2.1-base by the settings; None where it is not there, or not wanted.
 
     `automatic` takes the loaded checkpoint where it is of Stable Diffusion 2 and predicts noise,
-    else Stable Diffusion 2.1-base under its usual name, else the built-in model. Raises
-    OSDFaceError for a chosen file that is not there or not fit, and for weights of OSDFace that
-    are half there.
+    else Stable Diffusion 2.1-base under its usual name. Raises OSDFaceError for a chosen file that
+    is not there.
     """
-    chosen = host.option("base", host.AUTOMATIC) or host.AUTOMATIC
+    chosen = _chosen()
     if chosen == BUILTIN:
-        return _builtin("as the settings ask for it")
+        return None
     file = files.base() if chosen == host.AUTOMATIC else host.checkpoint(chosen)
     model = host.loaded_model()
-    shares = _is_fit(model) and (chosen == host.AUTOMATIC or _file_of(model) == file)
-    lacking = files.missing()
-    if not shares and file is None:
+    if _is_fit(model) and (chosen == host.AUTOMATIC or _file_of(model) == file):
+        info = getattr(model, "sd_checkpoint_info", None)
+        return Base(getattr(info, "name", "the loaded checkpoint"), _file_of(model), model)
+    return None if file is None else Base(file.name, file)
+
+
+def _chosen() -> str:
+    chosen: str = host.option("base", host.AUTOMATIC) or host.AUTOMATIC
+    return chosen
+
+
+def source() -> Source:
+    """The networks for restoring faces, by the setting of the base checkpoint.
+
+    The built-in model is taken where it is asked for, and of `automatic` where there is no other.
+    Raises OSDFaceError for a chosen file that is not there or not fit, and for weights of OSDFace
+    that are half there.
+    """
+    if _chosen() == BUILTIN:
+        return _builtin("as the settings ask for it")
+    found = base()
+    if found is None:
         return _builtin("no Stable Diffusion 2.1-base is there", announce=True)
+    lacking = files.missing()
     if len(lacking) > 1 and not host.option("download", False):
         names = " and ".join(entry.name for entry in lacking)
         return _builtin(f"{names} are missing", announce=True)
@@ -67,20 +109,81 @@ def source() -> Source:
     options: dict[str, Any] = {
         "lora": kept("lora", state_of(lora), lambda: parse_lora(read_tensors(lora), lora.name)),
         "lora_name": lora.name,
-        "device": host.device(),
-        "dtype": host.dtype(),
+        **_place(),
     }
-    if shares:
-        name = getattr(getattr(model, "sd_checkpoint_info", None), "name", "the loaded checkpoint")
+
+    def lend(unet: Tensors, vae: Tensors) -> LdmBackbone:
+        return LdmBackbone.from_tensors(unet, vae, found.name, **options)
+
+    def read(file: Path) -> LdmBackbone:
+        return LdmBackbone.from_file(file, **options)
+
+    return Source(found.words, _backbone("backbone", found, lora, lend, read), embedder)
+
+
+def osediff(file: Path) -> tuple[Backbone, Tensor, str]:
+    """The networks of OSEDiff, the empty text (1,77,1024), and where they come from in words.
+
+    Raises OSDFaceError where Stable Diffusion 2.1-base, its text encoder, or OSEDiff's weights are
+    missing or not fit.
+
+    file: OSEDiff's weights.
+    """
+    found = base()
+    if found is None:
+        raise OSDFaceError(
+            "OSEDiff wants Stable Diffusion 2.1-base, and the setting is the built-in model, or no "
+            f"checkpoint of it is there: load one, or put {BASE.name} into models/Stable-diffusion."
+        )
+    text = found.file
+    if text is None or not text.is_file():
+        raise OSDFaceError(
+            f"{found.name} has no file here, from which OSEDiff's text is read: put {BASE.name} "
+            "into models/Stable-diffusion and choose it under Settings, OSDFace."
+        )
+    prompts = kept("text", state_of(text), lambda: empty_text(text))
+    weights = kept(
+        "osediff weights", state_of(file), lambda: parse_weights(read_tensors(file), file.name)
+    )
+
+    def lend(unet: Tensors, vae: Tensors) -> LdmBackbone:
+        return lend_osediff(unet, vae, found.name, weights, file.name, **_place())
+
+    def read(model: Path) -> LdmBackbone:
+        return load_osediff(model, weights, file.name, **_place())
+
+    return _backbone("osediff", found, file, lend, read), prompts, f"{file.stem} on {found.words}"
+
+
+def _place() -> dict[str, Any]:
+    return {"device": host.device(), "dtype": host.dtype()}
+
+
+def _backbone(
+    what: str,
+    found: Base,
+    weights: Path,
+    lend: Callable[[Tensors, Tensors], LdmBackbone],
+    read: Callable[[Path], LdmBackbone],
+) -> LdmBackbone:
+    """The networks on the base's tensors, or read from its file and kept.
+
+    what: for `kept`.
+    found: the base.
+    weights: the file of the method's own weights.
+    lend: makes them of tensors of UNet and autoencoder.
+    read: makes them of the file.
+    """
+    if found.model is not None:
         # Not kept: a checkpoint that the user changes must be able to leave.
-        backbone = LdmBackbone.from_tensors(*shared_networks(model), name, **options)
-        return Source(f"{name}, as loaded", backbone, embedder)
+        return lend(*shared_networks(found.model))
+    file = found.file
     assert file is not None
     host.make_room(file.stat().st_size)
-    state = state_of(file, lora), options["device"], options["dtype"]
-    backbone = kept("backbone", state, lambda: LdmBackbone.from_file(file, **options))
+    state = state_of(file, weights), tuple(_place().values())
+    backbone = kept(what, state, lambda: read(file))
     backbone.place(backbone.device)
-    return Source(f"{file.name}, beside the loaded checkpoint", backbone, embedder)
+    return backbone
 
 
 def _builtin(why: str, announce: bool = False) -> Source:
@@ -104,12 +207,9 @@ def _is_fit(model: Any) -> bool:
         says = getattr(model, "parameterization", None)
     if says not in ("epsilon", "eps"):
         return False
-    unet, vae = shared_networks(model)
-    tensors = {UNET_PREFIX + name: tensor for name, tensor in unet.items()}
-    tensors |= {VAE_PREFIX + name: tensor for name, tensor in vae.items()}
     try:
         # Forge calls any Stable Diffusion 2 one that predicts noise; the weights know better.
-        check_checkpoint(tensors, "The loaded checkpoint")
+        check_tensors(*shared_networks(model), "The loaded checkpoint")
     except OSDFaceError as error:
         log.info("%s", error)
         return False

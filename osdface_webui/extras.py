@@ -10,6 +10,7 @@ from modules import errors, scripts_postprocessing, ui_components
 from PIL import Image
 
 from osdface_core.faces.choose import BY_INDEX
+from osdface_core.faces.stream import FaceStream
 from osdface_core.pictures.color import COLOR_MATCHES
 
 from . import host
@@ -47,6 +48,8 @@ class ScriptPostprocessingOSDFace(scripts_postprocessing.ScriptPostprocessing):
 
     name = host.NAME
     order = 3500  # after GFPGAN and CodeFormer
+    # Of Forge-Neo's present video: the job and the options that it is for, and its faces so far.
+    _video: tuple[Any, FaceStream] | None = None
 
     def ui(self) -> dict[str, Any]:
         accordion = getattr(ui_components, "InputAccordion", None)
@@ -96,6 +99,9 @@ class ScriptPostprocessingOSDFace(scripts_postprocessing.ScriptPostprocessing):
                 keep_detail = gr.Slider(
                     0, 1, DEFAULT.keep_detail, step=0.05, label="Keep fine detail"
                 )
+            smoothing = gr.Slider(
+                0, 1, DEFAULT.smoothing, step=0.05, label="Smoothing (frames of a video)"
+            )
             keep = gr.Image(
                 label="Keep: white where the picture must stay", type="pil", image_mode="L"
             )
@@ -109,6 +115,7 @@ class ScriptPostprocessingOSDFace(scripts_postprocessing.ScriptPostprocessing):
             "crop_size": crop_size,
             "feather": feather,
             "keep_detail": keep_detail,
+            "smoothing": smoothing,
             "keep": keep,
         }
 
@@ -117,7 +124,9 @@ class ScriptPostprocessingOSDFace(scripts_postprocessing.ScriptPostprocessing):
         if not enable or pp.image is None:
             return
         try:
-            result = restore_picture(pp.image, options_of(values), keep)
+            options = options_of(values)
+            stream = self._stream(options) if _is_video(pp) else None
+            result = restore_picture(pp.image, options, keep, stream=stream)
         except host.Stopped:
             return
         except Exception as error:
@@ -129,6 +138,18 @@ class ScriptPostprocessingOSDFace(scripts_postprocessing.ScriptPostprocessing):
         pp.info[host.NAME] = result.report.partition("\n")[0]
         if result.source:
             pp.info[f"{host.NAME} model"] = result.source
+
+    def _stream(self, options: Options) -> FaceStream:
+        """The faces of the video whose frames come one by one in the host's present job."""
+        which = host.job_start(), options
+        if self._video is None or self._video[0] != which:
+            self._video = which, FaceStream(options.detection)
+        return self._video[1]
+
+
+def _is_video(pp: Any) -> bool:
+    """Whether a picture is a frame of a video, as Forge-Neo says."""
+    return bool(getattr(getattr(pp, "shared", None), "is_video", False))
 
 
 def _menu(name: str, label: str) -> Any:

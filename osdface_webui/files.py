@@ -12,6 +12,9 @@ from osdface_core.faces.files import FOLDER as FACES
 from osdface_core.osdface.files import FOLDER as OSDFACE
 from osdface_core.osdface.files import LORA, LORAS, VRE, VRE_CHECKPOINT
 from osdface_core.osdface.vre import embedder_files
+from osdface_core.osediff.files import FACES as FACE_PICTURES
+from osdface_core.osediff.files import FACES_PICKLE as FACE_PICTURES_PICKLE
+from osdface_core.osediff.files import PICTURES, PICTURES_PICKLE
 from osdface_core.sd21.files import BASE
 from osdface_core.sd21.files import FOLDER as CHECKPOINTS
 from osdface_core.weights.catalogue import BUILTIN, WeightFile
@@ -87,6 +90,15 @@ def missing() -> list[WeightFile]:
 def base() -> Path | None:
     """Stable Diffusion 2.1-base under its usual name; None where it is missing."""
     return find(BASE)
+
+
+def osediff() -> dict[str, Path]:
+    """OSEDiff's weights that are there, by the names that the upscalers have."""
+    there = {
+        "OSEDiff": find(PICTURES) or find(PICTURES_PICKLE),
+        "OSEDiff (faces)": find(FACE_PICTURES) or find(FACE_PICTURES_PICKLE),
+    }
+    return {name: path for name, path in there.items() if path is not None}
 
 
 def detector(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,11 @@ def models() -> Path:
 def is_forge() -> bool:
     """Whether the host is of Forge's line, with a memory management of its own."""
     return "backend.memory_management" in sys.modules
+
+
+def loads_sd2() -> bool:
+    """Whether the host can load Stable Diffusion 2 as its checkpoint, which Forge-Neo cannot."""
+    return not is_forge() or importlib.util.find_spec("backend.diffusion_engine.sd20") is not None
 
 
 def device() -> torch.device:
@@ -112,6 +118,11 @@ def stop_if_asked(*_: Any) -> None:
     state = shared.state
     if getattr(state, "interrupted", False) or getattr(state, "skipped", False):
         raise Stopped
+
+
+def job_start() -> Any:
+    """When the host's present job began, which tells one job from another."""
+    return getattr(shared.state, "time_start", None)
 
 
 def loaded_model() -> Any:

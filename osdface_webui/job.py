@@ -18,6 +18,7 @@ from osdface_core.faces.files import DETECTORS
 from osdface_core.faces.find import Found, find_faces
 from osdface_core.faces.paste import MASK_TYPES, PasteOptions, paste
 from osdface_core.faces.preview import draw_faces
+from osdface_core.faces.stream import FaceStream
 from osdface_core.osdface.restore import restore
 from osdface_core.osdface.whole import restore_whole
 from osdface_core.pictures.color import COLOR_MATCHES
@@ -26,6 +27,10 @@ from osdface_core.sd21.one_step import Restored
 from . import backbone, files, host, networks
 
 log = logging.getLogger(__name__)
+
+# The largest value of 16 bits, and what a picture's report says of them.
+MOST = 65535
+FEWER_BITS = " The picture had 16 bits for each value and has 8 now."
 
 MENUS = {
     "detector": (host.AUTOMATIC, *DETECTORS),
@@ -56,6 +61,7 @@ class Options:
     max_size: int = 0
     any_angle: bool = False
     crop_size: int = 512
+    smoothing: float = 0.0
     strength: float = 1.0
     mask_type: str = host.AUTOMATIC
     feather: float = 0.1
@@ -83,6 +89,7 @@ class Options:
                 self.max_size,
             ),
             self.crop_size,
+            self.smoothing,
         )
 
     @property
@@ -101,7 +108,8 @@ NAMES = tuple(field.name for field in fields(Options))
 class Result:
     """A picture that was worked on.
 
-    image: of the mode and size that were given; the very picture where no face was restored.
+    image: of the mode and size that were given, but of 8 bits; the very picture where no face was
+        restored.
     mask: how much of each pixel was replaced, mode L.
     report: what was found, chosen and restored, and with which networks.
     faces: what `describe_faces` tells.
@@ -121,30 +129,32 @@ def restore_picture(
     options: Options = DEFAULT,
     keep: Image.Image | None = None,
     aligned: bool = False,
+    stream: FaceStream | None = None,
 ) -> Result:
     """Restores the faces of a picture. Mode, size and transparency stay.
 
     Raises OSDFaceError for what cannot be understood, Stopped when the user asks to stop.
 
-    image: of 8 bits, any mode.
+    image: of any mode; one of 16 bits comes back with 8.
     options: which faces, and how.
     keep: white where pixels must stay as they are; of another size, it is resized.
     aligned: the picture is a face crop already: nobody is looked for, and all of it is restored.
+    stream: the video whose next frame the picture is.
     """
     try:
-        image = readable(image)
+        given, image = image, readable(image)
         pixels = to_tensor(image)[None]
-        stays = None if keep is None else to_tensor(keep.convert("L"))[None, ..., 0]
+        stays = None if keep is None else to_tensor(readable(keep).convert("L"))[None, ..., 0]
         if aligned:
-            return _aligned(image, pixels, options, stays)
-        found = find(pixels, options)
+            return _aligned(given, image.mode, pixels, options, stays)
+        found = find(pixels, options, stream)
         notes: dict[tuple[int, int], str] = {}
         source = ""
         after, mask = pixels, torch.zeros(pixels.shape[:3])
         if len(found.faces) and options.strength > 0:
-            given = backbone.source()
-            source = given.words
-            restored = _restored(found.faces.crops, given)
+            networks_of_it = backbone.source()
+            source = networks_of_it.words
+            restored = _restored(found.faces.crops, networks_of_it)
             notes = _notes(found, restored)
             after, mask = paste(
                 pixels,
@@ -156,10 +166,13 @@ def restore_picture(
                 device=host.device(),
                 progress=host.stop_if_asked,
             )
-        lines = [found.report, *(f"face {face}: {note}" for (_, face), note in notes.items())]
+        first, *others = found.report.split("\n")
+        if after is not pixels:
+            first += _fewer_bits(given)
+        lines = [first, *others, *(f"face {face}: {note}" for (_, face), note in notes.items())]
         lines += [f"Restored with {source}."] if source else []
         return Result(
-            image if after is pixels else to_image(after[0], image.mode),
+            given if after is pixels else to_image(after[0], image.mode),
             to_image(mask[0, ..., None], "L"),
             "\n".join(lines),
             describe_faces(found.everyone, found.verdicts, notes),
@@ -186,10 +199,12 @@ def look(image: Image.Image, options: Options = DEFAULT) -> Result:
         networks.release()
 
 
-def find(pixels: Tensor, options: Options) -> Found:
-    """The faces of pictures (1,H,W,C) in [0,1]."""
+def find(pixels: Tensor, options: Options, stream: FaceStream | None = None) -> Found:
+    """The faces of a picture (1,H,W,C) in [0,1], or of a video's next frame."""
     host.stop_if_asked()
     network = networks.detector(options.detector)
+    if stream is not None:
+        return stream.find(pixels, network, progress=host.stop_if_asked)
     return find_faces(pixels, network, options.detection, progress=host.stop_if_asked)
 
 
@@ -198,15 +213,21 @@ def _restored(crops: Tensor, source: backbone.Source) -> Restored:
     return restore(crops, prompts, source.backbone, progress=host.stop_if_asked)
 
 
-def _aligned(image: Image.Image, pixels: Tensor, options: Options, keep: Tensor | None) -> Result:
+def _fewer_bits(given: Image.Image) -> str:
+    return FEWER_BITS if given.mode.startswith("I") else ""
+
+
+def _aligned(
+    given: Image.Image, mode: str, pixels: Tensor, options: Options, keep: Tensor | None
+) -> Result:
     source = backbone.source()
     after, mask, notes = restore_whole(
         pixels, lambda crop: _restored(crop, source), options.pasting, keep
     )
-    lines = ["A face crop, restored as a whole.", *notes.values(), f"Restored with {source.words}."]
-    report = "\n".join(lines)
+    first = "A face crop, restored as a whole." + _fewer_bits(given)
+    report = "\n".join([first, *notes.values(), f"Restored with {source.words}."])
     mask_image = to_image(mask[0, ..., None], "L")
-    return Result(to_image(after[0], image.mode), mask_image, report, [], source.words)
+    return Result(to_image(after[0], mode), mask_image, report, [], source.words)
 
 
 def _notes(found: Found, restored: Restored) -> dict[tuple[int, int], str]:
@@ -220,14 +241,20 @@ def _notes(found: Found, restored: Restored) -> dict[tuple[int, int], str]:
 
 
 def readable(image: Image.Image) -> Image.Image:
-    """The picture in one of the modes L, LA, RGB and RGBA. Raises OSDFaceError for 16 bits."""
+    """The picture in one of the modes L, LA, RGB and RGBA.
+
+    One of 16 bits becomes one of 8, as the hosts save it. Raises OSDFaceError for other values.
+    """
     if image.mode in ("L", "LA", "RGB", "RGBA"):
         return image
     if image.mode.startswith(("I", "F")):
-        raise OSDFaceError(
-            f"The picture has the mode {image.mode}; one of 8 bits is wanted: save it as such, or "
-            "use the command line, which keeps 16 bits."
-        )
+        values = np.array(image)
+        if image.mode == "F" or not 0 <= values.min() <= values.max() <= MOST:
+            raise OSDFaceError(
+                f"The picture has the mode {image.mode} and values of more than 16 bits, or with "
+                "fractions; 8 or 16 bits are wanted: save it as such."
+            )
+        return Image.fromarray((values / MOST * 255).round().astype(np.uint8))
     is_transparent = image.mode in ("PA", "La", "RGBa") or "transparency" in image.info
     return image.convert("RGBA" if is_transparent else "RGB")
 

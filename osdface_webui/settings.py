@@ -24,8 +24,8 @@ def add_settings() -> None:
         host.AUTOMATIC,
         "Stable Diffusion 2.1-base checkpoint",
         gr.Dropdown,
-        "automatic: the loaded checkpoint where it is Stable Diffusion 2.1-base, else "
-        "v2-1_512-ema-pruned.safetensors, else the small built-in model",
+        "of faces and of OSEDiff. automatic: the loaded checkpoint where it is that, else "
+        "v2-1_512-ema-pruned.safetensors, else the small built-in model for faces",
         component_args=lambda: {
             "choices": [host.AUTOMATIC, backbone.BUILTIN, *sd_models.checkpoint_tiles()]
         },

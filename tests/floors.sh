@@ -20,7 +20,7 @@ fi
 
 tests=()
 for name in align builtin builtin_detector choose color cpu detect detector_check diffir face_mask face_parser \
-  floors install ldm lora one_step osediff paste sd21 tone track vre weights_fetch weights_reading; do
+  floors install ldm lora one_step osediff paste sd21 tone track vre webui weights_fetch weights_reading; do
   tests+=("tests/test_$name.py")
 done
 OSDFACE_TEST_FLOORS=1 "$oldest" -m pytest -m 'not host and not full and not repeat' "${tests[@]}" "$@"

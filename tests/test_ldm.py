@@ -19,21 +19,14 @@ from torch.amp import autocast
 
 from osdface_core.errors import OSDFaceError
 from osdface_core.ldm.backbone import LdmBackbone
-from osdface_core.ldm.loading import SD21, Shapes
+from osdface_core.ldm.loading import SD21
 from osdface_core.ldm.networks import Autoencoder, UNet
-from osdface_core.osdface.lora import adapted_layers
-from osdface_core.osediff.weights import Weights
 from osdface_core.sd21.adapters import Adapter, Lora
 from osdface_core.sd21.base_model import UNET_PREFIX, V_WITNESS, VAE_PREFIX
-from osdface_core.sd21.modules import Layer, UNetShape, unet_layers, vae_encoder_layers
 from tests.conftest import FP16
+from tests.small_sd21 import SMALL, small_checkpoint, small_osdface, small_osediff
 
 CPU = torch.device("cpu")
-SMALL = Shapes(
-    UNetShape(widths=(8, 16, 32, 32), heads=(2, 2, 2, 2), groups=4),
-    vae=(8, 16, 32, 32),
-    vae_groups=4,
-)
 # Sides of pictures: a square, and one whose latents cannot be halved three times.
 SIZES = [(64, 64), (72, 104)]
 
@@ -46,21 +39,8 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a small Stable Diffusion 2.1 with no norm or bias as it was initialised."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    parts = ((UNET_PREFIX, UNet(SMALL.unet)), (VAE_PREFIX, Autoencoder(SMALL.vae, 4)))
-    for prefix, network in parts:
-        for name, place in network.named_parameters():
-            drawn = torch.randn(place.shape, generator=generator)
-            if place.ndim > 1:
-                tensors[prefix + name] = drawn / place[0].numel() ** 0.5
-            else:
-                is_norm = "norm" in name or name.endswith(("layers.0.weight", "out.0.weight"))
-                centre = 1.0 if is_norm and name.endswith("weight") else 0.0
-                tensors[prefix + name] = centre + 0.05 * drawn
     path = tmp_path_factory.mktemp("ldm") / "small.safetensors"
-    save_file(tensors, path)
+    save_file(small_checkpoint(), path)
     return path
 
 
@@ -97,23 +77,6 @@ def tensors_of(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for p in (UNET_PREFIX, VAE_PREFIX)
     )
     return unet, vae
-
-
-def small_lora(layers: dict[str, Layer]) -> Lora:
-    """A LoRA of several ranks and scales for these layers."""
-    generator = torch.Generator().manual_seed(1)
-    lora = {}
-    for i, (name, layer) in enumerate(layers.items()):
-        rank, scale = (4, 1.0) if i % 5 else (2, 0.5)
-        down = 0.2 * torch.randn(rank, *layer.shape[1:], generator=generator)
-        up = 0.2 * torch.randn(layer.shape[0], rank, generator=generator)
-        lora[name] = Adapter(layer.ldm, down, up, scale)
-    return lora
-
-
-def osdface_lora() -> Lora:
-    layers = unet_layers(SMALL.unet)
-    return small_lora({name: layers[name] for name in adapted_layers()})
 
 
 def theirs(folder: Path, lora: Lora | None = None, strength: float = 1.0) -> Any:
@@ -177,7 +140,7 @@ def test_the_tensors_have_the_checkpoint_s_names_and_shapes(golden: Path) -> Non
 def test_a_checkpoint_a_folder_and_lent_tensors_give_diffusers_numbers(
     size: tuple[int, int], strength: float, file: Path, folder: Path
 ) -> None:
-    lora = osdface_lora()
+    lora = small_osdface()
     wanted = results(theirs(folder, lora if strength else None, strength), size)
     ours = [
         from_file(file, lora, strength),
@@ -189,7 +152,7 @@ def test_a_checkpoint_a_folder_and_lent_tensors_give_diffusers_numbers(
 
 
 def test_a_lora_changes_the_result(file: Path) -> None:
-    plain, adapted = (results(from_file(file, lora))[1] for lora in (None, osdface_lora()))
+    plain, adapted = (results(from_file(file, lora))[1] for lora in (None, small_osdface()))
     assert (plain - adapted).abs().max() > 0.01
 
 
@@ -220,7 +183,7 @@ def test_a_folder_whose_vae_has_the_released_names_is_read(
 def test_lent_tensors_are_neither_copied_nor_changed(file: Path) -> None:
     unet, vae = tensors_of(file)
     before = {name: tensor.clone() for name, tensor in (unet | vae).items()}
-    backbone = from_tensors(unet, vae, osdface_lora())
+    backbone = from_tensors(unet, vae, small_osdface())
     results(backbone)
     backbone.place(torch.device("meta"))
     with backbone.fp32_fallback():
@@ -279,8 +242,8 @@ def test_patches_of_torch_s_layers_do_not_reach_the_networks(
 def test_half_precision_stays_near_and_fp32_comes_back(
     dtype: torch.dtype, lent: bool, file: Path
 ) -> None:
-    exact = results(from_file(file, osdface_lora()))
-    lora = osdface_lora()
+    exact = results(from_file(file, small_osdface()))
+    lora = small_osdface()
     backbone = (
         from_tensors(*tensors_of(file), lora, dtype=dtype)
         if lent
@@ -319,7 +282,7 @@ def test_own_weights_take_the_bytes_of_their_type(file: Path) -> None:
 
 
 def test_a_layer_without_a_place_is_named(file: Path) -> None:
-    lora = osdface_lora()
+    lora = small_osdface()
     name = "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     lora[name] = Adapter(lora[name].ldm, torch.zeros(4, 7), torch.zeros(5, 4))
     for make in (
@@ -364,20 +327,24 @@ def test_a_model_that_predicts_v_is_refused(file: Path, tmp_path: Path) -> None:
 
 def test_osediff_s_weights_land_as_in_diffusers(file: Path, folder: Path) -> None:
     from osdface_core.diffusers.osediff import load_osediff as in_diffusers
-    from osdface_core.ldm.osediff import load_osediff
+    from osdface_core.ldm.osediff import lend_osediff, load_osediff
 
-    layers = unet_layers(SMALL.unet)
-    weights = Weights(
-        small_lora({name: layer for name, layer in layers.items() if "time_emb" not in name}),
-        small_lora(vae_encoder_layers(SMALL.vae)),
-        torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(3)),
-        torch.ones(8),
-    )
+    weights = small_osediff()
     kept = weights.first_weight.clone()
     wanted = results(in_diffusers(folder, weights, device=CPU, dtype=torch.float32))
     ours = load_osediff(file, weights, device=CPU, dtype=torch.float32, shapes=SMALL)
     assert_same(results(ours), wanted)
+    unet, vae = tensors_of(file)
+    before = {name: tensor.clone() for name, tensor in (unet | vae).items()}
+    options: dict[str, Any] = {"device": CPU, "dtype": torch.float32, "shapes": SMALL}
+    lent = lend_osediff(unet, vae, "the host's model", weights, **options)
+    assert_same(results(lent), wanted)
+    assert lent.nbytes == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in (unet | vae).items())
     assert torch.equal(weights.first_weight, kept)
+    del unet["out.0.bias"]
+    with pytest.raises(OSDFaceError, match=r"the host's model.*out\.0\.bias is missing.*do so"):
+        lend_osediff(unet, vae, "the host's model", weights, **options, remedy="do so")
 
 
 def test_nothing_of_diffusers_is_imported() -> None:

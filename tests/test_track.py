@@ -18,9 +18,10 @@ from torch import Tensor
 from osdface_core.faces.choose import Choice
 from osdface_core.faces.detect import Detection, DetectOptions
 from osdface_core.faces.face import Face
-from osdface_core.faces.find import find_faces
+from osdface_core.faces.find import Found, find_faces
 from osdface_core.faces.retinaface import RetinaFace, build_retinaface
 from osdface_core.faces.smooth import smooth, whittaker
+from osdface_core.faces.stream import REMEMBERED, FaceStream
 from osdface_core.faces.track import follow, shots, thumbnails
 from osdface_core.pictures.geometry import Affine, apply, compose, inverse
 from osdface_core.pictures.resampling import warp
@@ -241,6 +242,48 @@ def test_a_steadied_crop_jitters_a_third_as_much_and_does_not_trail(
         measured[smoothing] = jitter_and_lag([face.matrix for face in found.faces.faces])
     assert measured[0.0][0] > 3 * measured[0.5][0]
     assert abs(measured[0.5][1]) < 1
+
+
+def streamed(images: Tensor, network: RetinaFace, options: DetectOptions) -> list[Found]:
+    """The faces of each frame, found as the frames come."""
+    stream = FaceStream(options)
+    return [stream.find(image[None], network) for image in images]
+
+
+def test_frames_that_come_one_by_one_are_steadied_by_what_was_before(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
+    images = film(load_picture(portrait(data, 5)), 60)
+    measured = {}
+    for smoothing in (0.0, 0.5):
+        found = streamed(images, network, DetectOptions(smoothing=smoothing))
+        faces = [face for frame in found for face in frame.faces.faces]
+        assert [(face.frame, face.number) for face in faces] == [(0, 0)] * 60
+        assert all(frame.faces.crops.shape == (1, 512, 512, 3) for frame in found)
+        measured[smoothing] = jitter_and_lag([face.matrix for face in faces])
+    assert measured[0.0][0] > 1.5 * measured[0.5][0]
+    assert abs(measured[0.5][1]) < 1
+
+
+def test_in_frames_that_come_one_by_one_a_number_is_one_person_s_until_a_cut(
+    data: Path, network: RetinaFace, load_picture: Load
+) -> None:
+    first, second = (film(load_picture(portrait(data, n)), REMEMBERED + 8) for n in (5, 120))
+    # Somebody small comes at the left, and both stay for longer than is remembered.
+    both = first.clone()
+    small = F.interpolate(second.movedim(-1, 1), size=(100, 100), mode="area").movedim(1, -1)
+    both[3:, :100, :100] = small[3:]
+    after = second[:3].clone()
+    after[:, :100, :100] = small[:3]
+    flash = torch.ones_like(both[:1])
+    images = torch.cat([both[:6], flash, both[7:], after])
+    options = DetectOptions(choice=Choice(order="left to right"))
+    numbers = [
+        [face.number for face in sorted(frame.everyone, key=lambda face: face.box[0])]
+        for frame in streamed(images, network, options)
+    ]
+    wanted = [[0]] * 3 + [[1, 0]] * 3 + [[]] + [[1, 0]] * (len(both) - 7) + [[0, 1]] * 3
+    assert numbers == wanted
 
 
 def test_a_cut_is_never_crossed_and_a_blank_frame_has_no_face(

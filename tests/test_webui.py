@@ -8,18 +8,27 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from osdface_core.ldm.backbone import LdmBackbone
+from osdface_core.ldm.networks import Attention, Autoencoder, UNet, UNetResidual
+from osdface_core.ldm.osediff import load_osediff
+from osdface_core.ldm.text import empty_text
 from osdface_core.osdface.files import LORA
+from osdface_core.osediff.upscale import UpscaleOptions, upscale
+from osdface_core.sd21.base_model import UNET_PREFIX, VAE_PREFIX
 from tests.conftest import ROOT
+from tests.small_sd21 import SMALL, small_checkpoint, small_osdface, small_osediff, text_encoder
 
 GRADIO = (
     *("Row", "Group", "Accordion", "Slider", "Dropdown", "Textbox", "Number"),
@@ -60,6 +69,18 @@ class Component:
         self.clicked = {"fn": fn, **given}
 
 
+class Upscaler:
+    """The host's base class of upscalers, which AUTOMATIC1111 and Forge look under."""
+
+    def __init__(self, create_dirs: bool = False) -> None:
+        self.scale = 1
+
+
+class UpscalerData:
+    def __init__(self, name: str, path: str, upscaler: Any, scale: int = 4) -> None:
+        self.name, self.data_path, self.scaler, self.scale = name, path, upscaler, scale
+
+
 class Host:
     """A made-up WebUI. `reported` holds what it was told of errors."""
 
@@ -74,6 +95,7 @@ class Host:
             cmd_opts=SimpleNamespace(),
             state=self.state,
             face_restorers=[],
+            sd_upscalers=[],
             OptionInfo=OptionInfo,
         )
         self.scripts = SimpleNamespace(
@@ -86,6 +108,7 @@ class Host:
             list_models=lambda: None,
             get_closet_checkpoint_match=lambda title: None,
         )
+        self.upscaler = type("Upscaler", (Upscaler,), {})
         restoration = type("FaceRestoration", (), {})
         postprocessing = type("ScriptPostprocessing", (), {})
         self.modules = {
@@ -98,6 +121,8 @@ class Host:
             ),
             "modules.paths_internal": SimpleNamespace(models_path=str(models), data_path=""),
             "modules.errors": SimpleNamespace(report=self._report),
+            "modules.upscaler": SimpleNamespace(Upscaler=self.upscaler, UpscalerData=UpscalerData),
+            "modules.modelloader": SimpleNamespace(load_upscalers=self._load_upscalers),
             "modules.face_restoration": SimpleNamespace(FaceRestoration=restoration),
             "modules.scripts_postprocessing": SimpleNamespace(ScriptPostprocessing=postprocessing),
             "modules.ui_components": SimpleNamespace(InputAccordion=Component),
@@ -119,6 +144,12 @@ class Host:
     def _report(self, message: str, *, exc_info: bool = False) -> None:
         self.reported.append((message, exc_info))
 
+    def _load_upscalers(self) -> None:
+        """As AUTOMATIC1111 and Forge do it, at the start and at Reload UI."""
+        self.shared.sd_upscalers = [
+            data for kind in self.upscaler.__subclasses__() for data in kind(None).scalers
+        ]
+
     def call(self, name: str, *given: Any, **more: Any) -> None:
         for callback in self.callbacks[name]:
             callback(*given, **more)
@@ -136,6 +167,7 @@ class Host:
             spec.loader.exec_module(module)
             loaded.append(module)
         sys.path = before
+        self.modules["modules.modelloader"].load_upscalers()
         self.call("on_before_ui")
         return loaded
 
@@ -309,12 +341,76 @@ def test_extras_restore_and_keep_transparency(host: Host, photograph: np.ndarray
     assert np.array_equal(np.array(pp.image), np.array(image))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_a_picture_of_16_bits_becomes_one_of_8_and_the_report_says_so(
+    mode: str, host: Host, photograph: np.ndarray
+) -> None:
+    script = host.extras()
+    grey = np.array(Image.fromarray(photograph).convert("L"))
+    # Older versions of Pillow read such a PNG as I.
+    kind = np.uint16 if mode == "I;16" else np.int32
+    deep = Image.fromarray(grey.astype(kind) * 257)
+    assert deep.mode == mode
+
+    def done(image: Image.Image) -> Any:
+        pp = SimpleNamespace(image=image, info={})
+        script.process(pp, **dict.fromkeys(script.ui()) | {"enable": True})
+        return pp
+
+    found, wanted = done(deep), done(Image.fromarray(grey))
+    assert host.reported == []
+    assert found.image.mode == "L"
+    assert np.array_equal(np.array(found.image), np.array(wanted.image))
+    assert not np.array_equal(np.array(found.image), grey)
+    said = "1 chosen. The picture had 16 bits for each value and has 8 now."
+    assert found.info["OSDFace"].endswith(said)
+    # Where nobody is found nothing is lost.
+    empty = Image.fromarray(np.full((64, 64), 1234, kind))
+    assert done(empty).image is empty
+    # What has no known range is told apart.
+    done(Image.fromarray(np.full((64, 64), 70000, np.int32)))
+    ((message, _),) = host.reported
+    assert "mode I and values of more than 16 bits" in message
+
+
+def test_a_video_s_faces_are_followed_over_its_frames(host: Host, photograph: np.ndarray) -> None:
+    """As Forge-Neo hands them over: one by one, each marked, all in one job."""
+    script = host.extras()
+    given = dict.fromkeys(script.ui()) | {"enable": True, "select": "by index", "indices": "0"}
+    given["order"] = "left to right"
+    one, frames = Image.fromarray(photograph[20:276, 100:356]), []
+    # She who is above goes to the right, she who is below to the left.
+    for step in range(5):
+        frame = Image.new("RGB", (512, 512), (90, 90, 90))
+        frame.paste(one, (100 + 14 * step, 0))
+        frame.paste(one, (150 - 14 * step, 256))
+        frames.append(frame)
+
+    def changed(frames: list[Image.Image], is_video: bool) -> list[str]:
+        """Who was changed in each frame."""
+        who = []
+        for frame in frames:
+            pp = SimpleNamespace(image=frame, info={}, shared=SimpleNamespace(is_video=is_video))
+            script.process(pp, **given)
+            differs = (np.array(pp.image) != np.array(frame)).any(-1)
+            who.append("above" * int(differs[:256].any()) + "below" * int(differs[256:].any()))
+        return who
+
+    host.state.time_start = 1.0
+    assert changed(frames, is_video=True) == ["above"] * 5
+    assert host.reported == []
+    # In a picture by itself number 0 is the one at the left.
+    assert changed(frames[4:], is_video=False) == ["below"]
+    # Another job is another video.
+    host.state.time_start = 2.0
+    assert changed(frames[4:], is_video=True) == ["below"]
+
+
 def test_every_option_of_the_node_has_its_place_in_extras(host: Host) -> None:
     shown = set(host.extras().ui())
-    # `smoothing` is for the frames of a video, which these hosts do not hand over together.
     nodes = json.loads((ROOT / "tests" / "interfaces.json").read_text(encoding="utf-8"))
     wanted = set(nodes["OSDFaceRestore"][0]) - {"image", "model", "vae", "vre_name", "lora_name"}
-    assert wanted - {"smoothing"} <= shown
+    assert wanted <= shown
 
 
 def test_a_click_numbers_the_faces(host: Host, photograph: np.ndarray) -> None:
@@ -472,3 +568,306 @@ def test_what_forge_takes_for_stable_diffusion_2_and_is_not_its_base_is_passed_o
     model = SimpleNamespace(is_sd2=True, forge_objects_original=objects)
     host.sd_models.model_data.sd_model = model
     assert says in source().words
+
+
+# What the picture just made was made with
+
+
+class CrossAttention(Attention):
+    """The host's own attention, whose forward its hypernetworks reach."""
+
+    loaded: ClassVar[list[Callable[[torch.Tensor], torch.Tensor]]] = []
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        for hypernetwork in self.loaded:
+            context = hypernetwork(context)
+        return super().forward(x, context)
+
+
+class HostsUNet(UNet):
+    """The host's own UNet.
+
+    engine: in whose place it is, as TensorRT's; the host asks for it at the class's forward.
+    patches: on what each output block gives, as FreeU's; Forge hands them to the forward.
+    """
+
+    engine: ClassVar[list[Callable[[torch.Tensor], torch.Tensor]]] = []
+    patches: ClassVar[list[Callable[[torch.Tensor], torch.Tensor]]] = []
+
+    def forward(self, latents: torch.Tensor, timestep: int, prompts: torch.Tensor) -> torch.Tensor:
+        if self.engine:
+            return self.engine[0](latents)
+        handles = [
+            block.register_forward_hook(lambda module, given, x, patch=patch: patch(x))
+            for block in self.output_blocks.modules()
+            if isinstance(block, UNetResidual)
+            for patch in self.patches
+        ]
+        try:
+            return super().forward(latents, timestep, prompts)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def hosts_networks(path: Path) -> tuple[HostsUNet, Autoencoder]:
+    """A small checkpoint as working networks of the host's own classes."""
+    tensors = load_file(path)
+    networks = HostsUNet(SMALL.unet), Autoencoder(SMALL.vae, SMALL.vae_groups)
+    for network, prefix in zip(networks, (UNET_PREFIX, VAE_PREFIX), strict=True):
+        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        network.load_state_dict(own)
+    for module in networks[0].modules():
+        if type(module) is Attention:
+            module.__class__ = CrossAttention
+    return networks
+
+
+def as_held(kind: str, unet: HostsUNet, vae: Autoencoder) -> Any:
+    """The host's checkpoint, in the shape that it has there."""
+    info = SimpleNamespace(name="small.safetensors", filename="small.safetensors")
+    if kind == "a1111":
+        return SimpleNamespace(
+            is_sd2=True,
+            parameterization="eps",
+            model=SimpleNamespace(diffusion_model=unet),
+            first_stage_model=vae,
+            sd_checkpoint_info=info,
+        )
+    whole = nn.Module()
+    whole.diffusion_model = unet
+    held = SimpleNamespace(first_stage_model=vae)
+    original = SimpleNamespace(unet=SimpleNamespace(model=whole, model_options={}), vae=held)
+    # A patched clone shares the model, and has options of its own.
+    options = {"transformer_options": {"patches": {"output_block_patch": HostsUNet.patches}}}
+    patched = SimpleNamespace(unet=SimpleNamespace(model=whole, model_options=options), vae=held)
+    return SimpleNamespace(
+        is_sd2=True,
+        forge_objects_original=original,
+        forge_objects=patched,
+        sd_checkpoint_info=info,
+    )
+
+
+class SmallBackbone(LdmBackbone):
+    """Of small shapes."""
+
+    @classmethod
+    def from_tensors(cls, *given: Any, **options: Any) -> LdmBackbone:
+        return super().from_tensors(*given, shapes=SMALL, **options)
+
+
+@pytest.mark.parametrize("kind", ["a1111", "forge"])
+@pytest.mark.parametrize("what", ["hypernetworks", "FreeU", "TensorRT"])
+def test_what_a_picture_was_made_with_does_not_touch_the_restoring(
+    what: str,
+    kind: str,
+    host: Host,
+    small_base: Path,
+    photograph: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lora = tmp_path / "models" / "Lora" / LORA.name
+    lora.parent.mkdir(parents=True)
+    lora.touch()
+    host.load()
+    from osdface_webui import backbone
+
+    monkeypatch.setattr(backbone, "LdmBackbone", SmallBackbone)
+    monkeypatch.setattr(backbone, "read_tensors", lambda path: {})
+    monkeypatch.setattr(backbone, "parse_lora", lambda tensors, name: small_osdface())
+    # None is the built-in embedder.
+    monkeypatch.setattr(backbone.files, "ensure_embedder", lambda: None)
+    host.shared.opts.osdface_precision = "fp32"
+    unet, vae = hosts_networks(small_base)
+    held = host.sd_models.model_data.sd_model = as_held(kind, unet, vae)
+    as_it_was = dict(vars(held))
+    unet_module = SimpleNamespace(current_unet=None, current_unet_option=None)
+    host.shared.loaded_hypernetworks = CrossAttention.loaded
+    monkeypatch.setitem(sys.modules, "modules.sd_unet", unet_module)
+
+    latents, prompts = torch.ones(1, 4, 8, 8), torch.ones(1, 77, 1024)
+
+    def own() -> torch.Tensor:
+        with torch.no_grad():
+            return HostsUNet.forward(unet, latents, 399, prompts)
+
+    made, wanted = own(), host.restorer.restore(photograph)
+    assert not np.array_equal(wanted, photograph)
+
+    def halved(x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+    place = {
+        "hypernetworks": CrossAttention.loaded,
+        "FreeU": HostsUNet.patches,
+        "TensorRT": HostsUNet.engine,
+    }[what]
+    place.append(halved)
+    if what == "TensorRT":
+        unet_module.current_unet = unet_module.current_unet_option = halved
+    in_place = dict(vars(unet_module))
+    try:
+        changed = own()
+        assert not torch.equal(made, changed)  # the host's own network is touched
+        found = host.restorer.restore(photograph)
+        assert host.reported == []
+        assert np.array_equal(found, wanted)
+        # All of it is there for the next picture.
+        assert place == [halved] and torch.equal(own(), changed)
+        assert vars(held) == as_it_was and vars(unet_module) == in_place
+        assert host.shared.loaded_hypernetworks is CrossAttention.loaded
+    finally:
+        place.clear()
+
+
+# OSEDiff as an upscaler
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion 2.1-base with a text encoder of the real width and one block."""
+    path = tmp_path_factory.mktemp("webui") / "small.safetensors"
+    save_file(small_checkpoint() | text_encoder(2), path)
+    return path
+
+
+@pytest.fixture
+def small_networks(host: Host, small_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Networks of small shapes, and OSEDiff's weights of those shapes for a file that is there.
+
+    Gives that file.
+    """
+    weights = Path(str(host.modules["modules.paths_internal"].models_path)) / "osediff"
+    weights.mkdir(parents=True)
+    (weights / "osediff.safetensors").touch()
+    host.sd_models.checkpoints_list["small"] = SimpleNamespace(
+        title="small.safetensors", name="small.safetensors", filename=str(small_base)
+    )
+    host.load()
+    from osdface_webui import backbone
+
+    for name in ("load_osediff", "lend_osediff"):
+        monkeypatch.setattr(backbone, name, partial(getattr(backbone, name), shapes=SMALL))
+    monkeypatch.setattr(backbone, "read_tensors", lambda path: {})
+    monkeypatch.setattr(backbone, "parse_weights", lambda tensors, name: small_osediff())
+    host.shared.opts.osdface_precision = "fp32"
+    return weights / "osediff.safetensors"
+
+
+def lent(path: Path) -> Any:
+    """A checkpoint as AUTOMATIC1111 holds it."""
+    tensors = load_file(path)
+    unet, vae = (
+        tree({name.removeprefix(p): t for name, t in tensors.items() if name.startswith(p)})
+        for p in (UNET_PREFIX, VAE_PREFIX)
+    )
+    return SimpleNamespace(
+        is_sd2=True,
+        parameterization="eps",
+        model=SimpleNamespace(diffusion_model=unet),
+        first_stage_model=vae,
+        sd_checkpoint_info=SimpleNamespace(name="small.safetensors", filename=str(path)),
+    )
+
+
+def by_the_core(picture: np.ndarray, base: Path, scale: float) -> np.ndarray:
+    """What the core's function makes of a picture (H,W,C) uint8."""
+    networks = load_osediff(base, small_osediff(), dtype=torch.float32, shapes=SMALL)
+    given = torch.from_numpy(picture)[None] / 255
+    result = upscale(given, empty_text(base), networks, UpscaleOptions(scale)).pictures[0]
+    return (result * 255).round().byte().numpy()
+
+
+@pytest.mark.parametrize("where", ["as loaded", "beside the loaded checkpoint"])
+def test_osediff_enlarges_a_picture_on_the_loaded_checkpoint_or_a_file(
+    where: str, host: Host, small_networks: Path, small_base: Path, photograph: np.ndarray
+) -> None:
+    if where == "as loaded":
+        host.sd_models.model_data.sd_model = lent(small_base)
+        before = [p.clone() for p in lent(small_base).model.diffusion_model.parameters()]
+    else:
+        host.shared.opts.osdface_base = "small.safetensors"
+        host.sd_models.get_closet_checkpoint_match = host.sd_models.checkpoints_list.get
+        host.sd_models.checkpoints_list["small.safetensors"] = host.sd_models.checkpoints_list[
+            "small"
+        ]
+    (data,) = host.shared.sd_upscalers
+    assert data.name == "OSEDiff" and data.data_path == str(small_networks)
+    given = photograph[100:140, 180:228]
+    found = data.scaler.upscale(Image.fromarray(given), 2.0, data.data_path)
+    assert host.reported == []
+    wanted = by_the_core(given, small_base, 2.0)
+    assert found.size == (96, 80)
+    assert np.abs(np.array(found).astype(int) - wanted).max() <= 1
+    plain = Image.fromarray(given).resize((96, 80), Image.Resampling.BICUBIC)
+    assert np.abs(wanted.astype(int) - np.array(plain)).max() > 20
+    if where == "as loaded":
+        after = host.sd_models.model_data.sd_model.model.diffusion_model.parameters()
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    # Sides are multiples of 8 as the host's other upscalers give them, and alpha comes along.
+    fade = Image.linear_gradient("L").resize((48, 40))
+    with_alpha = Image.fromarray(given)
+    with_alpha.putalpha(fade)
+    found = data.scaler.upscale(with_alpha, 1.55, data.data_path)
+    assert found.mode == "RGBA" and found.size == (72, 56)
+    alpha = np.array(fade.resize((72, 56), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(np.array(found)[..., 3] - alpha).max() <= 3
+
+
+def test_what_osediff_cannot_do_is_reported_and_enlarged_all_the_same(
+    host: Host, small_networks: Path, photograph: np.ndarray
+) -> None:
+    (data,) = host.shared.sd_upscalers
+    image = Image.fromarray(photograph).resize((40, 24))
+    plain = np.array(image.resize((80, 48), Image.Resampling.LANCZOS))
+    found = data.scaler.upscale(image, 2, data.data_path)
+    assert np.array_equal(np.array(found), plain)
+    ((message, with_traceback),) = host.reported
+    assert "Stable Diffusion 2.1-base" in message and with_traceback
+    # A picture that gets smaller needs no networks, and neither does one that nobody waits for.
+    assert data.scaler.upscale(image, 0.5, data.data_path).size == (16, 8)
+    host.state.interrupted = True
+    found = data.scaler.upscale(image, 2, data.data_path)
+    assert np.array_equal(np.array(found), plain)
+    assert len(host.reported) == 1
+
+
+def test_osediff_is_registered_where_its_files_are(host: Host, tmp_path: Path) -> None:
+    def names() -> list[str]:
+        return [data.name for data in host.shared.sd_upscalers]
+
+    host.load()
+    assert names() == []
+    weights = tmp_path / "models" / "osediff"
+    weights.mkdir(parents=True)
+    (weights / "osediff_face.pkl").touch()
+    (weights / "osediff.pkl").touch()
+    host.load()
+    # No Stable Diffusion 2.1-base, and no checkpoint that might be one.
+    assert names() == []
+    base = tmp_path / "models" / "Stable-diffusion" / "v2-1_512-ema-pruned.safetensors"
+    base.parent.mkdir()
+    base.touch()
+    for _ in range(2):
+        host.load()
+        assert names() == ["OSEDiff", "OSEDiff (faces)"]
+
+
+def test_forge_neo_which_looks_for_no_upscalers_keeps_ours(
+    host: Host, small_networks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_upscalers() -> None:
+        del host.shared.sd_upscalers
+        none = SimpleNamespace(name="None", scaler=SimpleNamespace())
+        host.shared.sd_upscalers = [none]
+
+    # Its own script of the Extras tab has the function by its name.
+    script = SimpleNamespace(load_upscalers=load_upscalers)
+    host.scripts.postprocessing_scripts_data = [SimpleNamespace(module=script)]
+    monkeypatch.setattr(host.modules["modules.modelloader"], "load_upscalers", load_upscalers)
+    for _ in range(2):
+        host.load()
+        script.load_upscalers()
+        assert [data.name for data in host.shared.sd_upscalers] == ["None", "OSEDiff"]

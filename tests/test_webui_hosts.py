@@ -24,7 +24,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from osdface_core.ldm.osediff import load_osediff
+from osdface_core.ldm.text import empty_text
+from osdface_core.osediff.upscale import UpscaleOptions, upscale
+from osdface_core.sd21.files import BASE
 from tests.conftest import ROOT
+from tests.small_sd21 import SMALL, small_checkpoint, small_osediff, text_encoder
 
 COMMON = (
     "--skip-torch-cuda-test",
@@ -46,7 +51,7 @@ ARGUMENTS = {
     ),
     "neo": ("--cpu",),
 }
-STARTED = 300
+STARTED = 600
 # A script of the host that puts a photograph in place of what the random weights make, just before
 # faces are restored, and presses Reload UI.
 HELPER = """
@@ -70,6 +75,21 @@ def routes(demo, app):
     app.add_api_route("/test/reload", shared.state.request_restart, methods=["POST"])
 
 script_callbacks.on_app_started(routes)
+"""
+
+
+# A script of the host that lets OSEDiff's networks be small.
+SMALL_OSEDIFF = """
+import importlib.util
+from functools import partial
+
+from osdface_webui import backbone
+
+spec = importlib.util.spec_from_file_location("small_sd21", {path!r})
+small = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(small)
+backbone.load_osediff = partial(backbone.load_osediff, shapes=small.SMALL)
+backbone.parse_weights = lambda tensors, name: small.small_osediff()
 """
 
 
@@ -160,6 +180,20 @@ def difference(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
 
 
+def add_small_osediff(place: Path) -> None:
+    """A small Stable Diffusion 2.1-base and OSEDiff's weights for it, in a host's data folder."""
+    for name, tensors in (
+        (f"Stable-diffusion/{BASE.name}", small_checkpoint() | text_encoder(2)),
+        ("osediff/osediff.safetensors", {"unused": torch.zeros(1)}),
+    ):
+        path = place / "models" / name
+        path.parent.mkdir(parents=True)
+        save_file(tensors, path)
+    script = place / "extensions" / "test_small" / "scripts" / "small.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(SMALL_OSEDIFF.format(path=str(ROOT / "tests" / "small_sd21.py")))
+
+
 def start(host: str, place: Path, photograph: Path, *arguments: str) -> Server:
     folder = Path(os.environ.get(f"OSDFACE_{host.upper()}_DIR", "/nowhere"))
     if not folder.is_dir():
@@ -223,8 +257,9 @@ def photograph(photographs: Path) -> Path:
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, photograph: Path
 ) -> Iterator[Server]:
-    """Each host without any weights, behind a password."""
+    """Each host without any weights but OSEDiff's small ones, behind a password."""
     place = tmp_path_factory.mktemp(request.param)
+    add_small_osediff(place)
     server = start(request.param, place, photograph, "--api-auth", "somebody:word")
     server.auth = ("somebody", "word")
     yield server
@@ -273,6 +308,9 @@ def test_transparency_and_grey_stay(server: Server, photograph: Path) -> None:
     grey = image.convert("L")
     after = decoded(server.restore(grey)["image"])
     assert after.mode == "L" and difference(after, grey) > 10
+    result = server.restore(Image.fromarray(np.array(grey).astype(np.uint16) * 257))
+    assert difference(decoded(result["image"]), after) == 0
+    assert "has 8 now" in result["report"]
 
 
 def test_a_picture_without_a_face_comes_back_bit_by_bit(server: Server) -> None:
@@ -301,6 +339,28 @@ def test_the_hosts_own_extras_do_nothing_of_ours_unasked(server: Server) -> None
     assert difference(decoded(answer.json()["image"]).convert("RGB"), image) == 0
 
 
+def test_osediff_enlarges_a_picture_in_extras(server: Server) -> None:
+    assert [x["name"] for x in server.get("/sdapi/v1/upscalers")].count("OSEDiff") == 1
+    # Half precision is what `automatic` takes where the processor has it.
+    assert server.post("/sdapi/v1/options", {"osdface_precision": "fp32"}).ok
+    image = Image.effect_noise((40, 24), 60).convert("RGB")
+    body = {"image": encoded(image), "upscaling_resize": 2, "upscaler_1": "OSEDiff"}
+    answer = server.post("/sdapi/v1/extra-single-image", body)
+    assert answer.ok, answer.text
+    after = np.array(decoded(answer.json()["image"]).convert("RGB"))
+    base = server.place / "models" / "Stable-diffusion" / BASE.name
+    networks = load_osediff(
+        base, small_osediff(), device=torch.device("cpu"), dtype=torch.float32, shapes=SMALL
+    )
+    given = torch.from_numpy(np.array(image))[None] / 255
+    wanted = upscale(given, empty_text(base), networks, UpscaleOptions(2.0)).pictures[0] * 255
+    worst = float((torch.from_numpy(after) - wanted).abs().max())
+    report(f"{server.host}: differs by {worst:.2f} of 255")
+    assert worst <= 1
+    plain = np.array(image.resize((80, 48), Image.Resampling.BICUBIC))
+    assert np.abs(after.astype(int) - plain).mean() > 20
+
+
 # With full-size networks
 
 
@@ -310,40 +370,8 @@ def whole_checkpoint(stand_ins: Path) -> Path:
     path = stand_ins / "v2-1_512-with-text.safetensors"
     if not path.is_file():
         tensors = load_file(stand_ins / "v2-1_512-seeded.safetensors")
-        save_file(tensors | text_encoder(), path)
+        save_file(tensors | text_encoder(23), path)
     return path
-
-
-def text_encoder() -> dict[str, torch.Tensor]:
-    """OpenCLIP's ViT-H text encoder in fp16, by its names in a checkpoint."""
-    width, names = 1024, "cond_stage_model.model."
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.02).half()
-
-    tensors = {
-        "token_embedding.weight": random(49408, width),
-        "positional_embedding": random(77, width),
-        "text_projection": random(width, width),
-        "logit_scale": torch.tensor(4.6).half(),
-    }
-    norms = ["ln_final"]
-    for i in range(23):
-        block = f"transformer.resblocks.{i}."
-        norms += [f"{block}ln_1", f"{block}ln_2"]
-        for name, out, inside in (
-            ("attn.in_proj_", 3 * width, width),
-            ("attn.out_proj.", width, width),
-            ("mlp.c_fc.", 4 * width, width),
-            ("mlp.c_proj.", width, 4 * width),
-        ):
-            tensors[f"{block}{name}weight"] = random(out, inside)
-            tensors[f"{block}{name}bias"] = random(out)
-    for name in norms:
-        tensors[f"{name}.weight"] = torch.ones(width).half()
-        tensors[f"{name}.bias"] = torch.zeros(width).half()
-    return {names + name: tensor for name, tensor in tensors.items()}
 
 
 @pytest.fixture(scope="module", params=list(ARGUMENTS))

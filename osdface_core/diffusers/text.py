@@ -10,14 +10,10 @@ from torch import Tensor
 
 from ..errors import OSDFaceError
 from ..sd21.adapters import some
-from ..sd21.backbone import TEXT_WIDTH, TOKENS
+from ..sd21.backbone import BEGIN, END, PAD, TEXT_HEAD_WIDTH, TEXT_WIDTH, TOKENS
+from ..sd21.base_model import TEXT_PREFIX as PREFIX
 from ..weights.reading import read_tensors
 from .loading import REMEDY
-
-PREFIX = "cond_stage_model.model."
-# CLIP's marks of a text's beginning and end; what follows the end is 0 in Stable Diffusion 2.
-BEGIN, END, PAD = 49406, 49407, 0
-HEAD_WIDTH = 64
 
 
 class TextEncoder:
@@ -119,7 +115,7 @@ def _from_checkpoint(path: Path) -> Any:
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=last,
-        num_attention_heads=max(1, width // HEAD_WIDTH),
+        num_attention_heads=max(1, width // TEXT_HEAD_WIDTH),
         max_position_embeddings=TOKENS,
         hidden_act="gelu",
         projection_dim=512,

@@ -65,7 +65,6 @@ def find_faces(
     check_pictures(images)
     count, height, width = images.shape[:3]
     choose((), options.choice, width, height)
-    report_step = progress or no_progress
     small = torch.zeros(count, 3, THUMBNAIL, THUMBNAIL)
 
     def look(part: slice, pixels: Tensor) -> None:
@@ -81,13 +80,36 @@ def find_faces(
         faint=count > 2,
     )
     everyone, verdicts = place_faces(found, small, width, height, options)
+    return cut_out(
+        images,
+        everyone,
+        verdicts,
+        network,
+        options,
+        out_of_memory=out_of_memory,
+        progress=progress,
+    )
+
+
+def cut_out(
+    images: Tensor,
+    everyone: tuple[Face, ...],
+    verdicts: tuple[str, ...],
+    network: RetinaFace,
+    options: DetectOptions,
+    *,
+    out_of_memory: Callable[[BaseException], bool],
+    progress: Progress | None,
+) -> Found:
+    """The chosen of all faces, cut out of pictures (B,H,W,C); the rest as in `find_faces`."""
+    count, height, width = images.shape[:3]
     chosen = tuple(
         face for face, verdict in zip(everyone, verdicts, strict=True) if verdict == CHOSEN
     )
     size = options.crop_size
     crops = torch.empty(len(chosen), size, size, 3, device=images.device)
     for i, face in enumerate(chosen):
-        report_step(0)
+        (progress or no_progress)(0)
         cut = partial(crop_faces, images, [face.frame], [face.matrix], size)
         crops[i : i + 1] = on_first((network.home, images.device), cut, out_of_memory)
     return Found(
@@ -115,12 +137,12 @@ def place_faces(
     height: of the pictures, in pixels.
     options: how faces are chosen and cut out.
     """
-    everyone = number_faces(_follow(found, shots(small), options), options.choice.order)
+    everyone = number_faces(follow_faces(found, shots(small), options), options.choice.order)
     everyone.sort(key=lambda face: (face.frame, face.number))
     return tuple(everyone), tuple(choose(everyone, options.choice, width, height))
 
 
-def _follow(
+def follow_faces(
     found: list[list[Detection]], shot_numbers: list[int], options: DetectOptions
 ) -> list[Face]:
     """A Face for each detection and each bridged miss, numbered by track, its matrix smoothed."""

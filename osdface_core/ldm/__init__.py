@@ -6,4 +6,5 @@ loading    reads, checks and assigns the tensors
 backbone   both networks as the core's Backbone
 builtin    the small built-in model
 osediff    with OSEDiff's weights
+text       the empty text, for OSEDiff
 """

@@ -16,9 +16,9 @@ from ..cpu import exact, optimized
 from ..devices import VALUES_PER_FACE, best_device, best_dtype, max_batch
 from ..sd21.adapters import Lora
 from ..sd21.backbone import SIDE
-from ..sd21.base_model import REMEDY, SCALING, UNET_PREFIX, VAE_PREFIX, check_checkpoint
+from ..sd21.base_model import REMEDY, SCALING
 from ..sd21.schedule import x0_of
-from .loading import SD21, Shapes, Tensors, add_lora, load, read
+from .loading import SD21, Shapes, Tensors, add_lora, check_tensors, load, read
 from .networks import UNet
 
 
@@ -122,9 +122,7 @@ class LdmBackbone:
         shapes: of the networks.
         remedy: the end of an error's sentence.
         """
-        whole = {UNET_PREFIX + name: tensor for name, tensor in unet.items()}
-        whole |= {VAE_PREFIX + name: tensor for name, tensor in autoencoder.items()}
-        check_checkpoint(whole, source, remedy)
+        check_tensors(unet, autoencoder, source, remedy)
         networks = load(unet, autoencoder, source, shapes, remedy)
         if lora is not None and strength:
             add_lora(networks[0], lora, strength, lora_name, merge=False)

@@ -74,6 +74,17 @@ def read(path: Path, shapes: Shapes = SD21) -> tuple[Tensors, Tensors]:
     return unet, vae
 
 
+def check_tensors(unet: Tensors, autoencoder: Tensors, source: str, remedy: str = REMEDY) -> None:
+    """Raises OSDFaceError unless tensors by LDM names are those of Stable Diffusion 2.1-base.
+
+    source: where they are from.
+    remedy: the end of the sentence.
+    """
+    whole = {UNET_PREFIX + name: tensor for name, tensor in unet.items()}
+    whole |= {VAE_PREFIX + name: tensor for name, tensor in autoencoder.items()}
+    check_checkpoint(whole, source, remedy)
+
+
 def _read_folder(path: Path, shapes: Shapes) -> tuple[Tensors, Tensors]:
     check_folder(path)
     vae_layers = vae_encoder_layers(shapes.vae) | vae_decoder_layers(shapes.vae)

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from ..osediff.weights import FIRST, Weights
+from ..sd21.base_model import REMEDY
 from ..sd21.modules import unet_layers
 from .backbone import LdmBackbone
-from .loading import SD21, Shapes, add_lora, load, read
+from .loading import SD21, Shapes, Tensors, add_lora, check_tensors, load, read
+from .networks import Autoencoder, UNet
 
 
 def load_osediff(
@@ -33,10 +35,47 @@ def load_osediff(
     dtype: the best for the device, if None.
     shapes: of the networks.
     """
-    unet, autoencoder = load(*read(model, shapes), model.name, shapes)
+    networks = load(*read(model, shapes), model.name, shapes)
+    _add(networks, weights, source, merge=True)
+    return LdmBackbone(*networks, device=device, dtype=dtype)
+
+
+def lend_osediff(
+    unet: Tensors,
+    autoencoder: Tensors,
+    model: str,
+    weights: Weights,
+    source: str = "OSEDiff's weights",
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    shapes: Shapes = SD21,
+    remedy: str = REMEDY,
+) -> LdmBackbone:
+    """The backbone of tensors that another program holds, with OSEDiff's weights.
+
+    They are neither copied nor written to. Raises OSDFaceError as LdmBackbone.from_tensors does.
+
+    unet: as there.
+    autoencoder: as there.
+    model: what it is, such as the checkpoint's name, for errors.
+    weights: each merged whenever its layer is called.
+    source: the weights' name, for errors.
+    device: to compute on; the best there is, if None.
+    dtype: to compute in; the best for the device, if None.
+    shapes: of the networks.
+    remedy: the end of an error's sentence.
+    """
+    check_tensors(unet, autoencoder, model, remedy)
+    networks = load(unet, autoencoder, model, shapes, remedy)
+    _add(networks, weights, source, merge=False)
+    return LdmBackbone(*networks, device=device, dtype=dtype, owned=False)
+
+
+def _add(networks: tuple[UNet, Autoencoder], weights: Weights, source: str, *, merge: bool) -> None:
+    unet, autoencoder = networks
     first = unet.get_submodule(unet_layers()[FIRST].ldm)
     first.weight = nn.Parameter(weights.first_weight.clone(), requires_grad=False)
     first.bias = nn.Parameter(weights.first_bias.clone(), requires_grad=False)
-    add_lora(unet, weights.unet, 1.0, source, merge=True)
-    add_lora(autoencoder, weights.encoder, 1.0, source, merge=True)
-    return LdmBackbone(unet, autoencoder, device=device, dtype=dtype)
+    add_lora(unet, weights.unet, 1.0, source, merge=merge)
+    add_lora(autoencoder, weights.encoder, 1.0, source, merge=merge)

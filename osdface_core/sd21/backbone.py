@@ -14,6 +14,10 @@ SIDE = 512
 # Tokens of a prompt, and the width of each.
 TOKENS = 77
 TEXT_WIDTH = 1024
+# CLIP's marks of a text's beginning and end; what follows the end is 0 in Stable Diffusion 2.
+BEGIN, END, PAD = 49406, 49407, 0
+# Of one head of the text encoder's attention.
+TEXT_HEAD_WIDTH = 64
 # SiLU's minimum: no value of a visual prompt is below it, and some value of any text prompt is.
 VISUAL_MINIMUM = -0.28
 

@@ -23,6 +23,7 @@ REMEDY = (
 SCALING = 0.18215
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+TEXT_PREFIX = "cond_stage_model.model."
 # SD 2.1's 768-v checkpoint has the same names and shapes. As in ComfyUI, it is recognised by the
 # standard deviation of this bias, which is far larger there.
 V_WITNESS = UNET_PREFIX + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
