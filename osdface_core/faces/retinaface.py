@@ -6,11 +6,16 @@ narrow trunk, which is our own: 236,000 weights.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Operations, load_network
+
+if TYPE_CHECKING:
+    from .resnet50 import ResNet50
 
 # Two anchors of these sides at every cell of the three feature maps, with which facexlib's files
 # were trained.
@@ -186,11 +191,12 @@ class RetinaFace(nn.Module):
     def __init__(self, trunk: str, operations: Operations = nn) -> None:
         super().__init__()
         self.needs_refinement = trunk == "narrow"
+        self.body: ResNet50 | MobileNet
         if trunk == "resnet50":
             # To import torchvision takes as long as torch itself.
-            from .resnet50 import ResNet50
+            from . import resnet50
 
-            self.body = ResNet50()
+            self.body = resnet50.ResNet50()
         else:
             self.body = (Narrow if trunk == "narrow" else MobileNet)(operations)
         width, slope = {"resnet50": (256, 0.0), "narrow": (48, 0.1)}.get(trunk, (64, 0.1))
