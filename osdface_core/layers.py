@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import OSDFaceError
 
@@ -14,6 +16,33 @@ from .errors import OSDFaceError
 Operations = Any
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves out what torch.nn.init does."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """A context in which networks are made without values, on the device "meta".
+
+    To draw values there, as an embedding does, torch would import its compiler, which takes as long
+    as two faces.
+    """
+    with torch.device("meta"), _NoInit():
+        yield
 
 
 def load_network(
@@ -34,7 +63,7 @@ def load_network(
     remedy: its end.
     spare: whether tensors that have no place in the network are ignored.
     """
-    with torch.device("meta"):
+    with shapes_only():
         network = make()
     wanted = network.state_dict()
     faults = {name: _fault(tensors.get(name), place.shape) for name, place in wanted.items()}

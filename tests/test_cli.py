@@ -8,6 +8,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -1058,3 +1059,45 @@ def test_it_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "which does not exist" in done.stderr
+
+
+def test_a_face_takes_nothing_of_the_packages_that_are_slow_to_import(
+    face: np.ndarray, tmp_path: Path
+) -> None:
+    """Each of them takes as much of the processor as several faces, or as torch itself."""
+    Image.fromarray(face).save(tmp_path / "face.png")
+    code = (
+        "import json, sys; from osdface_core.cli import main\n"
+        "assert main(['restore', 'face.png', 'out.png', '--report', 'report.json']) == 0\n"
+        "slow = {'diffusers', 'peft', 'transformers', 'torchvision', 'scipy', 'torch._dynamo'}\n"
+        "print(slow & set(sys.modules))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.stdout.splitlines() == ["1 done", "set()"]
+    assert len(entries(tmp_path / "report.json")["face.png"]["faces"]) == 1
+
+
+@pytest.mark.parametrize("asked", [None, "ACTIVE"])
+def test_threads_that_wait_leave_the_processor_to_others(asked: str | None) -> None:
+    """Unless the user has said otherwise. GNU's OpenMP tells how often a waiting thread looks."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE"}
+    environment |= {"OMP_WAIT_POLICY": asked} if asked else {}
+    done = subprocess.run(
+        [sys.executable, "-m", "osdface_core", "--help"],
+        check=True,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    looks = re.findall(r"GOMP_SPINCOUNT\s*=\s*'(\d+)'", done.stderr)
+    assert looks or sys.platform != "linux"
+    assert all((int(number) > 0) == (asked == "ACTIVE") for number in looks)

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import tracemalloc
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
 
 pytest.importorskip("diffusers", reason="no diffusers: pip install -r requirements-dev.txt")
 pytest.importorskip("av", reason="no PyAV: pip install -r requirements-dev.txt")
@@ -529,6 +532,35 @@ def test_a_name_as_long_as_names_may_be(
     face.save(tmp_path / "in" / name)
     assert run(tmp_path / "in", tmp_path / "out") == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_pillow_s_limits_come_back_when_the_last_of_several_threads_is_done(
+    nobody: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody.save(tmp_path / "scan.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    text, filters = PngImagePlugin.MAX_TEXT_CHUNK, list(warnings.filters)
+    first_is_in, first_is_out = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with pictures.opened(tmp_path / "scan.png"):
+            first_is_in.set()
+            assert second_is_in.wait(60)
+        first_is_out.set()
+
+    second_is_in = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(first)
+        assert first_is_in.wait(60)
+        with pictures.opened(tmp_path / "scan.png"):
+            second_is_in.set()
+            assert first_is_out.wait(60)
+            # Still without a limit here.
+            assert Image.open(tmp_path / "scan.png").size == (128, 96)
+        done.result()
+    assert Image.MAX_IMAGE_PIXELS == 1000
+    assert text == PngImagePlugin.MAX_TEXT_CHUNK
+    assert warnings.filters == filters
 
 
 def test_a_scan_beyond_pillow_s_limit_is_read_and_one_beyond_memory_named(

@@ -20,7 +20,15 @@ from benchmarks.detection import turned
 from osdface_core.chunks import OUT_OF_MEMORY
 from osdface_core.errors import OSDFaceError
 from osdface_core.faces.align import TEMPLATE
-from osdface_core.faces.candidates import Candidates, Overlaps, detect_once, nms, overlaps
+from osdface_core.faces.candidates import (
+    OVERLAP,
+    Candidates,
+    Overlaps,
+    detect_once,
+    nms,
+    overlaps,
+    suppressed,
+)
 from osdface_core.faces.choose import Choice
 from osdface_core.faces.detect import Detection, DetectOptions, detect
 from osdface_core.faces.files import BUILTIN_DETECTOR
@@ -448,6 +456,25 @@ def test_of_boxes_that_are_one_the_best_is_kept() -> None:
     kept = nms(scores, same)
     assert 50 < len(kept) < 350
     assert torch.equal(kept, kept_by_a_table(scores, same))
+
+
+def test_suppression_is_torchvision_s() -> None:
+    """Each of 60 faces seen twelve times, some scores equal."""
+    from torchvision.ops import batched_nms
+
+    numbers = torch.Generator().manual_seed(5)
+    centre = torch.rand(60, 4, generator=numbers) * 900
+    sides = 10 + torch.rand(60, 1, generator=numbers) * 300
+    box = torch.cat([centre[:, :2], centre[:, :2] + sides], 1).repeat(12, 1)
+    box += torch.randn(box.shape, generator=numbers) * sides.repeat(12, 1) * 0.06
+    frame = torch.arange(len(box)) % 2
+    score = (torch.rand(len(box), generator=numbers) * 50).round() / 50
+    found = Candidates(frame, box, score, torch.zeros(len(box), 5, 2), frame * 0)
+    kept = batched_nms(box, score, frame, OVERLAP)
+    ours = suppressed(found)
+    assert 30 < len(ours) < 600
+    assert torch.equal(ours.box, box[kept])
+    assert torch.equal(ours.frame, frame[kept])
 
 
 def test_a_crowd_at_any_angle_is_what_a_table_of_each_with_each_gives(

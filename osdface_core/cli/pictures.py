@@ -12,6 +12,7 @@ import io
 import os
 import re
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -181,19 +182,48 @@ def read(path: Path) -> Picture:
         ) from error
 
 
+class _Limits:
+    """Pillow's limits and Python's warnings, one for all threads: off while any has a file open."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.before: tuple[int | None, int] = (None, 0)
+        self.quiet = warnings.catch_warnings()
+
+    def lift(self) -> None:
+        with self.lock:
+            if not self.users:
+                self.before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+                Image.MAX_IMAGE_PIXELS = None
+                PngImagePlugin.MAX_TEXT_CHUNK = 64 * self.before[1]
+                self.quiet = warnings.catch_warnings()
+                self.quiet.__enter__()
+                # What is odd in a file but can be read is no news to its owner.
+                warnings.simplefilter("ignore")
+            self.users += 1
+
+    def back(self) -> None:
+        """The last one that had a file open leaves them as the first one found them."""
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                self.quiet.__exit__(None, None, None)
+                Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = self.before
+
+
+_limits = _Limits()
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """A context with a file opened by Pillow, whatever its size: the user has named it."""
-    limit, text = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
-    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, 64 * text
+    _limits.lift()
     try:
-        with warnings.catch_warnings():
-            # What is odd in a file but can be read is no news to its owner.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                yield image
+        with Image.open(path) as image:
+            yield image
     finally:
-        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limit, text
+        _limits.back()
 
 
 def is_picture(path: Path) -> bool:

@@ -17,7 +17,6 @@ from ..catalogue import CATALOGUE
 from ..chunks import Progress
 from ..devices import best_device, best_dtype
 from ..diffusers.backbone import DiffusersBackbone
-from ..diffusers.builtin import load_backbone
 from ..errors import OSDFaceError
 from ..faces import find
 from ..faces.align import crop_faces
@@ -29,11 +28,13 @@ from ..faces.face_parser import build_parser, parse_faces
 from ..faces.files import BUILTIN_DETECTOR, DETECTORS, PARSER
 from ..faces.paste import PasteOptions, paste
 from ..faces.retinaface import RetinaFace, build_retinaface
+from ..ldm.builtin import load_backbone
 from ..osdface import builtin
 from ..osdface.files import LORA, VRE, VRE_CHECKPOINT
 from ..osdface.lora import parse_lora
 from ..osdface.restore import restore
 from ..osdface.vre import build_embedder, embed, read_embedder
+from ..sd21.backbone import Backbone
 from ..sd21.files import BASE
 from ..sd21.one_step import Restored
 from ..weights.catalogue import BUILTIN, NONE, WeightFile
@@ -256,7 +257,9 @@ class Restorer:
             if options.parser_file
             else None
         )
+        self.backbone: Backbone
         if options.model == BUILTIN:
+            # In plain torch: to import diffusers takes as long as ten faces.
             self.backbone = load_backbone(self.device, dtype)
         else:
             strength = 0.0 if options.lora == NONE else options.lora_strength

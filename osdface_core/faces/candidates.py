@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from ..cpu import optimized
 from ..pictures.resampling import antialiased
@@ -55,14 +54,14 @@ def detect_once(network: RetinaFace, pixels: Tensor, confidence: float) -> Candi
         boxes, scores, landmarks = network(pixels.flip(1) * 255 - mean)
     frame, anchor = torch.nonzero(scores > confidence, as_tuple=True)
     columns = frame[:, None], boxes[frame, anchor], scores[frame, anchor, None]
-    # One copy; and suppressed on the CPU, since a torchvision may know no other device.
+    # One copy: what follows is many small steps.
     table = torch.cat([*columns, landmarks[frame, anchor].flatten(1)], 1).float().cpu()
     table = table[table.isfinite().all(1)]
     numbers = table[:, 0].long()
     # facexlib's landmarks have the first pixel's centre at 0; ours have it at 0.5.
     points = table[:, 6:].unflatten(1, (5, 2)) + 0.5
     found = Candidates(numbers, table[:, 1:5], table[:, 5], points, torch.zeros_like(numbers))
-    return found[batched_nms(found.box, found.score, found.frame, OVERLAP)]
+    return suppressed(found)
 
 
 def shrink(pixels: Tensor, longest: int) -> tuple[Tensor, Tensor]:
@@ -202,11 +201,22 @@ def roll_of(found: Candidates) -> Tensor:
 
 def nms(scores: Tensor, same: Overlaps) -> Tensor:
     """Non-maximum suppression by the pairs of a list with itself that are one: best first."""
-    left = torch.ones(len(scores), dtype=torch.bool)
+    left = [True] * len(scores)
     starts = torch.searchsorted(same.one, torch.arange(len(scores) + 1)).tolist()
+    others = same.other.tolist()
     kept = []
     for i in scores.argsort(descending=True, stable=True).tolist():
         if left[i]:
             kept.append(i)
-            left[same.other[starts[i] : starts[i + 1]]] = False
+            for j in others[starts[i] : starts[i + 1]]:
+                left[j] = False
     return torch.tensor(kept, dtype=torch.long)
+
+
+def suppressed(found: Candidates) -> Candidates:
+    """Those left by non-maximum suppression in each picture, as torchvision's batched_nms has it.
+
+    Best first. To import torchvision takes as long as torch itself.
+    """
+    pairs = overlaps(found, found)
+    return found[nms(found.score, pairs[pairs.union.double() > OVERLAP])]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from ..chunks import Progress, in_chunks, is_out_of_memory, no_progress
 from ..pictures.geometry import Box, Points
@@ -29,6 +28,7 @@ from .candidates import (
     rotate_back,
     scale_candidates,
     shrink,
+    suppressed,
     translate_candidates,
 )
 from .choose import Choice
@@ -188,9 +188,7 @@ def detect_in_tiles(
             ):
                 inside &= (found.box[:, column] < edge) | picture_edge
             parts.append(translate_candidates(found[inside & (longer_side(found) < limit)], x1, y1))
-    found = Candidates.join(parts)
-    found = found[batched_nms(found.box, found.score, found.frame, OVERLAP)]
-    found = scale_candidates(found, back)
+    found = scale_candidates(suppressed(Candidates.join(parts)), back)
     if faint is not None:
         faint.append(found[found.score <= confidence])
     return found[found.score > confidence]

@@ -6,12 +6,16 @@ narrow trunk, which is our own: 236,000 weights.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
 
 from ..layers import Operations, load_network
+
+if TYPE_CHECKING:
+    from .resnet50 import ResNet50
 
 # Two anchors of these sides at every cell of the three feature maps, with which facexlib's files
 # were trained.
@@ -115,22 +119,6 @@ class Narrow(MobileNet):
         )
 
 
-class ResNet50(ResNet):
-    """(B,3,H,W) -> features of 512, 1024 and 2048 channels at 1/8, 1/16 and 1/32 of the size."""
-
-    channels = (512, 1024, 2048)
-
-    def __init__(self) -> None:
-        super().__init__(Bottleneck, [3, 4, 6, 3])
-        del self.avgpool, self.fc
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
-        first = self.layer2(x)
-        second = self.layer3(first)
-        return first, second, self.layer4(second)
-
-
 class FeaturePyramid(nn.Module):
     """Brings three feature maps to one width and adds the coarser ones to the finer."""
 
@@ -203,11 +191,14 @@ class RetinaFace(nn.Module):
     def __init__(self, trunk: str, operations: Operations = nn) -> None:
         super().__init__()
         self.needs_refinement = trunk == "narrow"
-        self.body = (
-            ResNet50()
-            if trunk == "resnet50"
-            else (Narrow if trunk == "narrow" else MobileNet)(operations)
-        )
+        self.body: ResNet50 | MobileNet
+        if trunk == "resnet50":
+            # To import torchvision takes as long as torch itself.
+            from . import resnet50
+
+            self.body = resnet50.ResNet50()
+        else:
+            self.body = (Narrow if trunk == "narrow" else MobileNet)(operations)
         width, slope = {"resnet50": (256, 0.0), "narrow": (48, 0.1)}.get(trunk, (64, 0.1))
         self.fpn = FeaturePyramid(self.body.channels, width, slope, operations)
         self.ssh1, self.ssh2, self.ssh3 = (ContextModule(width, slope, operations) for _ in STEPS)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OSDFaceError
+from ..layers import shapes_only
 from ..sd21.adapters import Lora, some
 from ..sd21.base_model import (
     REMEDY,
@@ -121,7 +122,7 @@ def build(
     source: where they are from, for errors.
     remedy: the end of the sentence.
     """
-    with torch.device("meta"):
+    with shapes_only():
         network = make()
     faults = []
     for name, place in list(network.named_parameters()):

@@ -70,7 +70,7 @@ class ToneCurve:
 
     def at(self, light: Tensor) -> Tensor:
         """The colours (...,3) of luminances (...); they may leave [0,1]."""
-        # Between two points; by `_hats` it would take a number for each point and pixel.
+        # Between two points.
         place = light.clamp(0, 1).sqrt() * (POINTS - 1)
         low = place.floor().clamp(max=POINTS - 2)
         table, first = self.differences.to(light), low.long()
@@ -147,11 +147,14 @@ def _block_means(picture: Tensor) -> tuple[Tensor, Tensor]:
     blocks = torch.stack([strips[:, :, x : x + block] for x in columns])
     pixels = finite(blocks.cpu()).flatten(2, 3).flatten(0, 1).double()
     light = luminance(pixels)
-    return _hats(light).mean(1), (pixels[..., ::2] - light[..., None]).mean(1)
+    return _shares(light), (pixels[..., ::2] - light[..., None]).mean(1)
 
 
-def _hats(light: Tensor) -> Tensor:
-    """(...) -> the weights (...,POINTS) by which the points of [0,1] around it are mixed."""
-    place = light.clamp(0, 1).sqrt()[..., None] * (POINTS - 1)
-    points = torch.arange(POINTS, device=light.device, dtype=light.dtype)
-    return (1 - (place - points).abs()).clamp_min(0)
+def _shares(light: Tensor) -> Tensor:
+    """Luminances (N,n) -> (N,POINTS): how much each point has of them, each between two points."""
+    place = light.clamp(0, 1).sqrt() * (POINTS - 1)
+    low = place.floor().clamp(max=POINTS - 2)
+    shares = light.new_zeros(len(light), POINTS)
+    shares.scatter_add_(1, low.long(), 1 - (place - low))
+    shares.scatter_add_(1, low.long() + 1, place - low)
+    return shares / light.shape[1]
