@@ -160,10 +160,16 @@ def difference(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
 
 
-def start(host: str, place: Path, photograph: Path, *arguments: str) -> Server:
+def installed(host: str) -> Path:
+    """The folder of a host; the test is skipped where there is none."""
     folder = Path(os.environ.get(f"OSDFACE_{host.upper()}_DIR", "/nowhere"))
     if not folder.is_dir():
         pytest.skip(f"no WebUI: set OSDFACE_{host.upper()}_DIR to its folder")
+    return folder
+
+
+def start(host: str, place: Path, photograph: Path, *arguments: str) -> Server:
+    folder = installed(host)
     own = folder / "venv" / "bin" / "python"
     extensions = place / "extensions"
     extensions.mkdir(parents=True, exist_ok=True)
@@ -224,6 +230,7 @@ def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, photograph: Path
 ) -> Iterator[Server]:
     """Each host without any weights, behind a password."""
+    installed(request.param)
     place = tmp_path_factory.mktemp(request.param)
     server = start(request.param, place, photograph, "--api-auth", "somebody:word")
     server.auth = ("somebody", "word")
@@ -351,12 +358,14 @@ def full(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     photograph: Path,
-    stand_ins: Path,
-    whole_checkpoint: Path,
 ) -> Iterator[Server]:
     """Each host with OSDFace's stand-in weights and, where it knows Stable Diffusion 2, with that
     as the only checkpoint; on Forge-Neo, which does not, beside it.
     """
+    folder = installed(request.param)
+    # Gigabytes are read and written for the checkpoint: not where no host is there to take it.
+    stand_ins: Path = request.getfixturevalue("stand_ins")
+    whole_checkpoint: Path = request.getfixturevalue("whole_checkpoint")
     place = tmp_path_factory.mktemp(f"{request.param}_full")
     models = place / "models"
     for name in ("Stable-diffusion", "Lora"):
@@ -367,9 +376,7 @@ def full(
     if request.param == "a1111":
         # Without it the host runs the UNet to see what it predicts.
         settings = "repositories/stable-diffusion-stability-ai/configs/stable-diffusion"
-        folder = Path(os.environ.get("OSDFACE_A1111_DIR", "/nowhere"))
-        if folder.is_dir():
-            checkpoint.with_suffix(".yaml").symlink_to(folder / settings / "v2-inference.yaml")
+        checkpoint.with_suffix(".yaml").symlink_to(folder / settings / "v2-inference.yaml")
     lora = {}
     for name in ("input_blocks_1_1_transformer_blocks_0_attn1_to_q", "middle_block_1_proj_in"):
         width = 320 if "input" in name else 1280
