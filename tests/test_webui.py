@@ -277,6 +277,9 @@ def test_the_networks_are_named_among_a_pictures_parameters(
     script.process(p)
     host.restorer.restore(photograph)
     assert "built-in" in p.extra_generation_params["OSDFace model"]
+    # The next picture of the batch has no face; the hosts leave None out.
+    host.restorer.restore(np.zeros((64, 64, 3), np.uint8))
+    assert p.extra_generation_params["OSDFace model"] is None
     other = SimpleNamespace(extra_generation_params={})
     script.postprocess(other, None)
     host.restorer.restore(photograph)
