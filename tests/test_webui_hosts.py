@@ -380,7 +380,7 @@ def extras(server: Server) -> Iterator[Any]:
         pytest.skip("no Chromium: install it, or set CHROMIUM_PATH to its program")
     with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 1100})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(1000 * STARTED)
         page.goto(server.address, wait_until="domcontentloaded")
         page.locator("#tabs button", has_text="Extras").first.click()
         box = page.locator(".input-accordion:visible", has_text="OSDFace").last
