@@ -27,6 +27,7 @@ class FaceRestorerOSDFace(face_restoration.FaceRestoration):
         return host.NAME
 
     def restore(self, np_image: np.ndarray) -> np.ndarray:
+        self._note(None)
         try:
             result = restore_picture(Image.fromarray(np_image, "RGB"))
         except host.Stopped:
@@ -34,9 +35,15 @@ class FaceRestorerOSDFace(face_restoration.FaceRestoration):
         except Exception as error:
             errors.report(f"{host.NAME}: {error}", exc_info=True)
             return np_image
-        if self.parameters is not None and result.source:
-            self.parameters[f"{host.NAME} model"] = result.source
+        self._note(result.source or None)
         return np.array(result.image)
+
+    def _note(self, source: str | None) -> None:
+        """Tells what restored the picture; None, which the hosts leave out, takes away what was
+        told of the former one of a batch.
+        """
+        if self.parameters is not None:
+            self.parameters[f"{host.NAME} model"] = source
 
 
 class Parameters:

@@ -28,6 +28,7 @@ from osdface_core.osdface.files import LORA
 from osdface_core.osediff.upscale import UpscaleOptions, upscale
 from osdface_core.sd21.base_model import UNET_PREFIX, VAE_PREFIX
 from tests.conftest import ROOT
+from tests.fake_device import DEVICE, elsewhere
 from tests.small_sd21 import SMALL, small_checkpoint, small_osdface, small_osediff, text_encoder
 
 GRADIO = (
@@ -309,6 +310,9 @@ def test_the_networks_are_named_among_a_pictures_parameters(
     script.process(p)
     host.restorer.restore(photograph)
     assert "built-in" in p.extra_generation_params["OSDFace model"]
+    # The next picture of the batch has no face; the hosts leave None out.
+    host.restorer.restore(np.zeros((64, 64, 3), np.uint8))
+    assert p.extra_generation_params["OSDFace model"] is None
     other = SimpleNamespace(extra_generation_params={})
     script.postprocess(other, None)
     host.restorer.restore(photograph)
@@ -487,6 +491,37 @@ def test_memory_is_given_back_by_the_settings(host: Host, photograph: np.ndarray
     host.shared.opts.osdface_keep_loaded = False
     host.restorer.restore(photograph)
     assert networks._kept == {}
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "stays"),
+    [
+        ("cmd_opts", "medvram", False),
+        ("cmd_opts", "lowvram", False),
+        ("opts", "face_restoration_unload", False),
+        ("opts", "nothing", True),
+    ],
+)
+def test_networks_leave_the_device_where_room_is_short(
+    where: str, name: str, stays: bool, host: Host, photograph: np.ndarray
+) -> None:
+    host.load()
+    host.modules["modules.devices"].get_device_for = lambda task: DEVICE
+    setattr(getattr(host.shared, where), name, True)
+    from osdface_webui import networks
+
+    with elsewhere():
+        after = host.restorer.restore(photograph)
+        assert host.reported == []
+        assert not np.array_equal(after, photograph)
+        kept = [thing for _, thing in networks._kept.values()]
+        modules = [thing for thing in kept if isinstance(thing, nn.Module)]
+        for backbone in (thing for thing in kept if isinstance(thing, LdmBackbone)):
+            modules += [backbone.unet, backbone.autoencoder]
+        devices = [{p.device.type for p in module.parameters()} for module in modules]
+        assert devices == [{DEVICE.type if stays else "cpu"}] * 4  # detector, embedder, these two
+        if name == "medvram":  # and are brought back for the next picture
+            assert np.array_equal(host.restorer.restore(photograph), after)
 
 
 class Layer(nn.Module):

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import pytest
 import requests
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from osdface_core.ldm.osediff import load_osediff
@@ -29,6 +31,7 @@ from osdface_core.ldm.text import empty_text
 from osdface_core.osediff.upscale import UpscaleOptions, upscale
 from osdface_core.sd21.files import BASE
 from tests.conftest import ROOT
+from tests.frontend import CHROMIUM, chromium
 from tests.small_sd21 import SMALL, small_checkpoint, small_osediff, text_encoder
 
 COMMON = (
@@ -53,13 +56,13 @@ ARGUMENTS = {
 }
 STARTED = 600
 # A script of the host that puts a photograph in place of what the random weights make, just before
-# faces are restored, and presses Reload UI.
+# faces are restored; presses Reload UI; and has the host restore faces without a generation.
 HELPER = """
 import os
 import numpy as np
 import torch
 from PIL import Image
-from modules import script_callbacks, scripts, shared
+from modules import face_restoration, script_callbacks, scripts, shared
 
 class Photograph(scripts.Script):
     def title(self):
@@ -71,8 +74,13 @@ class Photograph(scripts.Script):
         picture = np.array(Image.open(os.environ["OSDFACE_PHOTOGRAPH"]).convert("RGB"))
         pp.images[:] = [torch.from_numpy(picture / 255.0).movedim(-1, 0).float() for _ in pp.images]
 
+def restored():
+    picture = np.array(Image.open(os.environ["OSDFACE_PHOTOGRAPH"]).convert("RGB"))
+    return bool((face_restoration.restore_faces(picture.copy()) != picture).any())
+
 def routes(demo, app):
     app.add_api_route("/test/reload", shared.state.request_restart, methods=["POST"])
+    app.add_api_route("/test/restored", restored, methods=["POST"])
 
 script_callbacks.on_app_started(routes)
 """
@@ -122,6 +130,10 @@ class Server:
         result: dict[str, Any] = answer.json()
         return result
 
+    def set(self, **options: Any) -> None:
+        answer = self.post("/sdapi/v1/options", options)
+        assert answer.ok, answer.text
+
     def generate(self, prompt: str = "somebody", **given: Any) -> tuple[Image.Image, str]:
         """A picture by txt2img in one step, with faces restored, and its parameters."""
         body = {
@@ -139,6 +151,14 @@ class Server:
         assert answer.status_code == 200, answer.text
         image = decoded(answer.json()["images"][0])
         return image, image.info["parameters"]
+
+    def until(self, what: Callable[[dict[str, Any]], bool]) -> None:
+        """Waits until the host's progress is as wanted."""
+        for _ in range(20 * STARTED):
+            if what(self.get("/sdapi/v1/progress?skip_current_image=true")):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"no such progress within {STARTED} s")
 
     @property
     def memory(self) -> float:
@@ -194,14 +214,21 @@ def add_small_osediff(place: Path) -> None:
     script.write_text(SMALL_OSEDIFF.format(path=str(ROOT / "tests" / "small_sd21.py")))
 
 
-def start(host: str, place: Path, photograph: Path, *arguments: str) -> Server:
+def installed(host: str) -> Path:
+    """The folder of a host; the test is skipped where there is none."""
     folder = Path(os.environ.get(f"OSDFACE_{host.upper()}_DIR", "/nowhere"))
     if not folder.is_dir():
         pytest.skip(f"no WebUI: set OSDFACE_{host.upper()}_DIR to its folder")
+    return folder
+
+
+def start(host: str, place: Path, photograph: Path, *arguments: str) -> Server:
+    folder = installed(host)
     own = folder / "venv" / "bin" / "python"
     extensions = place / "extensions"
     extensions.mkdir(parents=True, exist_ok=True)
     (extensions / "osdface").symlink_to(ROOT)
+    (place / "tmp").mkdir()  # Forge-Neo does not make it
     helper = extensions / "test_helper" / "scripts"
     helper.mkdir(parents=True)
     (helper / "photograph.py").write_text(HELPER)
@@ -215,6 +242,8 @@ def start(host: str, place: Path, photograph: Path, *arguments: str) -> Server:
         *COMMON,
         *ARGUMENTS[host],
         *("--port", str(port), "--data-dir", str(place)),
+        # Else Forge and Forge-Neo keep their own scripts from the page, as not of the data folder.
+        *("--gradio-allowed-path", str(folder)),
         *arguments,
     ]
     with log.open("wb") as out:
@@ -258,6 +287,7 @@ def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, photograph: Path
 ) -> Iterator[Server]:
     """Each host without any weights but OSEDiff's small ones, behind a password."""
+    installed(request.param)
     place = tmp_path_factory.mktemp(request.param)
     add_small_osediff(place)
     server = start(request.param, place, photograph, "--api-auth", "somebody:word")
@@ -361,6 +391,130 @@ def test_osediff_enlarges_a_picture_in_extras(server: Server) -> None:
     assert np.abs(after.astype(int) - plain).mean() > 20
 
 
+def test_an_error_is_reported_and_the_picture_comes_back(server: Server) -> None:
+    server.set(face_restoration_model="OSDFace")
+    assert server.post("/test/restored").json() is True
+    try:
+        server.set(osdface_base="gone.safetensors")
+        before = server.log.stat().st_size
+        assert server.post("/test/restored").json() is False
+    finally:
+        server.set(osdface_base="automatic")
+    told = server.log.read_bytes()[before:].decode(errors="replace")
+    assert "*** OSDFace: " in told and "gone.safetensors" in told and "Traceback" in told
+    assert server.post("/test/restored").json() is True
+
+
+def test_the_users_wish_to_stop_is_obeyed(server: Server) -> None:
+    image = Image.effect_noise((6000, 6000), 60).convert("RGB")
+    answers: list[Any] = []
+    body = {"image": encoded(image), "any_angle": True, "confidence": 0.05}
+    asked = threading.Thread(
+        target=lambda: answers.append(server.post("/osdface/v1/restore", body))
+    )
+    asked.start()
+    server.until(lambda progress: progress["state"]["job"] == "OSDFace")
+    assert server.post("/sdapi/v1/interrupt").ok
+    asked.join()
+    assert answers[0].status_code == 409 and "stopped" in answers[0].text
+    # The next one is not stopped by it.
+    assert server.restore(Image.new("RGB", (64, 64)))["faces"] == []
+
+
+@pytest.fixture
+def extras(server: Server) -> Iterator[Any]:
+    """The Extras tab in Chromium, with OSDFace's accordion open, which turns it on."""
+    pytest.importorskip(
+        "playwright", reason="Playwright drives the browser: pip install playwright"
+    )
+    if not Path(CHROMIUM).is_file():
+        pytest.skip("no Chromium: install it, or set CHROMIUM_PATH to its program")
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 1100})
+        page.set_default_timeout(1000 * STARTED)
+        page.goto(server.address, wait_until="domcontentloaded")
+        page.locator("#tabs button", has_text="Extras").first.click()
+        box = page.locator(".input-accordion:visible", has_text="OSDFace").last
+        box.wait_for()
+        page.wait_for_function("() => typeof submit_extras === 'function'")
+        page.wait_for_timeout(3000)
+        box.locator(".label-wrap").first.click()
+        page.osdface = box
+        yield page
+
+
+def made(folder: Path, count: int, pattern: str = "*.png") -> list[Path]:
+    """The pictures that the host writes into a folder, when there are so many."""
+    for _ in range(600):
+        files = sorted(folder.glob(pattern))
+        if len(files) >= count:
+            time.sleep(1)
+            return files
+        time.sleep(0.5)
+    raise AssertionError(f"{len(files)} of {count} pictures within 300 s")
+
+
+def with_parameters(image: Image.Image, path: Path) -> None:
+    """Saves a picture as if it was generated; else Forge seeks words hidden in pixels, for 30 s."""
+    text = PngInfo()
+    text.add_text("parameters", "somebody")
+    image.save(path, pnginfo=text)
+
+
+def test_extras_keep_what_an_uploaded_picture_says(
+    server: Server, extras: Any, photograph: Path, tmp_path: Path
+) -> None:
+    image = Image.open(photograph).convert("RGB")
+    with_parameters(image, tmp_path / "photograph.png")
+    # White to the left of the middle of the face; of another size than the picture.
+    keep = Image.new("L", (256, 256))
+    keep.paste(255, (0, 0, 112, 256))
+    keep.save(tmp_path / "keep.png")
+    pattern = "output*/extras-images/*.png"  # Forge-Neo has it without an s
+    before = set(server.place.glob(pattern))
+    extras.locator("#extras_image input[type=file]").set_input_files(tmp_path / "photograph.png")
+    extras.osdface.get_by_text("More", exact=True).click()
+    extras.osdface.locator("input[type=file]").set_input_files(tmp_path / "keep.png")
+    extras.osdface.locator("img:visible").first.wait_for()
+    extras.wait_for_timeout(1000)
+    extras.locator("#extras_generate").evaluate("button => button.click()")
+    (path,) = set(made(server.place, len(before) + 1, pattern)) - before
+    after = Image.open(path)
+    assert any("1 face found" in str(text) for text in after.info.values())
+    changed = np.abs(np.asarray(after.convert("RGB"), dtype=int) - np.asarray(image)).max(-1)
+    assert after.size == image.size
+    assert changed[:, :222].max() == 0
+    assert (changed[:, 228:] > 0).sum() > 1000
+
+
+def test_extras_do_all_pictures_of_a_folder(
+    server: Server, extras: Any, photograph: Path, tmp_path: Path
+) -> None:
+    given, done = tmp_path / "given", tmp_path / "done"
+    given.mkdir()
+    done.mkdir()
+    photo = Image.open(photograph).convert("RGB")
+    pictures = {
+        "a": photo,
+        "b": Image.effect_noise((300, 200), 60).convert("RGB"),
+        "c": photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    }
+    for name, image in pictures.items():
+        with_parameters(image, given / f"{name}.png")
+    extras.locator("#mode_extras button", has_text="Batch from Directory").first.click()
+    extras.locator("#extras_batch_input_dir textarea").fill(str(given))
+    extras.locator("#extras_batch_output_dir textarea").fill(str(done))
+    extras.wait_for_timeout(3000)  # the host is told of the tab
+    extras.locator("#extras_generate").evaluate("button => button.click()")
+    files = made(done, len(pictures))
+    assert len(files) == len(pictures)
+    for path, (name, image) in zip(files, pictures.items(), strict=True):
+        after = Image.open(path)
+        told = " ".join(str(text) for text in after.info.values())
+        assert (difference(after.convert("RGB"), image) > 5) == (name != "b")
+        assert ("built-in" in told) == (name != "b"), told
+
+
 # With full-size networks
 
 
@@ -379,12 +533,14 @@ def full(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     photograph: Path,
-    stand_ins: Path,
-    whole_checkpoint: Path,
 ) -> Iterator[Server]:
     """Each host with OSDFace's stand-in weights and, where it knows Stable Diffusion 2, with that
     as the only checkpoint; on Forge-Neo, which does not, beside it.
     """
+    folder = installed(request.param)
+    # Gigabytes are read and written for the checkpoint: not where no host is there to take it.
+    stand_ins: Path = request.getfixturevalue("stand_ins")
+    whole_checkpoint: Path = request.getfixturevalue("whole_checkpoint")
     place = tmp_path_factory.mktemp(f"{request.param}_full")
     models = place / "models"
     for name in ("Stable-diffusion", "Lora"):
@@ -394,10 +550,8 @@ def full(
     checkpoint.symlink_to(whole_checkpoint)
     if request.param == "a1111":
         # Without it the host runs the UNet to see what it predicts.
-        settings = "repositories/stable-diffusion-stability-ai/configs/stable-diffusion"
-        folder = Path(os.environ.get("OSDFACE_A1111_DIR", "/nowhere"))
-        if folder.is_dir():
-            checkpoint.with_suffix(".yaml").symlink_to(folder / settings / "v2-inference.yaml")
+        configs = "repositories/stable-diffusion-stability-ai/configs/stable-diffusion"
+        checkpoint.with_suffix(".yaml").symlink_to(folder / configs / "v2-inference.yaml")
     lora = {}
     for name in ("input_blocks_1_1_transformer_blocks_0_attn1_to_q", "middle_block_1_proj_in"):
         width = 320 if "input" in name else 1280
