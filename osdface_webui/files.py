@@ -7,8 +7,9 @@ from pathlib import Path
 from modules import paths_internal
 
 from osdface_core.catalogue import CATALOGUE
-from osdface_core.faces.files import BUILTIN_DETECTOR, DETECTORS, PARSER
+from osdface_core.faces.files import BUILTIN_DETECTOR, BUILTIN_PARSER, DETECTORS, PARSER
 from osdface_core.faces.files import FOLDER as FACES
+from osdface_core.faces.paste import MASK_TYPES
 from osdface_core.osdface.files import FOLDER as OSDFACE
 from osdface_core.osdface.files import LORA, LORAS, VRE, VRE_CHECKPOINT
 from osdface_core.osdface.vre import embedder_files
@@ -106,10 +107,16 @@ def detector(name: str) -> Path:
 
 
 def mask_type(name: str) -> str:
-    """The mask of the menu; `automatic` is by the face parser, or an ellipse without its file."""
-    if name != host.AUTOMATIC:
-        return name
-    return "parsing" if find(PARSER) or host.option("download", False) else "ellipse"
+    """The mask of the menu; `automatic` is by the face parser."""
+    return MASK_TYPES[0] if name == host.AUTOMATIC else name
+
+
+def parser() -> Path:
+    """The face parser's file, downloaded first if it is missing and the settings allow it; our own
+    small one if they do not.
+    """
+    allowed = bool(host.option("download", False))
+    return ensure(PARSER) if allowed else find(PARSER) or BUILTIN_PARSER
 
 
 def ensure_embedder() -> Path:

@@ -26,7 +26,13 @@ from ..faces.detect import DetectOptions, detect
 from ..faces.detector_check import build_detector
 from ..faces.face import Face, Faces
 from ..faces.face_parser import build_parser, parse_faces
-from ..faces.files import BUILTIN_DETECTOR, DETECTORS, PARSER
+from ..faces.files import (
+    BUILTIN_DETECTOR,
+    BUILTIN_PARSER,
+    BUILTIN_PARSER_USED,
+    DETECTORS,
+    PARSER,
+)
 from ..faces.paste import PasteOptions, paste
 from ..faces.retinaface import RetinaFace, build_retinaface
 from ..osdface import builtin
@@ -186,15 +192,13 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     options.detector_file = (
         BUILTIN if detector == BUILTIN else ensure(CATALOGUE.by_name[detector], options)
     )
-    if options.mask_type is None:
-        parser_there = options.download or store.find(PARSER)
-        options.mask_type = "parsing" if parser_there else "ellipse"
-        if not parser_there and options.model != BUILTIN:
-            log.warning(
-                "Pasting by an ellipse, for the face parser's file is missing: fetch it with "
-                "--download."
-            )
-    options.parser_file = ensure(PARSER, options) if options.mask_type == "parsing" else None
+    if options.mask_type == "parsing":
+        if options.download or store.find(PARSER):
+            options.parser_file = ensure(PARSER, options)
+        else:
+            options.parser_file = BUILTIN
+            if options.model != BUILTIN:
+                log.warning("%s: fetch it with --download.", BUILTIN_PARSER_USED)
     return options
 
 
@@ -251,11 +255,10 @@ class Restorer:
             else build_embedder(read_embedder(vre), source=vre.name)
         )
         self.embedder.to(self.device)
-        self.parser = (
-            build_parser(read_tensors(Path(options.parser_file))).to(self.device)
-            if options.parser_file
-            else None
-        )
+        self.parser = None
+        if options.parser_file:
+            file = BUILTIN_PARSER if options.parser_file == BUILTIN else Path(options.parser_file)
+            self.parser = build_parser(read_tensors(file)).to(self.device)
         if options.model == BUILTIN:
             self.backbone = load_backbone(self.device, dtype)
         else:
