@@ -9,7 +9,6 @@ from modules import paths_internal
 from osdface_core.catalogue import CATALOGUE
 from osdface_core.faces.files import BUILTIN_DETECTOR, BUILTIN_PARSER, DETECTORS, PARSER
 from osdface_core.faces.files import FOLDER as FACES
-from osdface_core.faces.paste import MASK_TYPES
 from osdface_core.osdface.files import FOLDER as OSDFACE
 from osdface_core.osdface.files import LORA, LORAS, VRE, VRE_CHECKPOINT
 from osdface_core.osdface.vre import embedder_files
@@ -107,8 +106,10 @@ def detector(name: str) -> Path:
 
 
 def mask_type(name: str) -> str:
-    """The mask of the menu; `automatic` is by the face parser."""
-    return MASK_TYPES[0] if name == host.AUTOMATIC else name
+    """The mask of the menu; `automatic` is by the face parser, or an ellipse without its file."""
+    if name != host.AUTOMATIC:
+        return name
+    return "parsing" if find(PARSER) or host.option("download", False) else "ellipse"
 
 
 def parser() -> Path:

@@ -42,8 +42,8 @@ class Options:
     PasteOptions.
 
     detector: one of DETECTORS, or automatic: the best whose file is there.
-    mask_type: one of MASK_TYPES, or automatic: parsing, by the small built-in parser where the
-        parser's file is missing.
+    mask_type: one of MASK_TYPES, or automatic: parsing, or ellipse where the parser's file is
+        missing. Parsing itself then takes the small built-in parser.
     """
 
     detector: str = host.AUTOMATIC

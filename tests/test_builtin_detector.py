@@ -110,20 +110,3 @@ def test_a_face_on_its_side_is_found_with_any_angle(network: RetinaFace) -> None
     )
     down = mouth - eyes
     assert abs(float(down[0])) > abs(float(down[1]))
-
-
-def test_old_photographs_are_found_nearly_as_often_as_by_the_real_detector(
-    network: RetinaFace, real: RetinaFace, data: Path, load_picture: Callable[[Path], torch.Tensor]
-) -> None:
-    """Numbers that are multiples of six: held out."""
-    names = [f"face_{who}_{n}" for n in range(138, 199, 6) for who in ("man", "woman")]
-    files = [data / "images" / "old" / f"{name}.jpg" for name in names]
-    pictures = torch.cat([load_picture(file) for file in files if file.exists()])
-    known, found = (detect(pictures, n, DetectOptions(confidence=0.9)) for n in (real, network))
-    near = [
-        any(apart(k[0], f) < 0.12 for f in faces)
-        for k, faces in zip(known, found, strict=True)
-        if k
-    ]
-    assert len(near) >= 19
-    assert sum(near) >= 0.85 * len(near)

@@ -68,9 +68,6 @@ def weights(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
         "fp32",
         "--device",
         "cpu",
-        # What random networks make of a face is none to a parser.
-        "--mask-type",
-        "ellipse",
     ]
 
 
@@ -732,7 +729,7 @@ def test_without_weights_the_built_in_model_is_taken_and_announced(
     assert (settings["model"], settings["detector"], settings["mask_type"]) == (
         "builtin",
         "builtin",
-        "parsing",
+        "ellipse",
     )
     assert (tmp_path / "out.png").is_file()
 
@@ -746,7 +743,7 @@ def test_the_small_parser_is_announced_where_parsenet_is_missing(
     assert "by the small built-in parser" in caplog.text
     caplog.clear()
     assert run(*pair, "--overwrite") == 0
-    assert "parser" not in caplog.text
+    assert "Pasting by an ellipse" in caplog.text
 
 
 # Videos

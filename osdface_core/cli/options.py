@@ -421,8 +421,8 @@ def _add_restoration(command: argparse.ArgumentParser) -> None:
     add(
         "--mask-type",
         choices=MASK_TYPES,
-        default=MASK_TYPES[0],
-        help="what is pasted (%(default)s); a small built-in parser stands in for a missing file",
+        help="parsing, or ellipse where the parser's file is missing; a given parsing then takes "
+        "the small built-in parser",
     )
     add(
         "--feather",

@@ -192,6 +192,14 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     options.detector_file = (
         BUILTIN if detector == BUILTIN else ensure(CATALOGUE.by_name[detector], options)
     )
+    if options.mask_type is None:
+        parser_there = options.download or store.find(PARSER)
+        options.mask_type = "parsing" if parser_there else "ellipse"
+        if not parser_there and options.model != BUILTIN:
+            log.warning(
+                "Pasting by an ellipse, for the face parser's file is missing: fetch it with "
+                "--download, or choose --mask-type parsing for the small built-in parser."
+            )
     if options.mask_type == "parsing":
         if options.download or store.find(PARSER):
             options.parser_file = ensure(PARSER, options)
