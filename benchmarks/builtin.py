@@ -1,6 +1,7 @@
 """Compares the built-in model with plain filters, and its detector with RetinaFace.
 
     python -m benchmarks.builtin DATA [restoration] [ceiling] [detection] [--grid FILE] [--limit N]
+        [--detector FILE]
 
 DATA is the folder with images/ and weights/. Only portraits that training never saw are used: those
 whose number is a multiple of 6. The filters need OpenCV.
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import skimage.data
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -134,13 +136,18 @@ def energy(picture: Tensor) -> float:
     return float(picture.diff(dim=0).square().mean() + picture.diff(dim=1).square().mean())
 
 
-def held_out_portraits(data: Path, limit: int) -> list[Path]:
+def held_out(folder: Path, limit: int) -> list[Path]:
+    """Pictures that training never saw; about `limit` of them, or all."""
     paths = [
         path
-        for path in sorted((data / "images" / "portraits").glob("*.jpg"))
+        for path in sorted(folder.glob("*.jpg"))
         if (n := number_of(path)) is not None and n % HOLD_OUT == 0
     ]
     return paths[:: max(1, math.ceil(len(paths) / limit))] if limit else paths
+
+
+def held_out_portraits(data: Path, limit: int) -> list[Path]:
+    return held_out(data / "images" / "portraits", limit)
 
 
 def restoration(data: Path, limit: int, grid: Path | None) -> None:
@@ -276,10 +283,26 @@ def apart(known: Detection, found: Detection) -> list[float]:
     ]
 
 
-def detection(data: Path, limit: int) -> None:
-    """Compares the built-in detector with RetinaFace mobilenet0.25, the only truth available."""
+def faceless(data: Path, limit: int) -> list[Tensor]:
+    """Pictures without a face: scikit-image's, and chests and shoulders of held-out portraits."""
+    names = (
+        *("brick", "cell", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field"),
+        *("immunohistochemistry", "moon", "page", "retina", "rocket", "text"),
+    )
+    found = [
+        floats(pixels if pixels.ndim == 3 else np.stack([pixels] * 3, -1))
+        for pixels in (getattr(skimage.data, name)() for name in names)
+    ]
+    for path in held_out(data / "images" / "portraits", limit):
+        portrait = load(path)
+        found.append(portrait[len(portrait) * 13 // 16 :])
+    return found
+
+
+def detection(data: Path, limit: int, file: Path) -> None:
+    """Compares a detector with RetinaFace mobilenet0.25, the only truth available."""
     teacher = build_retinaface(read_tensors(data / "weights" / "detection_mobilenet0.25_Final.pth"))
-    ours = build_retinaface(read_tensors(BUILTIN_DETECTOR))
+    ours = build_retinaface(read_tensors(file))
     paths = held_out_portraits(data, limit)
     images = data / "images"
     sets = {
@@ -288,6 +311,10 @@ def detection(data: Path, limit: int) -> None:
         "mosaic, six faces": [load(images / "cc0_mosaic_6faces_1080p.png")],
         "astronaut": [load(images / "astronaut.png")],
         "camera, a profile": [load(images / "camera.png")],
+        "held-out old portraits, 450 x 600 px": [
+            load(path) for path in held_out(images / "old", limit)
+        ],
+        "without a face": faceless(data, limit),
     }
     print(
         "| pictures | confidence | RetinaFace's faces found | others | mean landmark error, of "
@@ -329,13 +356,16 @@ def main() -> None:
         help="where to write degraded, restored and original faces side by side",
     )
     parser.add_argument("--limit", type=int, default=0, help="of the portraits, about so many")
+    parser.add_argument(
+        "--detector", type=Path, default=BUILTIN_DETECTOR, help="file of the detector (built-in)"
+    )
     given = parser.parse_args()
     if "restoration" in given.parts or not given.parts:
         restoration(given.data, given.limit, given.grid)
     if "ceiling" in given.parts or not given.parts:
         ceiling(given.data, given.limit)
     if "detection" in given.parts or not given.parts:
-        detection(given.data, given.limit)
+        detection(given.data, given.limit, given.detector)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ class FacePasteBack(io.ComfyNode):
                     default=MASK_TYPES[0],
                     tooltip="parsing: what a face parser takes for face or hair, so that hands, "
                     "microphones and hats in front of it stay as they are "
-                    f"(needs {PARSER.name}). ellipse: the face and what is close to it. "
-                    "box: the whole crop.",
+                    f"(by {PARSER.name}, or by a small built-in parser where that is missing). "
+                    "ellipse: the face and what is close to it. box: the whole crop.",
                 ),
                 io.Float.Input(
                     "feather",

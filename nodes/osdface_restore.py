@@ -180,7 +180,7 @@ class OSDFaceRestore(io.ComfyNode):
             _check_crops(faces)
             if mask_type == "parsing":
                 with files.naming_input("mask_type"):
-                    files.find(PARSER.name, FACES)
+                    files.find_parser()
 
             def step() -> Restored:
                 host = backbone.HostBackbone(model, vae, prompt_options(vre_name), lora_name)

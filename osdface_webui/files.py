@@ -7,7 +7,7 @@ from pathlib import Path
 from modules import paths_internal
 
 from osdface_core.catalogue import CATALOGUE
-from osdface_core.faces.files import BUILTIN_DETECTOR, DETECTORS, PARSER
+from osdface_core.faces.files import BUILTIN_DETECTOR, BUILTIN_PARSER, DETECTORS, PARSER
 from osdface_core.faces.files import FOLDER as FACES
 from osdface_core.osdface.files import FOLDER as OSDFACE
 from osdface_core.osdface.files import LORA, LORAS, VRE, VRE_CHECKPOINT
@@ -122,6 +122,14 @@ def mask_type(name: str) -> str:
     if name != host.AUTOMATIC:
         return name
     return "parsing" if find(PARSER) or host.option("download", False) else "ellipse"
+
+
+def parser() -> Path:
+    """The face parser's file, downloaded first if it is missing and the settings allow it; our own
+    small one if they do not.
+    """
+    allowed = bool(host.option("download", False))
+    return ensure(PARSER) if allowed else find(PARSER) or BUILTIN_PARSER
 
 
 def ensure_embedder() -> Path:

@@ -48,7 +48,7 @@ class Options:
 
     detector: one of DETECTORS, or automatic: the best whose file is there.
     mask_type: one of MASK_TYPES, or automatic: parsing, or ellipse where the parser's file is
-        missing.
+        missing. Parsing itself then takes the small built-in parser.
     """
 
     detector: str = host.AUTOMATIC

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from osdface_core.faces.detector_check import build_detector
 from osdface_core.faces.face_parser import build_parser, parse_faces
-from osdface_core.faces.files import BUILTIN_DETECTOR, PARSER
+from osdface_core.faces.files import BUILTIN_DETECTOR, BUILTIN_PARSER, BUILTIN_PARSER_USED
 from osdface_core.faces.retinaface import RetinaFace, build_retinaface
 from osdface_core.ldm.backbone import LdmBackbone
 from osdface_core.osdface import builtin
@@ -25,6 +26,8 @@ from osdface_core.osdface.vre import (
 from osdface_core.weights.reading import read_tensors
 
 from . import files, host
+
+log = logging.getLogger(__name__)
 
 # Faces that the embedder takes at once on an accelerator, at 450 MB each.
 EMBEDDED_AT_ONCE = 4
@@ -93,6 +96,12 @@ def embed_crops(crops: Tensor, path: Path | None) -> Tensor:
 
 def parse_crops(crops: Tensor) -> Tensor:
     """The face maps (N,512,512) in [0,1] of crops (N,S,S,3) in [0,1]."""
-    path = files.ensure(PARSER)
-    network: nn.Module = kept("parser", state_of(path), lambda: build_parser(read_tensors(path)))
+    path = files.parser()
+
+    def make() -> nn.Module:
+        if path == BUILTIN_PARSER:
+            log.warning("%s: `python install.py` fetches it.", BUILTIN_PARSER_USED)
+        return build_parser(read_tensors(path))
+
+    network: Any = kept("parser", state_of(path), make)
     return parse_faces(crops, network.to(host.device()))

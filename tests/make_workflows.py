@@ -173,7 +173,7 @@ NEEDS = """Files it needs, under `ComfyUI/models`:
 - `checkpoints/v2-1_512-ema-pruned.safetensors`: Stable Diffusion 2.1-**base** (512 px)
 - `osdface/osdface_vre.safetensors` and `osdface/pytorch_lora_weights.safetensors`: OSDFace
 - `facedetection/detection_Resnet50_Final.pth`: face detector
-- `facedetection/parsing_parsenet.pth`: face parser, for `mask_type` *parsing*; *ellipse* needs no file
+- `facedetection/parsing_parsenet.pth`: face parser, for `mask_type` *parsing*; a small built-in one where it is missing
 """
 FETCH = "\nMissing some? In this pack's folder, with ComfyUI's Python: `python install.py --checkpoint`.\n"
 OSEDIFF_FETCH = """
@@ -442,7 +442,7 @@ Files it needs, under `ComfyUI/models`:
 - `checkpoints/v2-1_512-ema-pruned.safetensors`: Stable Diffusion 2.1-**base** (512 px)
 - `osediff/osediff_face.safetensors`: OSEDiff for faces
 - `facedetection/detection_Resnet50_Final.pth`: face detector
-- `facedetection/parsing_parsenet.pth`: face parser, for `mask_type` *parsing*; *ellipse* needs no file
+- `facedetection/parsing_parsenet.pth`: face parser, for `mask_type` *parsing*; a small built-in one where it is missing
 """
         + OSEDIFF_FETCH,
         {

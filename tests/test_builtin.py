@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from osdface_core.diffusers.builtin import load_backbone as load_in_diffusers
 from osdface_core.faces.detect import DetectOptions
-from osdface_core.faces.files import BUILTIN_DETECTOR
+from osdface_core.faces.files import BUILTIN_DETECTOR, BUILTIN_PARSER
 from osdface_core.faces.find import find_faces
 from osdface_core.faces.paste import PasteOptions, paste
 from osdface_core.faces.retinaface import build_retinaface
@@ -39,10 +39,11 @@ def no_gradients() -> Any:
 
 
 def test_it_is_small() -> None:
-    files = [*builtin.FOLDER.glob("*.safetensors"), BUILTIN_DETECTOR]
+    files = [*builtin.FOLDER.glob("*.safetensors"), BUILTIN_DETECTOR, BUILTIN_PARSER]
     assert {file.name for file in files} == {
         "autoencoder.safetensors",
         "detector.safetensors",
+        "parser.safetensors",
         "unet.safetensors",
         "vre.safetensors",
     }

@@ -693,10 +693,6 @@ def test_weights_that_are_missing_or_wrong_stop_the_run_with_a_sentence(
             ],
             "wrong is a model that predicts v, as",
         ),
-        (
-            ["--models-dir", models, "--model", "builtin", "--mask-type", "parsing"],
-            "parsing_parsenet.pth",
-        ),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--select", "by-index", "--indices", "one"], '`indices` is "one"'),
     ):
@@ -737,6 +733,18 @@ def test_without_weights_the_built_in_model_is_taken_and_announced(
         "ellipse",
     )
     assert (tmp_path / "out.png").is_file()
+
+
+def test_the_small_parser_is_announced_where_parsenet_is_missing(
+    run: Run, face: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.fromarray(face).save(tmp_path / "in.png")
+    pair = (tmp_path / "in.png", tmp_path / "out.png")
+    assert run(*pair, "--mask-type", "parsing") == 0
+    assert "by the small built-in parser" in caplog.text
+    caplog.clear()
+    assert run(*pair, "--overwrite") == 0
+    assert "Pasting by an ellipse" in caplog.text
 
 
 # Videos

@@ -1,18 +1,35 @@
-"""The face parser against facexlib's, and what its labels do to the mask."""
+"""The face parser against facexlib's, what its labels do to the mask, and the small built-in parser
+against MediaPipe's masks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 from osdface_core.errors import OSDFaceError
+from osdface_core.faces.choose import Choice
+from osdface_core.faces.detect import DetectOptions
 from osdface_core.faces.face_parser import (
     SIDE,
+    SmallParser,
     build_parser,
     face_probability,
     feather_mask,
     parse_faces,
 )
+from osdface_core.faces.files import BUILTIN_PARSER
+from osdface_core.faces.find import find_faces
+from osdface_core.faces.retinaface import RetinaFace, build_retinaface
+from osdface_core.weights.reading import read_tensors
+from tests import photographs
 
 SKIN = [
     "skin",
@@ -39,6 +56,10 @@ NAMES = [
     "cloth",
 ]
 NOT_FACE = {"background", "hat", "necklace", "neck", "cloth"}
+# Drawn by MediaPipe (benchmarks/face_masks.py): 255 face, 128 a hand.
+MASKS = Path(__file__).parent / "golden" / "face_masks"
+# A square around the astronaut's face, as large as an aligned crop.
+ASTRONAUT = (141, 23, 310, 192)
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +139,76 @@ def test_a_speck_of_another_label_does_not_show() -> None:
     face[300:303, 250:252] = 0
     assert (clean - feather_mask(face, 0.1)).max() < 0.5
     assert (clean - feather_mask(face, 0.1)).abs().mean() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def small() -> SmallParser:
+    network = build_parser(read_tensors(BUILTIN_PARSER))
+    assert isinstance(network, SmallParser)
+    return network
+
+
+@pytest.fixture(scope="module")
+def retinaface(data: Path) -> RetinaFace:
+    return build_retinaface(read_tensors(data / "weights" / "detection_mobilenet0.25_Final.pth"))
+
+
+def mask_of(name: str) -> torch.Tensor:
+    """(512,512) of 0, 128 and 255."""
+    with Image.open(MASKS / f"{name}.png") as image:
+        pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.NEAREST))
+    return torch.from_numpy(pixels.copy())
+
+
+def overlap(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one & other).sum() / (one | other).sum())
+
+
+def astronaut() -> torch.Tensor:
+    crop = photographs.astronaut().crop(ASTRONAUT).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(photographs.pixels(crop)).float() / 255
+
+
+def test_the_small_parser_sees_the_face_that_mediapipe_sees(small: SmallParser) -> None:
+    found = parse_faces(astronaut()[None], small)[0] > 0.5
+    assert overlap(found, mask_of("astronaut") == 255) > 0.85
+
+
+def test_the_small_parser_is_as_good_on_crops_of_other_sizes(small: SmallParser) -> None:
+    crop = F.avg_pool2d(astronaut().movedim(-1, 0)[None], 2).movedim(1, -1)
+    assert overlap(parse_faces(crop, small)[0] > 0.5, mask_of("astronaut") == 255) > 0.85
+
+
+@pytest.mark.parametrize("name", ["female_006", "male_012"])
+def test_the_small_parser_sees_the_faces_of_portraits(
+    name: str,
+    small: SmallParser,
+    retinaface: RetinaFace,
+    data: Path,
+    load_picture: Callable[[Path], torch.Tensor],
+) -> None:
+    picture = load_picture(data / "images" / "portraits" / f"{name}.jpg")
+    crops = find_faces(picture, retinaface, DetectOptions()).faces.crops
+    assert overlap(parse_faces(crops, small)[0] > 0.5, mask_of(name) == 255) > 0.85
+
+
+def test_a_hand_in_front_of_a_face_is_not_taken_for_face(
+    small: SmallParser, retinaface: RetinaFace, data: Path
+) -> None:
+    with av.open(str(data / "videos" / "bird.mkv")) as clip:
+        frame = next(frame for n, frame in enumerate(clip.decode(video=0)) if n == 24)
+    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).float()[None] / 255
+    options = DetectOptions(confidence=0.5, choice=Choice("largest"))
+    crops = find_faces(pixels, retinaface, options).faces.crops
+    found = parse_faces(crops, small)[0] > 0.5
+    mask = mask_of("bird_024")
+    # The hand covers the mouth; an ellipse would take all of it.
+    assert found[mask == 128].float().mean() < 0.4
+    assert found[mask == 255].float().mean() > 0.85
+
+
+def test_a_file_that_is_not_quite_the_small_parser_is_refused_by_name(small: SmallParser) -> None:
+    tensors = small.state_dict()
+    tensors.pop("middle.0.weight")
+    with pytest.raises(OSDFaceError, match=r"middle\.0\.weight"):
+        build_parser(tensors)

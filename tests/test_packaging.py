@@ -22,7 +22,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings it
 
 from osdface_core.catalogue import CATALOGUE
 from osdface_core.diffir.files import BUILTIN_INPAINTER
-from osdface_core.faces.files import BUILTIN_DETECTOR
+from osdface_core.faces.files import BUILTIN_DETECTOR, BUILTIN_PARSER
 from osdface_core.osdface import builtin
 from osdface_core.weights.catalogue import HUB
 
@@ -97,6 +97,7 @@ def test_the_built_in_model_is_part_of_the_archive() -> None:
             builtin.UNET,
             builtin.VRE,
             BUILTIN_DETECTOR,
+            BUILTIN_PARSER,
             BUILTIN_INPAINTER,
         )
     }

@@ -306,7 +306,6 @@ def test_values_that_are_no_numbers_are_laid_to_the_picture(
     ("changed", "says"),
     [
         ({"keep": torch.zeros(2, 512, 512)}, r"^`keep` is \(2, 512, 512\) for 1 pictures"),
-        ({"mask_type": "parsing"}, "^`mask_type`: parsing_parsenet.pth is missing"),
         (
             {"detector": "retinaface_resnet50"},
             "^`detector`: detection_Resnet50_Final.pth is missing",
@@ -523,6 +522,21 @@ def test_a_stop_is_heeded_at_each_picture_that_is_drawn(work: Callable[..., Tens
     with pytest.raises(InterruptedError):
         work(torch.zeros(9, 8, 8, 3), stop)
     assert seen == [0, 0, 0]
+
+
+def test_without_its_file_the_small_parser_finds_the_face_and_says_so(
+    host: Any, small: Any, portrait: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not (host.base / "models" / "facedetection" / PARSER).exists()
+    mask = restore(host, small, portrait, mask_type="parsing").args[1]
+    assert "by the small built-in parser" in caplog.text
+    ellipse = restore(host, small, portrait, mask_type="ellipse").args[1]
+    # The astronaut's face is pasted, the flag beside her and her suit are not.
+    assert mask[0, 90:150, 205:245].mean() > 0.4
+    assert 0.2 * ellipse.sum() < mask.sum() < ellipse.sum()
+    assert mask[0, 200:].max() < 0.05
+    node = host.nodes["FacePasteBack"]
+    assert not node.fingerprint_inputs(mask_type="parsing")
 
 
 def test_a_changed_file_is_noticed(host: Any, parser: Path) -> None:

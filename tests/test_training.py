@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from osdface_core.errors import OSDFaceError
@@ -32,7 +32,8 @@ for needed in ("accelerate", "diffusers", "peft", "tensorboard"):
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
 from osdface_core.cpu import has_bf16  # noqa: E402
-from osdface_core.faces.files import BUILTIN_DETECTOR  # noqa: E402
+from osdface_core.faces.face_parser import build_parser, parse_faces  # noqa: E402
+from osdface_core.faces.files import BUILTIN_DETECTOR, BUILTIN_PARSER  # noqa: E402
 from osdface_core.faces.retinaface import build_retinaface  # noqa: E402
 from osdface_core.osdface import builtin  # noqa: E402
 from osdface_core.osdface.builtin.autoencoder import Autoencoder  # noqa: E402
@@ -44,6 +45,7 @@ from osdface_core.training.autoencoder import AutoencoderConfig  # noqa: E402
 from osdface_core.training.config import read_config  # noqa: E402
 from osdface_core.training.detector import DetectorConfig  # noqa: E402
 from osdface_core.training.diffir import DiffIRConfig  # noqa: E402
+from osdface_core.training.face_parser import ParserConfig  # noqa: E402
 from osdface_core.training.loop import Run, accelerator_for, checkpoints  # noqa: E402
 from osdface_core.training.networks import UNetConfig, load_unet  # noqa: E402
 from osdface_core.training.osediff import OSEDiffConfig  # noqa: E402
@@ -57,6 +59,7 @@ KINDS = {
     "stage2": Stage2Config,
     "autoencoder": AutoencoderConfig,
     "detector": DetectorConfig,
+    "parser": ParserConfig,
     "osediff": OSEDiffConfig,
     "diffir": DiffIRConfig,
 }
@@ -503,6 +506,10 @@ SMALL = {
         "scenes": {"sizes": [[96, 3], [128, 2]], "windows": 1},
         "optimiser": {"learning_rate": 3e-3, "warmup": 4, "schedule": "cosine", "end": 0.01},
     },
+    "parser": {
+        "data": {"size": 256, "held_out": [3]},
+        "optimiser": {"learning_rate": 3e-3, "warmup": 4},
+    },
 }
 
 
@@ -512,10 +519,19 @@ def small(task: str, portraits: Path, folder: Path, **changes: Any) -> Path:
         "run": {"folder": str(folder / "run"), "steps": 4, "channels_last": True, **QUIET}
     }
     config["data"] = SMALL[task]["data"] | {"folder": str(portraits)}
+    if task == "parser":
+        config["masks"] = str(folder / "masks")
+        (folder / "masks").mkdir(exist_ok=True)
+        for path in portraits.glob("*.png"):
+            mask = Image.new("L", (256, 256))
+            ImageDraw.Draw(mask).ellipse((70, 40, 190, 220), fill=255)
+            mask.save(folder / "masks" / path.name)
     return write(folder / f"{task}.yaml", config | changes)
 
 
-@pytest.mark.parametrize(("task", "less"), [("autoencoder", 0.7), ("detector", 0.7)])
+@pytest.mark.parametrize(
+    ("task", "less"), [("autoencoder", 0.7), ("detector", 0.7), ("parser", 0.8)]
+)
 def test_a_few_steps_lower_the_loss_and_the_export_is_read(
     task: str,
     less: float,
@@ -529,6 +545,7 @@ def test_a_few_steps_lower_the_loss_and_the_export_is_read(
     own = {
         "autoencoder": ["run.batch=8"],
         "detector": ["scenes.windows=4", "scenes.windows_chance=1"],
+        "parser": ["run.batch=3"],
     }[task]
     folder = run(
         small(task, portraits, tmp_path),
@@ -541,12 +558,21 @@ def test_a_few_steps_lower_the_loss_and_the_export_is_read(
     losses = logged(caplog, "total")
     assert losses[-1] < less * losses[0]
     shown = Image.open(folder / "samples" / "0000040.png").size
-    assert shown == {"autoencoder": (128, 2 * 128), "detector": (2 * 256, 256)}[task]
+    assert (
+        shown
+        == {"autoencoder": (128, 2 * 128), "detector": (2 * 256, 256), "parser": (256, 3 * 256)}[
+            task
+        ]
+    )
     tensors = load_file(folder / f"{task}.safetensors")
     assert {t.dtype for t in tensors.values()} <= {torch.float16, torch.int64}
     if task == "detector":
         _, confidences, _ = build_retinaface(tensors)(torch.zeros(1, 3, 64, 64))
         assert bool(confidences.isfinite().all())
+    elif task == "parser":
+        crop = torch.from_numpy(np.array(Image.open(portraits / "portrait_003.png"))) / 255
+        face = parse_faces(crop[None], build_parser(tensors))[0]
+        assert face[200:320, 200:320].mean() > face[:60].mean() + 0.2
     else:
         monkeypatch.setattr(builtin, "AUTOENCODER", folder / "autoencoder.safetensors")
         picture = torch.from_numpy(np.array(Image.open(portraits / "portrait_003.png")))
@@ -555,7 +581,7 @@ def test_a_few_steps_lower_the_loss_and_the_export_is_read(
             assert float((builtin.autoencoder()(pixels) - pixels).abs().mean()) < 0.15
 
 
-@pytest.mark.parametrize("task", ["autoencoder", "detector"])
+@pytest.mark.parametrize("task", ["autoencoder", "detector", "parser"])
 def test_a_training_that_was_stopped_goes_on_to_the_same_bits(
     task: str, portraits: Path, tmp_path: Path
 ) -> None:
@@ -574,7 +600,12 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("task", "start"), [("autoencoder", builtin.AUTOENCODER), ("detector", BUILTIN_DETECTOR)]
+    ("task", "start"),
+    [
+        ("autoencoder", builtin.AUTOENCODER),
+        ("detector", BUILTIN_DETECTOR),
+        ("parser", BUILTIN_PARSER),
+    ],
 )
 def test_a_training_starts_from_the_weights_given(
     task: str,
@@ -590,12 +621,11 @@ def test_a_training_starts_from_the_weights_given(
     assert given.keys() == after.keys()
     learned = [name for name in given if name.endswith(("weight", "bias"))]
     assert [name for name in learned if not torch.equal(given[name], after[name])] == []
-    other = {"autoencoder": BUILTIN_DETECTOR, "detector": builtin.AUTOENCODER}[task]
+    other = builtin.AUTOENCODER if task == "detector" else BUILTIN_DETECTOR
     PartialState._reset_state()
     assert main([task, "--config", str(config), f"start={other}"]) == 1
-    assert {"autoencoder": "no file of", "detector": "does not fit"}[
-        task
-    ] in capsys.readouterr().err
+    said = "no file of" if task == "autoencoder" else "does not fit"
+    assert said in capsys.readouterr().err
 
 
 def test_a_larger_batch_of_the_detector_is_refused(

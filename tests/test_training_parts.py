@@ -16,23 +16,30 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from osdface_core.errors import OSDFaceError
+from osdface_core.faces.files import BUILTIN_DETECTOR
+from osdface_core.faces.retinaface import build_retinaface
 from osdface_core.osdface.vre import Shape
 from osdface_core.training import degradation as d
 from osdface_core.training import losses
 from osdface_core.training.data import (
+    Folder,
     Pictures,
     Samples,
     batches,
     number_of,
+    picture_files,
     read_part,
     read_square,
     split,
 )
 from osdface_core.training.degradation import Degradation, Stage, generator_for
+from osdface_core.weights.reading import read_tensors
+from tests import photographs
 
 pytest.importorskip("accelerate", reason="training needs it: pip install -r requirements-dev.txt")
 
-from osdface_core.training.loop import Average, Optimiser
+from osdface_core.training import detector, face_parser
+from osdface_core.training.loop import Average, Optimiser, Run
 
 
 def pictures(seed: int, size: int = 48) -> torch.Tensor:
@@ -484,3 +491,56 @@ def test_a_learning_rate_rises_and_falls_to_its_end() -> None:
     rates = [optimiser.rate(step, 1000) for step in range(1001)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == pytest.approx(2.0, rel=1e-3)
     assert rates[500] == pytest.approx(2 * 0.505) and rates[1000] == pytest.approx(0.02)
+
+
+def test_an_old_portrait_comes_into_the_middle_of_its_window(tmp_path: Path) -> None:
+    """Wherever its face is, and mirrored or not."""
+    network = build_retinaface(read_tensors(BUILTIN_DETECTOR))
+    photographs.astronaut().crop((80, 0, 400, 320)).save(tmp_path / "old_001.png")
+    found = detector.places([tmp_path / "old_001.png"], network)
+    place = found[tmp_path / "old_001.png"]
+    # Her face lies at 225 px from the left and 110 from the top of the whole picture.
+    assert (place.x, place.y) == pytest.approx((145 / 320, 110 / 320), abs=0.03)
+    portraits = detector.Portraits([], 320, found, old_chance=1.0)
+    for seed in range(6):
+        window = detector.window(portraits, generator_for(seed))
+        boxes, confidences, _ = network(detector.network_input(window[None]))
+        x1, y1, x2, y2 = boxes[0, int(confidences[0].argmax())].tolist()
+        assert (x1 + x2) / 2 == pytest.approx(detector.WINDOW / 2, abs=30)
+        assert (y1 + y2) / 2 == pytest.approx(detector.WINDOW / 2, abs=30)
+        assert y2 - y1 == pytest.approx(detector.BEST_SIZE, rel=0.35)
+
+
+def test_a_picture_that_is_aged_has_one_tone() -> None:
+    picture = torch.rand(3, 64, 64, generator=generator_for(0))
+    for seed in range(5):
+        aged = detector.aged(picture, generator_for(1, seed))
+        assert float(aged.min()) >= 0 and float(aged.max()) <= 1
+        inside = aged.flatten(1).T[((aged > 0) & (aged < 1)).all(0).flatten()]
+        # All colours lie on a line between ink and paper.
+        spread = torch.linalg.svdvals(inside - inside.mean(0))
+        assert float(spread[1]) < 1e-3 * float(spread[0])
+
+
+def test_whatever_is_drawn_before_a_face_is_no_face(tmp_path: Path) -> None:
+    for kind in ("faces", "masks"):
+        (tmp_path / kind).mkdir()
+    photographs.portrait().save(tmp_path / "faces" / "one_001.png")
+    Image.new("L", (256, 256), 255).save(tmp_path / "masks" / "one_001.png")
+    config = face_parser.ParserConfig(
+        run=Run(tmp_path, 1),
+        data=Folder(tmp_path / "faces", 256),
+        masks=tmp_path / "masks",
+        optimiser=Optimiser(1e-3),
+        front=face_parser.Front(hand=1, thing=1),
+    )
+    samples = face_parser.MaskedFaces(picture_files(tmp_path / "faces"), config, still=True)
+    bare = read_square(tmp_path / "faces" / "one_001.png", 256).float() / 255
+    for n in range(6):
+        sample = samples[n]
+        changed = (sample["pictures"] - bare).abs().amax(0) > 0.5
+        assert 0 < float(changed.float().mean()) < 0.95
+        # A hand's shadow darkens a face by less.
+        assert not bool((sample["masks"][0][changed] > 0.9).any())
+        hidden = sample["masks"][0] < 0.1
+        assert bool((sample["weights"][0][hidden] > 3).all())

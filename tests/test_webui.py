@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from osdface_core.faces.files import BUILTIN_PARSER
 from osdface_core.ldm.backbone import LdmBackbone
 from osdface_core.ldm.networks import Attention, Autoencoder, UNet, UNetResidual
 from osdface_core.ldm.osediff import load_osediff
@@ -471,11 +472,13 @@ def test_weights_are_found_where_the_hosts_have_them(host: Host, tmp_path: Path)
             host.shared.opts.osdface_folder = str(path.parent)
         # Each goes before those that are farther from us.
         assert files.find(LORA) == path
+    assert files.parser() == BUILTIN_PARSER
     for name in ("detection_mobilenet0.25_Final.pth", "parsing_parsenet.pth"):
         path = tmp_path / "models" / "GFPGAN" / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
     assert files.detector("automatic").parent.name == "GFPGAN"
+    assert files.parser().parent.name == "GFPGAN"
     assert files.mask_type("automatic") == "parsing"
 
 

@@ -19,7 +19,7 @@ from ...osdface_core.catalogue import CATALOGUE
 from ...osdface_core.diffir.files import BUILTIN_INPAINTER, missing
 from ...osdface_core.diffir.files import FOLDER as DIFFIR
 from ...osdface_core.errors import OSDFaceError
-from ...osdface_core.faces.files import BUILTIN_DETECTOR
+from ...osdface_core.faces.files import BUILTIN_DETECTOR, BUILTIN_PARSER, PARSER
 from ...osdface_core.faces.files import FOLDER as FACES
 from ...osdface_core.osdface import builtin
 from ...osdface_core.osdface.files import FOLDER as OSDFACE
@@ -126,6 +126,13 @@ def _in_folders(name: str, kind: str) -> Path | None:
             if (path := folder_paths.get_full_path(folder, written)) is not None:
                 return Path(path)
     return None
+
+
+def find_parser() -> Path:
+    """The face parser's file, downloaded first as `find` does; our own small one where it is
+    missing and the user has not allowed that.
+    """
+    return find(PARSER.name, FACES) if any_available((PARSER.name,), FACES) else BUILTIN_PARSER
 
 
 def first_present(names: Iterable[str], kind: str) -> str | None:

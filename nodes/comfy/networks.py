@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,14 @@ from torch import Tensor, nn
 from ...osdface_core import chunks
 from ...osdface_core.faces.detect import memory_for
 from ...osdface_core.faces.detector_check import build_detector
-from ...osdface_core.faces.face_parser import BYTES_PER_FACE, ParseNet, build_parser, parse_faces
-from ...osdface_core.faces.files import DETECTORS, PARSER
+from ...osdface_core.faces.face_parser import (
+    BYTES_PER_FACE,
+    ParseNet,
+    SmallParser,
+    build_parser,
+    parse_faces,
+)
+from ...osdface_core.faces.files import BUILTIN_PARSER, BUILTIN_PARSER_USED, DETECTORS
 from ...osdface_core.faces.files import FOLDER as FACES
 from ...osdface_core.faces.retinaface import RetinaFace
 from ...osdface_core.osdface.files import FOLDER as OSDFACE
@@ -29,7 +36,9 @@ from ...osdface_core.osdface.vre import (
     read_embedder,
 )
 from ...osdface_core.weights.reading import read_tensors
-from .files import cached, find, naming_input
+from .files import cached, find, find_parser, naming_input
+
+log = logging.getLogger(__name__)
 
 # Most faces in a chunk: progress is shown, and the UNet can be stopped, between two chunks.
 MAX_BATCH = 16
@@ -148,16 +157,23 @@ def embed_crops(crops: Tensor, vre_name: str, progress: chunks.Progress) -> Tens
 def parse_crops(crops: Tensor) -> Tensor:
     """The face maps (N,512,512) in [0,1] of crops (N,S,S,3) in [0,1].
 
-    The parser's file is needed only here, so not in a graph without faces.
+    The parser's file is needed only here, so not in a graph without faces. Where it is missing, the
+    small built-in parser takes its place.
     """
     maps = []
     for part in crops.split(max_batch(BYTES_PER_FACE)):
         with naming_input("mask_type"):
-            path = find(PARSER.name, FACES)
-            network = load_network(path, build_parser, len(part) * BYTES_PER_FACE)
-        assert isinstance(network, ParseNet)
+            path = find_parser()
+            build = _build_small_parser if path == BUILTIN_PARSER else build_parser
+            network = load_network(path, build, len(part) * BYTES_PER_FACE)
+        assert isinstance(network, ParseNet | SmallParser)
         maps.append(parse_faces(part, network, is_out_of_memory))
     return torch.cat(maps)
+
+
+def _build_small_parser(tensors: dict[str, Tensor], operations: Any) -> nn.Module:
+    log.warning("%s: `python install.py` in this pack's folder fetches it.", BUILTIN_PARSER_USED)
+    return build_parser(tensors, operations)
 
 
 def device() -> torch.device:

@@ -421,7 +421,8 @@ def _add_restoration(command: argparse.ArgumentParser) -> None:
     add(
         "--mask-type",
         choices=MASK_TYPES,
-        help="parsing, or ellipse where the parser's file is missing",
+        help="parsing, or ellipse where the parser's file is missing; a given parsing then takes "
+        "the small built-in parser",
     )
     add(
         "--feather",

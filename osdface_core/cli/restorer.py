@@ -25,7 +25,13 @@ from ..faces.detect import DetectOptions, detect
 from ..faces.detector_check import build_detector
 from ..faces.face import Face, Faces
 from ..faces.face_parser import build_parser, parse_faces
-from ..faces.files import BUILTIN_DETECTOR, DETECTORS, PARSER
+from ..faces.files import (
+    BUILTIN_DETECTOR,
+    BUILTIN_PARSER,
+    BUILTIN_PARSER_USED,
+    DETECTORS,
+    PARSER,
+)
 from ..faces.paste import PasteOptions, paste
 from ..faces.retinaface import RetinaFace, build_retinaface
 from ..ldm.builtin import load_backbone
@@ -193,9 +199,15 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
         if not parser_there and options.model != BUILTIN:
             log.warning(
                 "Pasting by an ellipse, for the face parser's file is missing: fetch it with "
-                "--download."
+                "--download, or choose --mask-type parsing for the small built-in parser."
             )
-    options.parser_file = ensure(PARSER, options) if options.mask_type == "parsing" else None
+    if options.mask_type == "parsing":
+        if options.download or store.find(PARSER):
+            options.parser_file = ensure(PARSER, options)
+        else:
+            options.parser_file = BUILTIN
+            if options.model != BUILTIN:
+                log.warning("%s: fetch it with --download.", BUILTIN_PARSER_USED)
     return options
 
 
@@ -252,11 +264,10 @@ class Restorer:
             else build_embedder(read_embedder(vre), source=vre.name)
         )
         self.embedder.to(self.device)
-        self.parser = (
-            build_parser(read_tensors(Path(options.parser_file))).to(self.device)
-            if options.parser_file
-            else None
-        )
+        self.parser = None
+        if options.parser_file:
+            file = BUILTIN_PARSER if options.parser_file == BUILTIN else Path(options.parser_file)
+            self.parser = build_parser(read_tensors(file)).to(self.device)
         self.backbone: Backbone
         if options.model == BUILTIN:
             # In plain torch: to import diffusers takes as long as ten faces.

@@ -1,6 +1,6 @@
-"""Which pixels of a face crop are face, by ParseNet.
+"""Which pixels of a face crop are face, by ParseNet or by the small built-in parser.
 
-Parameters have the names of facexlib's parsing_parsenet.pth.
+ParseNet's parameters have the names of facexlib's parsing_parsenet.pth.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ LABELS = 19
 FACE_LABELS = (*range(1, 14), 15)
 # Specks of other labels up to this radius, in pixels of the parser, count as its noise.
 SPECK = 2.0
-# Peak of the network's activations for one face in fp32, in bytes.
+# Peak of ParseNet's activations for one face in fp32, in bytes.
 BYTES_PER_FACE = 420 * 1024**2
+# Of the built-in parser: pixels a side of its input, and channels at 1/2 to 1/16 of that.
+SMALL_SIDE = 256
+SMALL_WIDTHS = (16, 32, 64, 96)
 
 
 class ConvLayer(nn.Module):
@@ -111,13 +114,65 @@ class ParseNet(nn.Module):
         self.out_img_conv = ConvLayer(WIDTHS[0], 3, operations)
         self.out_mask_conv = ConvLayer(WIDTHS[0], LABELS, operations)
 
+    side = SIDE
+
     def forward(self, x: Tensor) -> Tensor:
         features = self.encoder(x)
         return self.out_mask_conv(self.decoder(features + self.body(features)))
 
 
-def build_parser(tensors: dict[str, Tensor], operations: Operations = nn) -> ParseNet:
-    """A ParseNet ready to run. Raises OSDFaceError if the tensors are not ParseNet's."""
+def _block(channels: int, out: int, operations: Operations, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        operations.Conv2d(channels, out, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(out),
+        nn.ReLU(inplace=True),
+    )
+
+
+class SmallParser(nn.Module):
+    """(B,3,256,256) in [-1,1] -> the logit of face (B,1,256,256).
+
+    The built-in parser, a U-Net (Ronneberger et al. 2015) of our own.
+    """
+
+    side = SMALL_SIDE
+
+    def __init__(self, operations: Operations = nn) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(
+            nn.Sequential(_block(a, b, operations, stride=2), _block(b, b, operations))
+            for a, b in itertools.pairwise((3, *SMALL_WIDTHS))
+        )
+        self.middle = _block(SMALL_WIDTHS[-1], SMALL_WIDTHS[-1], operations)
+        upwards = list(itertools.pairwise(SMALL_WIDTHS[::-1]))
+        self.narrow = nn.ModuleList(operations.Conv2d(a, b, 1) for a, b in upwards)
+        self.up = nn.ModuleList(_block(b, b, operations) for _, b in upwards)
+        self.face = operations.Conv2d(SMALL_WIDTHS[0], 1, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = []
+        size = x.shape[-2:]
+        for down in self.down:
+            x = down(x)
+            seen.append(x)
+        x = self.middle(x)
+        for narrow, up, finer in zip(self.narrow, self.up, reversed(seen[:-1]), strict=True):
+            x = F.interpolate(narrow(x), finer.shape[-2:], mode="bilinear")
+            x = up(x + finer)
+        return F.interpolate(self.face(x), size, mode="bilinear")
+
+
+def build_parser(tensors: dict[str, Tensor], operations: Operations = nn) -> ParseNet | SmallParser:
+    """A parser ready to run, of the kind that the tensors belong to. Raises OSDFaceError if they
+    are not ParseNet's either.
+    """
+    if "face.weight" in tensors:
+        return load_network(
+            lambda: SmallParser(operations),
+            tensors,
+            "The face parser's file does not fit the small built-in parser",
+            "use parsing_parsenet.pth of facexlib, or the file that comes with this project.",
+        )
     return load_network(
         lambda: ParseNet(operations),
         tensors,
@@ -128,13 +183,13 @@ def build_parser(tensors: dict[str, Tensor], operations: Operations = nn) -> Par
 
 def parse_faces(
     crops: Tensor,
-    network: ParseNet,
+    network: ParseNet | SmallParser,
     out_of_memory: Callable[[BaseException], bool] = is_out_of_memory,
 ) -> Tensor:
     """How likely each pixel is face: crops (N,H,W,3) in [0,1] -> (N,512,512) in [0,1].
 
-    The sum of the probabilities of FACE_LABELS, on the device of `crops`. out_of_memory: tells
-    whether an error says that fewer crops at once may work.
+    On the device of `crops`. out_of_memory: tells whether an error says that fewer crops at once
+    may work.
     """
     maps = torch.empty(len(crops), SIDE, SIDE, device=crops.device)
     # Parameters may lie elsewhere, as a host pages them in and out; buffers stay where it computes.
@@ -142,17 +197,24 @@ def parse_faces(
 
     def work(part: slice) -> None:
         pixels = crops[part].movedim(-1, 1).to(device, torch.float32).clamp(0, 1)
-        if pixels.shape[-2:] != (SIDE, SIDE):
-            pixels = antialiased(pixels, (SIDE, SIDE), "bilinear")
+        if pixels.shape[-2:] != (network.side, network.side):
+            pixels = antialiased(pixels, (network.side, network.side), "bilinear")
         with torch.inference_mode(), optimized(device):
-            maps[part] = face_probability(network(pixels * 2 - 1)).to(maps.device)
+            found = face_probability(network(pixels * 2 - 1))
+            if network.side != SIDE:
+                found = F.interpolate(found[:, None], (SIDE, SIDE), mode="bilinear")[:, 0]
+            maps[part] = found.to(maps.device)
 
     in_chunks(len(crops), max(len(crops), 1), work, out_of_memory)
     return maps
 
 
 def face_probability(scores: Tensor) -> Tensor:
-    """Label scores (B,19,H,W) -> the probability (B,H,W) that a pixel is face."""
+    """ParseNet's label scores (B,19,H,W), or the logit of face (B,1,H,W) -> the probability
+    (B,H,W) that a pixel is face: the sum of those of FACE_LABELS.
+    """
+    if scores.shape[1] == 1:
+        return scores[:, 0].float().sigmoid()
     return scores.float().softmax(1)[:, list(FACE_LABELS)].sum(1)
 
 

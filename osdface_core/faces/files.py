@@ -78,8 +78,10 @@ PARSER = WeightFile(
 )
 FILES = (DETECTOR, SMALL_DETECTOR, PARSER)
 
-# The detector that comes with this project.
+# The detector and the parser that come with this project.
 BUILTIN_DETECTOR = Path(__file__).with_name("detector.safetensors")
+BUILTIN_PARSER = Path(__file__).with_name("parser.safetensors")
+BUILTIN_PARSER_USED = f"Faces are parsed by the small built-in parser, for {PARSER.name} is missing"
 # The detectors' names in menus, best first, and the file of each.
 DETECTORS = {
     "retinaface_resnet50": DETECTOR.name,

@@ -1,5 +1,5 @@
-"""`python -m osdface_core.training stage1|stage2|autoencoder|detector|osediff|diffir|prepare`, as
-docs/training.md tells.
+"""`python -m osdface_core.training TASK`, as docs/training.md tells. TASK is stage1, stage2,
+autoencoder, detector, parser, osediff, diffir or prepare.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("stage2", "the restoration"),
         ("autoencoder", "the built-in model's autoencoder"),
         ("detector", "the built-in face detector"),
+        ("parser", "the built-in face parser"),
         ("osediff", "OSEDiff, for whole pictures or for faces"),
         ("diffir", "DiffIR, to enlarge, deblur or fill holes"),
     ):
@@ -74,6 +75,7 @@ def _train(name: str, path: Path, changes: list[str]) -> None:
         from .autoencoder import AutoencoderConfig, AutoencoderTask
         from .detector import DetectorConfig, DetectorTask
         from .diffir import DiffIRConfig, DiffIRTask
+        from .face_parser import ParserConfig, ParserTask
         from .loop import accelerator_for, train
         from .osediff import OSEDiffConfig, OSEDiffTask
         from .stage1 import Stage1Config, Stage1Task
@@ -87,6 +89,7 @@ def _train(name: str, path: Path, changes: list[str]) -> None:
         "stage2": (Stage2Config, Stage2Task),
         "autoencoder": (AutoencoderConfig, AutoencoderTask),
         "detector": (DetectorConfig, DetectorTask),
+        "parser": (ParserConfig, ParserTask),
         "osediff": (OSEDiffConfig, OSEDiffTask),
         "diffir": (DiffIRConfig, DiffIRTask),
     }

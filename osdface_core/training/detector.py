@@ -2,8 +2,8 @@
 
 A training picture is a background (noise, a gradient, stripes, or a part of a portrait below its
 face) with none to six portraits on it: scaled, rotated, mirrored, side by side, then darkened,
-blurred, made noisy or grey. The teacher sees the same picture; what it says at each anchor (a
-confidence, a box, five landmarks) is the target.
+blurred, made noisy or grey, or given the look of an old photograph. The teacher sees the same
+picture; what it says at each anchor (a confidence, a box, five landmarks) is the target.
 """
 
 from __future__ import annotations
@@ -44,12 +44,16 @@ class Scenes:
     windows: windows in a batch: one upright face each, as the detector's second pass sees it.
     windows_chance: chance that a batch is of windows.
     turned: largest rotation of a portrait in a picture, in degrees.
+    old: chance that a portrait is one of the old ones, where there are any.
+    aged: chance that a picture or a window gets the look of an old photograph.
     """
 
     sizes: tuple[tuple[int, int], ...] = ((256, 12), (384, 5), (512, 3))
     windows: int = 10
     windows_chance: float = 0.5
     turned: float = 45.0
+    old: float = 0.0
+    aged: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class DetectorConfig:
     data: portraits, one centred face each.
     teacher: weights of a RetinaFace.
     start: an exported file to go on from.
+    old: old portraits, one face each, anywhere in the middle square.
     """
 
     run: Run
@@ -75,24 +80,66 @@ class DetectorConfig:
     optimiser: Optimiser
     teacher: Path
     start: Path | None = None
+    old: Folder | None = None
     scenes: Scenes = Scenes()
     losses: Losses = Losses()
 
 
-class Portraits:
-    """Portraits (3,size,size) in [0,1]."""
+@dataclass(frozen=True)
+class Place:
+    """Of a face in its portrait, as shares of the portrait's side: its centre and its height."""
 
-    def __init__(self, files: list[Path], size: int) -> None:
+    x: float = 0.5
+    y: float = 0.5 - BELOW_FACE
+    height: float = FACE_HEIGHT
+
+
+class Portraits:
+    """Portraits (3,size,size) in [0,1].
+
+    files: a face in the usual place each.
+    size: in pixels.
+    old: more of them, and where their faces are.
+    old_chance: that one drawn is of these.
+    """
+
+    def __init__(
+        self,
+        files: list[Path],
+        size: int,
+        old: dict[Path, Place] | None = None,
+        old_chance: float = 0.0,
+    ) -> None:
         self.files, self.size = files, size
+        self.old, self.old_chance = list((old or {}).items()), old_chance
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.files) + len(self.old)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return read_square(self.files[index], self.size).float() / 255
+    def placed(self, generator: torch.Generator) -> tuple[Tensor, Place]:
+        # Without old ones nothing more is drawn, so that the other draws stay as they were.
+        if self.old and _chance(self.old_chance, generator):
+            path, place = self.old[_one_of(len(self.old), generator)]
+        else:
+            path, place = self.files[_one_of(len(self.files), generator)], Place()
+        return read_square(path, self.size).float() / 255, place
 
     def one(self, generator: torch.Generator) -> Tensor:
-        return self[_one_of(len(self), generator)]
+        return self.placed(generator)[0]
+
+
+def places(files: list[Path], detector: RetinaFace) -> dict[Path, Place]:
+    """Where each portrait's face is; those in which the detector sees none are left out."""
+    found = {}
+    for path in files:
+        picture = read_square(path, SHOWN_SIDE).float()[None] / 255
+        with torch.no_grad():
+            boxes, confidences, _ = detector(network_input(picture.to(detector.home)))
+        best = int(confidences[0].argmax())
+        if float(confidences[0, best]) > 0.9:
+            x1, y1, x2, y2 = (boxes[0, best] / SHOWN_SIDE).tolist()
+            found[path] = Place((x1 + x2) / 2, (y1 + y2) / 2, y2 - y1)
+    return found
 
 
 def _one_of(count: int, generator: torch.Generator) -> int:
@@ -210,16 +257,46 @@ def scene(portraits: Portraits, side: int, turned: float, generator: torch.Gener
     return canvas.clamp(0, 1)
 
 
+def aged(picture: Tensor, generator: torch.Generator) -> Tensor:
+    """A picture (3,H,H) in [0,1] with the look of an old photograph or of its print in a book: one
+    tone, faded, with grain, specks, and a halftone screen in one of three.
+    """
+    side = picture.shape[-1]
+    grey = picture.mean(0).clamp(0, 1) ** math.exp(drawn((-0.5, 0.5), generator))
+    if _chance(0.35, generator):
+        y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        turn, wave = drawn((0, math.pi / 2), generator), 2 * math.pi / drawn((2.5, 6), generator)
+        u, v = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
+        screen = (torch.cos(u * wave) + torch.cos(v * wave)) / 4 + 0.5
+        dots = ((grey - screen) * drawn((4, 14), generator)).sigmoid()
+        grey = torch.lerp(grey, dots, drawn((0.2, 0.8), generator))
+    cells = int(side / drawn((1, 2.5), generator))
+    grain = torch.randn(1, 1, cells, cells, generator=generator)
+    grain = F.interpolate(grain, (side, side), mode="bilinear")[0, 0]
+    grey = grey + grain * drawn((0, 0.1), generator)
+    specks = torch.rand(side, side, generator=generator) < drawn((0, 0.002), generator)
+    grey = grey.masked_fill(specks, drawn((0, 1), generator)).clamp(0, 1)
+    paper = torch.lerp(
+        torch.ones(3, 1, 1),
+        torch.tensor([1.0, 0.92, 0.7]).view(3, 1, 1)
+        + 0.06 * torch.randn(3, 1, 1, generator=generator),
+        drawn((0, 1), generator),
+    )
+    ink = torch.rand(3, 1, 1, generator=generator) * drawn((0, 0.35), generator)
+    return torch.lerp(ink, paper * drawn((0.7, 1), generator), grey).clamp(0, 1)
+
+
 def window(portraits: Portraits, generator: torch.Generator) -> Tensor:
     """(3,288,288) in [0,1]: one face, about as upright, as large and as central as in a window of
     the detector's second pass.
     """
     canvas = background(portraits, WINDOW, generator)
-    portrait = portraits.one(generator)
-    side = math.exp(drawn((-0.2, 0.2), generator)) * BEST_SIZE / FACE_HEIGHT
+    portrait, place = portraits.placed(generator)
+    side = math.exp(drawn((-0.2, 0.2), generator)) * BEST_SIZE / place.height
     x, y = (WINDOW / 2 + drawn((-16, 16), generator) for _ in range(2))
     degrees, mirrored = drawn((-10, 10), generator), _chance(0.5, generator)
-    draw(canvas, portrait, (x, y + BELOW_FACE * side), side, degrees, mirrored)
+    x += (0.5 - place.x) * side * (-1 if mirrored else 1)
+    draw(canvas, portrait, (x, y + (0.5 - place.y) * side), side, degrees, mirrored)
     return (canvas * drawn((0.7, 1.15), generator) + drawn((-0.05, 0.05), generator)).clamp(0, 1)
 
 
@@ -240,6 +317,8 @@ class SceneBatches:
         else:
             side, count = scenes.sizes[_one_of(len(scenes.sizes), generator)]
             made = [scene(self.portraits, side, scenes.turned, generator) for _ in range(count)]
+        if scenes.aged:
+            made = [aged(m, generator) if _chance(scenes.aged, generator) else m for m in made]
         return {"pictures": torch.stack(made)}
 
 
@@ -316,12 +395,15 @@ class DetectorTask:
             )
         self.config, self.accelerator, self.step = config, accelerator, 0
         files, held_out = split(config.data)
-        self.samples = SceneBatches(
-            Portraits(files, config.data.size), config.scenes, config.run.seed
-        )
-        self.held_out = Portraits(held_out or files, config.data.size)
         teacher = build_detector(read_tensors(config.teacher))
         self.teacher = Heads(teacher).to(accelerator.device)
+        old = places(split(config.old)[0], teacher) if config.old else {}
+        self.samples = SceneBatches(
+            Portraits(files, config.data.size, old, config.scenes.old),
+            config.scenes,
+            config.run.seed,
+        )
+        self.held_out = Portraits(held_out or files, config.data.size)
         student = build_retinaface(read_tensors(config.start)) if config.start else new_detector()
         self.networks: dict[str, nn.Module] = {"detector": Heads(student.requires_grad_(True))}
         self.optimisers = {"detector": config.optimiser}
