@@ -2,10 +2,14 @@
 
     python -m benchmarks.measures FOLDER                                   # once: the networks
     python -m benchmarks.quality FOLDER made DATA [--sheet FILE] [--limit N]
+    python -m benchmarks.quality FOLDER old DATA [--sheet FILE] [--limit N]
     python -m benchmarks.quality FOLDER folders TRUTH NAME=DIR [NAME=DIR ...]
 
 `made` degrades held-out faces and restores them by the built-in model; DATA is the folder with
 images/ and weights/. Bicubic enlargement and Real-ESRGAN x4plus stand beside it.
+
+`old` restores held-out old portraits as they are. There is no truth to them: NIQE alone is given,
+and the distance of the identities before and after.
 
 `folders` takes pictures that are there: the truth, and for each method (the degraded pictures may
 be one of them) a folder with results of the same names and sizes, such as
@@ -21,26 +25,19 @@ identities, of which one person's are less than 0.6 apart.
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.builtin import (
-    KINDS,
-    bytes_of,
-    degraded,
-    floats,
-    held_out_portraits,
-    load,
-    psnr,
-    ssim,
-)
+from benchmarks.builtin import bytes_of, floats, held_out, held_out_portraits, load
 from benchmarks.measures import PEER, niqe
 from benchmarks.measures import load as load_measures
 from osdface_core.diffusers.builtin import load_backbone
@@ -55,8 +52,58 @@ from osdface_core.weights.reading import read_tensors
 
 # Results by a small picture and the same enlarged, both (H,W,3) in [0,1].
 Method = Callable[[Tensor, Tensor], Tensor]
+# Name: blur in pixels, factor of shrinking, noise in 255ths, JPEG quality.
+KINDS = {
+    "8x: blur 3, noise 15, JPEG 50": (3.0, 8, 15.0, 50),
+    "4x: blur 2, noise 8, JPEG 70": (2.0, 4, 8.0, 70),
+}
 # What the undegraded faces are called.
 NOTHING = "nothing"
+
+
+def degraded(
+    picture: Tensor, kind: tuple[float, int, float, int], seed: int
+) -> tuple[Tensor, Tensor]:
+    """The picture (H,W,3) in [0,1] after blur, shrinking, noise and JPEG.
+
+    Returns the small picture, and the same enlarged to the picture's size (bicubic).
+    """
+    blur, shrink, noise, quality = kind
+    pixels = cv2.GaussianBlur(bytes_of(picture), (0, 0), blur)
+    height, width = pixels.shape[:2]
+    small = cv2.resize(
+        pixels, (width // shrink, height // shrink), interpolation=cv2.INTER_AREA
+    ).astype(np.float32)
+    small += np.random.default_rng(seed).normal(0, noise, small.shape).astype(np.float32)
+    file = io.BytesIO()
+    Image.fromarray(small.round().clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=quality)
+    small = np.asarray(Image.open(file))
+    return floats(small), floats(cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC))
+
+
+def psnr(given: Tensor, right: Tensor) -> float:
+    return float(-10 * (given.clamp(0, 1) - right).square().mean().log10())
+
+
+def ssim(given: Tensor, right: Tensor) -> float:
+    """Structural similarity (Wang et al. 2004) of luma, without padding.
+
+    Gaussian window of 11 px with a deviation of 1.5 px.
+    """
+    weights = torch.tensor([0.299, 0.587, 0.114])
+    x, y = ((p.clamp(0, 1) @ weights)[None, None] for p in (given, right))
+    taps = torch.exp(-((torch.arange(11.0) - 5) ** 2) / (2 * 1.5**2))
+    window = (torch.outer(taps, taps) / taps.sum() ** 2)[None, None]
+
+    def mean(v: Tensor) -> Tensor:
+        return F.conv2d(v, window)
+
+    mx, my = mean(x), mean(y)
+    xx, yy, xy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    return float(
+        ((2 * mx * my + c1) * (2 * xy + c2) / ((mx**2 + my**2 + c1) * (xx + yy + c2))).mean()
+    )
 
 
 def figures(given: Tensor, right: Tensor, networks: dict[str, Any]) -> dict[str, float]:
@@ -162,6 +209,42 @@ def made(table: Table, given: argparse.Namespace) -> None:
         Image.fromarray(bytes_of(torch.cat(rows, 1))).save(given.sheet)
 
 
+@torch.inference_mode()
+def old(table: Table, given: argparse.Namespace) -> None:
+    """Prints NIQE of aligned old faces as they are and as each method restores them."""
+    detector = build_retinaface(
+        read_tensors(given.data / "weights" / "detection_mobilenet0.25_Final.pth")
+    )
+    options = DetectOptions(confidence=0.5, choice=Choice("largest"))
+    files = held_out(given.data / "images" / "old", 0)
+    found = (find_faces(load(path)[None], detector, options).faces for path in files)
+    faces = [x.crops[0] for x in found if len(x.crops)][: given.limit or None]
+    methods = {
+        "as they are": lambda small, large: large,
+        "Real-ESRGAN x4plus": real_esrgan(given.measures),
+        "**built-in model**": builtin_model(),
+    }
+    networks, columns = table.networks, []
+    print(f"| {len(faces)} old faces | NIQE | identity |\n|---|---|---|", flush=True)
+    for name, method in methods.items():
+        # Old crops have about half of the detail that a crop has room for.
+        results = [method(half_of(face), face) for face in faces]
+        natural = sum(niqe(floats(bytes_of(x)), networks["niqe"]) for x in results) / len(results)
+        who = [
+            networks["identity"].of_crops(torch.stack(x).movedim(-1, 1)) for x in (faces, results)
+        ]
+        moved = float((who[0] - who[1]).norm(dim=1).mean())
+        print(f"| {name} | {natural:.2f} | {moved:.3f} |", flush=True)
+        columns.append(torch.cat(results[:10], 1))
+    if given.sheet:
+        Image.fromarray(bytes_of(torch.cat(columns))).save(given.sheet)
+
+
+def half_of(picture: Tensor) -> Tensor:
+    """(H,W,3) at half the size."""
+    return F.avg_pool2d(picture.movedim(-1, 0)[None], 2)[0].movedim(0, -1)
+
+
 def pictures_in(folder: Path) -> dict[str, Path]:
     """Its pictures by their names without endings."""
     kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -192,11 +275,12 @@ def main() -> None:
     )
     parser.add_argument("measures", type=Path, help="folder that benchmarks.measures wrote")
     ways = parser.add_subparsers(required=True)
-    way = ways.add_parser("made")
-    way.add_argument("data", type=Path)
-    way.add_argument("--sheet", type=Path, help="picture to write: truth, degraded, methods")
-    way.add_argument("--limit", type=int, default=0, help="faces, 0 for all")
-    way.set_defaults(run=made)
+    for name, run in (("made", made), ("old", old)):
+        way = ways.add_parser(name)
+        way.add_argument("data", type=Path)
+        way.add_argument("--sheet", type=Path, help="picture to write: truth, degraded, methods")
+        way.add_argument("--limit", type=int, default=0, help="faces, 0 for all")
+        way.set_defaults(run=run)
     way = ways.add_parser("folders")
     way.add_argument("truth", type=Path)
     way.add_argument("results", nargs="+", metavar="NAME=DIR")

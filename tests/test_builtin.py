@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from osdface_core.diffusers.builtin import load_backbone as load_in_diffusers
@@ -100,7 +99,8 @@ def test_a_bad_portrait_comes_out_sharper_and_no_further_from_the_original(
 ) -> None:
     original, given = tensor(portrait), tensor(bad(portrait, shrink / 2.5, shrink, 60))
     result = restored(given, backbone)
-    assert error(result, original) < 1.05 * error(given, original)
+    # At most half a decibel, which sharpness costs.
+    assert error(result, original) < 10**0.05 * error(given, original)
     assert detail(result) > 1.5 * detail(given)
     assert detail(result) < 1.2 * detail(original)
 
@@ -109,9 +109,9 @@ def test_the_autoencoder_gives_a_picture_back(close_up: Image.Image) -> None:
     pixels = tensor(close_up).movedim(-1, 1)
     network = builtin.autoencoder()
     latents = network.encode(pixels * 2 - 1)
-    assert latents.shape == (1, 4, 64, 64)
+    assert latents.shape == (1, builtin.CHANNELS, 64, 64)
     assert 0.4 < float(latents.std()) < 2.5
-    assert error(network.decode(latents) / 2 + 0.5, pixels) < 10 ** (-2.4)
+    assert error(network.decode(latents) / 2 + 0.5, pixels) < 10 ** (-2.9)
 
 
 def test_grain_is_the_same_wherever_a_part_of_the_latents_begins_at_its_repeat() -> None:
@@ -120,7 +120,8 @@ def test_grain_is_the_same_wherever_a_part_of_the_latents_begins_at_its_repeat()
     network.start(torch.rand(4, 3, 64, 64))
     assert float(network.decoder.grain.std()) == pytest.approx(1, abs=1e-3)
     network.decoder.conv_grain.bias.fill_(0.1)
-    latents = torch.randn(1, 4, 24, 24)
+    latents = torch.randn(1, builtin.CHANNELS, 24, 24)
+    latents[:, 0] = 1
     whole, part = network.decode(latents), network.decode(latents[..., 8:, 8:])
     network.decoder.conv_grain.bias.zero_()
     plain = network.decode(latents)
@@ -212,18 +213,18 @@ def test_cores_own_vae_nodes_take_the_vae(host: Any, given: Any, close_up: Image
     latent = host.nodes["VAEEncode"]().encode(given.vae, pixels)[0]
     picture = host.nodes["VAEDecode"]().decode(given.vae, latent)[0]
     tiled = host.nodes["VAEDecodeTiled"]().decode(given.vae, latent, 256, 64)[0]
-    assert error(picture, pixels) < 10 ** (-2.4)
+    assert error(picture, pixels) < 10 ** (-2.9)
     assert error(tiled, picture) < 1e-4
 
 
 @pytest.mark.host
 def test_a_core_sampler_takes_the_model(host: Any, given: Any) -> None:
-    latent = {"samples": torch.zeros(1, 4, 16, 16)}
+    latent = {"samples": torch.zeros(1, builtin.CHANNELS, 16, 16)}
     prompts = [[torch.zeros(1, 77, 1024), {}]]
     made = host.nodes["KSampler"]().sample(
         given.model, 1, 2, 1.0, "euler", "simple", prompts, prompts, latent
     )[0]["samples"]
-    assert made.shape == (1, 4, 16, 16)
+    assert made.shape == (1, builtin.CHANNELS, 16, 16)
     assert bool(made.isfinite().all())
 
 
@@ -285,22 +286,13 @@ def test_it_does_not_go_with_a_real_model(
         step(host, model=checkpoint[0], vae=checkpoint[1], crops=crops, conditioning=conditioning)
 
 
-def test_training_starts_where_the_step_changes_little() -> None:
-    diffusers = pytest.importorskip(
-        "diffusers", reason="no diffusers: pip install -r requirements-dev.txt"
-    )
-    from osdface_core.osdface.builtin.start import start
-    from osdface_core.sd21.schedule import alphas_cumprod
+def test_training_starts_where_the_step_changes_nothing(close_up: Image.Image) -> None:
+    pytest.importorskip("diffusers", reason="no diffusers: pip install -r requirements-dev.txt")
+    from osdface_core.sd21.schedule import x0_of
+    from osdface_core.training.networks import UNetConfig, load_unet
 
-    unet = diffusers.UNet2DConditionModel(**builtin.UNET_CONFIG)
-    unet.load_state_dict(start())
-    torch.manual_seed(0)
-    latents = (
-        F.interpolate(torch.randn(2, 4, 4, 4), (32, 32), mode="bicubic")
-        + torch.randn(2, 4, 1, 1) / 2
-    )
-    alpha = alphas_cumprod()[399]
-    x0 = (
-        latents - (1 - alpha).sqrt() * unet(latents, 399, torch.rand(2, 77, 1024)).sample
-    ) / alpha.sqrt()
-    assert (x0 - latents).square().mean().sqrt() < 0.25 * latents.std()
+    unet, network = load_unet(UNetConfig(kind="builtin")), builtin.autoencoder()
+    latents = network.encode(tensor(close_up).movedim(-1, 1) * 2 - 1)
+    for timestep in (0, 399, 900):
+        x0 = x0_of(latents, unet(latents, timestep, torch.rand(1, 77, 1024)).sample, timestep)
+        assert (network.decode(x0.float()) - network.decode(latents)).abs().max() < 1e-3

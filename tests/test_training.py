@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import weakref
@@ -40,6 +41,7 @@ from osdface_core.osdface.builtin.autoencoder import Autoencoder  # noqa: E402
 from osdface_core.osdface.lora import parse_lora  # noqa: E402
 from osdface_core.osdface.vre import build_embedder, read_embedder  # noqa: E402
 from osdface_core.training import stage1 as training_stage1  # noqa: E402
+from osdface_core.training import stage2 as training_stage2  # noqa: E402
 from osdface_core.training.__main__ import main  # noqa: E402
 from osdface_core.training.autoencoder import AutoencoderConfig  # noqa: E402
 from osdface_core.training.config import read_config  # noqa: E402
@@ -77,6 +79,8 @@ UNET = {
     "attention_head_dim": 2,
     "use_linear_projection": True,
 }
+# For the built-in autoencoder.
+BUILTIN_UNET = UNET | {"in_channels": builtin.CHANNELS, "out_channels": builtin.CHANNELS}
 VAE = {
     "block_out_channels": [16, 16, 32, 32],
     "layers_per_block": 1,
@@ -384,19 +388,20 @@ def test_grain_alone_is_trained_where_nothing_else_is(
     )
     torch.nn.init.normal_(start.decoder.conv_grain.weight, std=1e-3)
     save_file(start.state_dict(), tmp_path / "start.safetensors")
-    only = {"mse": 0.0, "energies": 1.0, "energy_lags": [1], **OFF}
+    only = {"mse": 0.0, "charbonnier": 1.0, "differences": 1.0, **OFF}
     small = {"kind": "builtin", "weights": str(tmp_path / "start.safetensors"), "train": "grain"}
     config = stage2(
         faces,
         tmp_path,
         vre,
         train="none",
+        unet={"config": BUILTIN_UNET},
         vae=small,
         losses=only,
         optimiser={"learning_rate": 1e-2},
     )
     folder = run(config, "stage2", "run.steps=30", "run.batch=8", "run.log_every=10")
-    losses = logged(caplog, "energies")
+    losses = logged(caplog, "total")
     assert losses[-1] < losses[0]
     end = load_file(folder / "autoencoder.safetensors")
     changed = {name for name, t in start.state_dict().items() if not torch.equal(t, end[name])}
@@ -422,6 +427,7 @@ def test_a_trained_decoder_keeps_undegraded_pictures_where_it_is_asked_to(
             faces,
             tmp_path,
             vre,
+            unet={"config": BUILTIN_UNET},
             vae=small,
             degradation=flat,
             losses={"mse": 1.0, "autoencoding": weight, **OFF},
@@ -440,6 +446,30 @@ def test_a_trained_decoder_keeps_undegraded_pictures_where_it_is_asked_to(
             return float((network(pictures) - pictures).square().mean())
 
     assert error(1.0) < error(0.0) / 2
+
+
+def test_dists_is_shown_parts_of_some_pictures_where_that_is_asked(
+    faces: Path, vre: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def measured(network: Any, given: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        assert given.shape == right.shape
+        seen.append(tuple(given.shape))
+        return (given - right).abs().mean()
+
+    monkeypatch.setattr(training_stage2, "load_dists", lambda files: torch.nn.Identity())
+    monkeypatch.setattr(training_stage2, "edge_aware_dists", measured)
+    for own, shape in (
+        ({}, (4, 3, SIDE, SIDE)),
+        ({"seen": 16, "shown": 1}, (1, 3, 16, 16)),
+        ({"seen": 4 * SIDE}, (4, 3, SIDE, SIDE)),
+    ):
+        losses = {**OFF, "ea_dists": {"weight": 1.0, "files": ["vgg16.pth"]}, **own}
+        run(stage2(faces, tmp_path, vre, losses=losses), "stage2", f"run.folder={tmp_path / 'r'}")
+        assert set(seen) == {shape}
+        seen.clear()
+        shutil.rmtree(tmp_path / "r")
 
 
 def test_nothing_to_train_or_grain_of_another_autoencoder_is_refused(

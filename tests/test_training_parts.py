@@ -67,39 +67,59 @@ def test_edges_are_sobels() -> None:
     assert np.abs(losses.edges(x)[:, 0].numpy() - np.stack(theirs)).max() < 1e-5
 
 
-def test_the_coarse_error_sees_what_is_larger_than_its_squares_alone() -> None:
-    flat = torch.full((1, 3, 16, 16), 0.5)
-    board = flat + 0.2 * ((torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2 - 1)
-    assert float(losses.coarse(board, flat)) == pytest.approx(0, abs=1e-9)
-    assert float(losses.coarse(flat + 0.1, flat)) == pytest.approx(2 * 0.1**2)
-    squares = flat + 0.1 * ((torch.arange(16)[:, None] // 4 + torch.arange(16) // 4) % 2 * 2 - 1)
-    assert float(losses.coarse(squares, flat)) == pytest.approx(0.1**2), (
-        "squares of 4 px are gone in the means of 8"
+def test_an_old_print_has_the_screen_it_was_asked_for() -> None:
+    flat = torch.full((1, 3, 240, 240), 0.4)
+    for seed in range(4):
+        old = d.Print(1.0, halftone=1.0, pitch=(5.0, 5.0), grain=(0.0, 0.0), scratches=0)
+        x = d.printed(flat, old, torch.Generator().manual_seed(seed))
+        assert float(x.min()) >= 0 and float(x.max()) <= 1
+        assert (x == x[:, :1]).all(), "ink has no colour"
+        spectrum = torch.fft.fft2(x[0, 0] - x[0, 0].mean()).abs()
+        rows, columns = np.unravel_index(int(spectrum.argmax()), spectrum.shape)
+        frequency = np.hypot(*(min(v, 240 - v) / 240 for v in (rows, columns)))
+        # The product of two waves of half a period a pitch: dots lie on its diagonals.
+        assert frequency == pytest.approx(math.sqrt(0.5) / 5, rel=0.03)
+
+
+def test_an_old_photograph_has_grain_and_scratches_and_no_colour() -> None:
+    flat = torch.full((1, 3, 200, 200), 0.5)
+    old = d.Print(1.0, halftone=0.0, grain=(10.0, 10.0), coarse=(0.5, 0.5), scratches=0)
+    grain = d.printed(flat, old, torch.Generator().manual_seed(1))
+    assert float(grain.std()) * 255 == pytest.approx(10, rel=0.02)
+    assert (grain == grain[:, :1]).all()
+    old = d.Print(1.0, halftone=0.0, grain=(0.0, 0.0), scratches=6)
+    lines = [d.printed(flat, old, torch.Generator().manual_seed(n)) for n in range(10)]
+    hit = [float((x != 0.5).float().mean()) for x in lines]
+    assert max(hit) > 0.005
+    assert max(hit) < 0.2, "the most of the picture stays"
+
+
+def test_faded_pictures_are_pale_and_brown_in_both_of_a_pair(tmp_path: Path) -> None:
+    ramp = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], 64, 0).repeat(3, 2)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    samples = Samples(
+        [tmp_path / "ramp.png"], Pictures(tmp_path, 64, faded=1.0), Degradation(()), 0
     )
+    for n in range(6):
+        sample = samples[n]
+        assert torch.allclose(sample["hq"], sample["lq"], atol=1 / 255)
+        red, green, blue = sample["hq"].flatten(1)
+        assert (red >= green).all() and (green >= blue).all()
+        assert float(red.max() - red.min()) <= 1
 
 
-def test_the_lattice_error_sees_what_repeats_with_the_blocks_alone() -> None:
-    flat = torch.full((1, 3, 64, 64), 0.5)
-    lines = flat + 0.1 * (torch.arange(64) % 4 // 2 * 2 - 1)
-    assert float(losses.lattice(lines, flat)) == pytest.approx(0.1**2, rel=1e-4)
-    turning = flat + 0.1 * (torch.arange(64) % 4 // 2 * 2 - 1) * (torch.arange(64) // 8 % 2 * 2 - 1)
-    assert float(losses.lattice(turning, flat)) == pytest.approx(0, abs=1e-9)
-    grain = flat + 0.1 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert float(losses.lattice(grain, flat)) < 0.1**2 / 32
-
-
-def test_energies_tell_a_checkerboard_from_other_texture_by_its_lags() -> None:
-    flat = torch.full((1, 3, 64, 64), 0.5)
-    board = flat + 0.1 * (1 - 2 * ((torch.arange(64)[:, None] + torch.arange(64)) % 2))
-    stripes = flat + 0.1 * (1 - 2 * (torch.arange(64) // 2 % 2))  # of two pixels
-    # a step of 0.2 across and down, everywhere; of two pixels none
-    assert float(losses.energies(board, flat)) == pytest.approx(math.sqrt(2 * 0.2**2), abs=1e-3)
-    assert float(losses.energies(board, flat, lags=(2,))) == pytest.approx(0, abs=1e-6)
-    # across alone: every second step, and every step of two pixels
-    assert float(losses.energies(stripes, flat)) == pytest.approx(math.sqrt(0.2**2 / 2), abs=3e-3)
-    assert float(losses.energies(stripes, flat, lags=(2,))) == pytest.approx(0.2, abs=1e-3)
-    both = [float(losses.energies(stripes, board, lags=lags)) for lags in ((1,), (2,), (1, 2))]
-    assert both[2] == pytest.approx(sum(both[:2]) / 2)
+def test_shaken_pictures_are_shaken_alike_and_never_the_same_way_twice() -> None:
+    one = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
+    seen = set()
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        first, second, blank = losses.shaken([one, one + 1, one * 0], generator)
+        assert torch.allclose(first + 1, second, atol=1e-5)
+        assert not blank.any()
+        # by up to 7 px, then to 0.7 to 1.2 of the size
+        assert 0.69 * 57 <= first.shape[-2] <= 1.2 * 64
+        seen.add(round(float(first[0, 0, 0, 0]), 6))
+    assert len(seen) == 8
 
 
 def vgg_file(folder: Path, vgg: torch.nn.Module) -> Path:

@@ -20,7 +20,7 @@ from ...osdface_core.cpu import exact, optimized
 from ...osdface_core.errors import OSDFaceError
 from ...osdface_core.osdface.files import LORAS
 from ...osdface_core.osdface.restore import TIMESTEP
-from ...osdface_core.sd21.backbone import LATENT_CHANNELS, STRIDE
+from ...osdface_core.sd21.backbone import STRIDE
 from ...osdface_core.sd21.one_step import Restored
 from ...osdface_core.weights.catalogue import NONE
 from .base_model import BUILTIN_MARK, check_model, check_together, check_vae
@@ -156,8 +156,9 @@ class HostBackbone:
         device = self.model.load_device
         if mm.is_device_cpu(device):
             return 1
+        channels = self.latent_format.latent_channels
         one, two = (
-            self.model.memory_required((n, LATENT_CHANNELS, height // STRIDE, width // STRIDE))
+            self.model.memory_required((n, channels, height // STRIDE, width // STRIDE))
             for n in (1, 2)
         )
         # The difference of two sizes, because newer hosts add a constant that they keep free.

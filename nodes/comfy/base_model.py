@@ -11,6 +11,7 @@ from ...osdface_core.errors import OSDFaceError
 from ...osdface_core.osdface import builtin
 from ...osdface_core.osdface.restore import TIMESTEP
 from ...osdface_core.sd21 import base_model
+from ...osdface_core.sd21.backbone import LATENT_CHANNELS
 from ...osdface_core.sd21.base_model import BaseFacts, check_autoencoder, check_base
 from ...osdface_core.sd21.modules import WIDTHS
 from ...osdface_core.weights.catalogue import BUILTIN
@@ -42,11 +43,12 @@ def check_model(model: Any, timestep: int = TIMESTEP) -> None:
         or bool(unet.get("use_temporal_attention"))
     )
     facts = BaseFacts(named, unet.get("context_dim"), unet.get("in_channels"), is_variant)
-    check_base(facts, CHECKPOINT)
+    channels = builtin.CHANNELS if is_builtin(network) else LATENT_CHANNELS
+    check_base(facts, CHECKPOINT, channels)
     sampling = model.get_model_object("model_sampling")
     # The checkpoint's own sampling, or what a node in between has patched in.
     remedy = f"take away the node that patches it, or {CHECKPOINT}"
-    check_base(replace(facts, prediction=_prediction(sampling)), remedy)
+    check_base(replace(facts, prediction=_prediction(sampling)), remedy, channels)
     base_model.check_schedule(given, getattr(sampling, "sigmas", None), timestep, remedy)
 
 
@@ -61,13 +63,22 @@ def _prediction(sampling: Any) -> str:
 
 
 def check_vae(vae: Any) -> None:
-    """Raises OSDFaceError unless VAE makes 4 latent channels at an eighth of the size."""
-    if getattr(vae, "first_stage_model", None) is None:
+    """Raises OSDFaceError unless VAE makes 4 latent channels at an eighth of the size, or is the
+    built-in model's.
+    """
+    network = getattr(vae, "first_stage_model", None)
+    if network is None:
         raise OSDFaceError(
             "`vae` holds no autoencoder; the one of Stable Diffusion 2.1-base is wanted: "
             f"{CHECKPOINT}"
         )
-    check_autoencoder("`vae`", vae.latent_channels, vae.spacial_compression_encode(), CHECKPOINT)
+    check_autoencoder(
+        "`vae`",
+        vae.latent_channels,
+        vae.spacial_compression_encode(),
+        CHECKPOINT,
+        builtin.CHANNELS if is_builtin(network) else LATENT_CHANNELS,
+    )
 
 
 def is_builtin(network: Any) -> bool:

@@ -29,6 +29,7 @@ class Latents(comfy.latent_formats.LatentFormat):
     """The built-in autoencoder's latents, of about unit variance."""
 
     scale_factor = builtin.SCALING
+    latent_channels = builtin.CHANNELS
 
 
 class Config(comfy.supported_models.SD20):
@@ -44,6 +45,10 @@ class Config(comfy.supported_models.SD20):
     def model_type(self, state_dict: dict[str, Tensor], prefix: str = "") -> Any:
         return comfy.model_base.ModelType.EPS
 
+    def inpaint_model(self) -> bool:
+        # The host takes every UNet of more than four channels for one that is given a mask.
+        return False
+
 
 def unet_config() -> dict[str, Any]:
     """builtin.UNET_CONFIG in the terms of ComfyUI's UNet."""
@@ -52,8 +57,8 @@ def unet_config() -> dict[str, Any]:
     attends = [int(kind.startswith("CrossAttn")) for kind in given["down_block_types"]]
     return {
         "image_size": given["sample_size"],
-        "in_channels": LATENT_CHANNELS,
-        "out_channels": LATENT_CHANNELS,
+        "in_channels": builtin.CHANNELS,
+        "out_channels": builtin.CHANNELS,
         "model_channels": widths[0],
         "channel_mult": [width // widths[0] for width in widths],
         "num_res_blocks": [layers] * len(widths),
@@ -96,6 +101,7 @@ def make_vae() -> Any:
     network = builtin.autoencoder(Operations)
     setattr(network, BUILTIN_MARK, True)
     vae.first_stage_model = network
+    vae.latent_channels = builtin.CHANNELS
     vae.patcher = make_patcher(network, vae.device, mm.vae_offload_device())
     vae.memory_used_encode = lambda shape, dtype: ENCODER_BYTES * shape[-2] * shape[-1]
     vae.memory_used_decode = lambda shape, dtype: DECODER_BYTES * shape[-2] * shape[-1] * 64

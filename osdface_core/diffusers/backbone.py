@@ -14,7 +14,7 @@ from ..cpu import exact, optimized
 from ..devices import VALUES_PER_FACE, best_device, best_dtype, max_batch
 from ..errors import OSDFaceError
 from ..sd21.adapters import Lora
-from ..sd21.backbone import SIDE
+from ..sd21.backbone import LATENT_CHANNELS, SIDE
 from ..sd21.base_model import check_unet
 from ..sd21.schedule import x0_of
 from .loading import Autoencoder, UNet, load
@@ -31,6 +31,7 @@ class DiffusersBackbone:
     vae: AutoencoderKL or AutoencoderTiny.
     device: the best there is, if None.
     dtype: the best for the device, if None.
+    channels: of the latents.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class DiffusersBackbone:
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        channels: int = LATENT_CHANNELS,
     ) -> None:
         self.unet = unet.eval()
         self.vae = vae.eval()
-        check_unet(self.unet.config, "The UNet")
+        check_unet(self.unet.config, "The UNet", channels=channels)
         self.scaling = float(self.vae.config.scaling_factor)
         self.device = device or best_device()
         self.to(dtype or best_dtype(self.device))

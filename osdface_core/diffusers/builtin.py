@@ -12,7 +12,6 @@ from torch import Tensor
 from ..layers import load_network
 from ..osdface import builtin
 from ..osdface.builtin.autoencoder import Autoencoder
-from ..sd21.backbone import LATENT_CHANNELS
 from .backbone import DiffusersBackbone
 from .loading import UNet
 
@@ -22,7 +21,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     config = SimpleNamespace(
         scaling_factor=builtin.SCALING,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=builtin.CHANNELS,
         block_out_channels=(1, 1, 1, 1),
         shift_factor=None,
     )
@@ -61,4 +60,6 @@ def load_backbone(
     device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> DiffusersBackbone:
     """The built-in model, on the best device and in the best type where None is given."""
-    return DiffusersBackbone(load_unet(), load_vae(), device=device, dtype=dtype)
+    return DiffusersBackbone(
+        load_unet(), load_vae(), device=device, dtype=dtype, channels=builtin.CHANNELS
+    )

@@ -15,8 +15,9 @@ from .networks import UNet
 UNET = UNetShape(
     widths=builtin.WIDTHS,
     heads=tuple(width // builtin.HEAD_WIDTH for width in builtin.WIDTHS),
-    attends=(False, True, True),
-    blocks=1,
+    attends=builtin.ATTENDS,
+    blocks=builtin.BLOCKS,
+    channels=builtin.CHANNELS,
 )
 
 

@@ -157,7 +157,7 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """Latents (B,4,h,w), a timestep and prompts (B,77,1024) -> the predicted noise (B,4,h,w)."""
+    """Latents (B,C,h,w), a timestep and prompts (B,77,1024) -> the predicted noise (B,C,h,w)."""
 
     def __init__(self, shape: UNetShape = SD21_UNET) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class UNet(nn.Module):
             Linear(inside, shape.time_width), nn.SiLU(), Linear(shape.time_width, shape.time_width)
         )
         self.input_blocks = nn.ModuleList(
-            [nn.ModuleList([Conv2d(LATENT_CHANNELS, inside, 3, padding=1)])]
+            [nn.ModuleList([Conv2d(shape.channels, inside, 3, padding=1)])]
         )
         skips = [inside]
         for i, width in enumerate(widths):
@@ -201,7 +201,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             GroupNorm(shape.groups, inside, UNET_EPS),
             nn.SiLU(),
-            Conv2d(inside, LATENT_CHANNELS, 3, padding=1),
+            Conv2d(inside, shape.channels, 3, padding=1),
         )
 
     def forward(self, latents: Tensor, timestep: int, prompts: Tensor) -> Tensor:

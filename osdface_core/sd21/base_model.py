@@ -50,15 +50,16 @@ class BaseFacts:
     prediction: str = "epsilon"
 
 
-def check_base(facts: BaseFacts, remedy: str) -> None:
+def check_base(facts: BaseFacts, remedy: str, channels: int = LATENT_CHANNELS) -> None:
     """Raises OSDFaceError unless a model is Stable Diffusion 2.1-base or a fine-tune of it.
 
     remedy: the end of the sentence: which file to load, and where.
+    channels: of the latents; the small built-in model has others.
     """
     if facts.text_width != TEXT_WIDTH:
         width = "unknown" if facts.text_width is None else facts.text_width
         raise refusal(facts.given, f"with a text width of {width} instead of {TEXT_WIDTH}", remedy)
-    if facts.in_channels != LATENT_CHANNELS:
+    if facts.in_channels != channels:
         what = f"with {facts.in_channels} input channels, such as an inpainting or depth model has"
         raise refusal(facts.given, what, remedy)
     if facts.is_variant:
@@ -92,12 +93,17 @@ def check_schedule(given: str, sigmas: object, timestep: int, remedy: str) -> No
         raise refusal(given, what, remedy)
 
 
-def check_autoencoder(given: str, channels: int, stride: int, remedy: str) -> None:
-    """Raises OSDFaceError unless an autoencoder makes 4 channels at an eighth of the size."""
-    if channels != LATENT_CHANNELS or stride != STRIDE:
+def check_autoencoder(
+    given: str, channels: int, stride: int, remedy: str, wanted: int = LATENT_CHANNELS
+) -> None:
+    """Raises OSDFaceError unless an autoencoder makes 4 channels at an eighth of the size.
+
+    wanted: channels, where it is the small built-in model's.
+    """
+    if channels != wanted or stride != STRIDE:
         raise OSDFaceError(
             f"{given} makes latents of {channels} channels at 1/{stride} of the size; "
-            f"{LATENT_CHANNELS} at 1/{STRIDE} are wanted, as the autoencoder of Stable Diffusion "
+            f"{wanted} at 1/{STRIDE} are wanted, as the autoencoder of Stable Diffusion "
             f"2.1-base makes them: {remedy}"
         )
 
@@ -148,18 +154,26 @@ def check_checkpoint(tensors: Mapping[str, Tensor], source: str, remedy: str = R
         raise refusal(source, "is a UNet without its autoencoder", remedy)
 
 
-def check_unet(config: dict[str, Any], source: str, prediction: str = "epsilon") -> None:
-    """Raises OSDFaceError unless a UNet's configuration is that of Stable Diffusion 2.1-base."""
-    channels = config.get("in_channels")
+def check_unet(
+    config: dict[str, Any],
+    source: str,
+    prediction: str = "epsilon",
+    channels: int = LATENT_CHANNELS,
+) -> None:
+    """Raises OSDFaceError unless a UNet's configuration is that of Stable Diffusion 2.1-base.
+
+    channels: as for check_base.
+    """
+    given = config.get("in_channels")
     extras = ("class_embed_type", "num_class_embeds", "addition_embed_type")
     facts = BaseFacts(
         f"{source} is a model",
         config.get("cross_attention_dim"),
-        channels,
-        any(map(config.get, extras)) or config.get("out_channels", channels) != channels,
+        given,
+        any(map(config.get, extras)) or config.get("out_channels", given) != given,
         prediction,
     )
-    check_base(facts, REMEDY)
+    check_base(facts, REMEDY, channels)
 
 
 def check_vae(config: dict[str, Any], source: str) -> None:

@@ -26,6 +26,7 @@ class UNetShape:
     attends: whether a level has attention; the middle has.
     blocks: residual blocks a level on the way down, one more on the way up.
     groups: of each group norm.
+    channels: of the latents.
     """
 
     widths: tuple[int, ...] = WIDTHS
@@ -33,6 +34,7 @@ class UNetShape:
     attends: tuple[bool, ...] = (True, True, True, False)
     blocks: int = 2
     groups: int = 32
+    channels: int = LATENT_CHANNELS
 
     @property
     def time_width(self) -> int:
@@ -59,7 +61,7 @@ def unet_layers(shape: UNetShape = SD21_UNET) -> dict[str, Layer]:
     """The UNet's linear and convolutional layers by their diffusers names."""
     widths, blocks, time = shape.widths, shape.blocks, shape.time_width
     found = {
-        "conv_in": Layer("input_blocks.0.0", (widths[0], LATENT_CHANNELS, 3, 3)),
+        "conv_in": Layer("input_blocks.0.0", (widths[0], shape.channels, 3, 3)),
         "time_embedding.linear_1": Layer("time_embed.0", (time, widths[0])),
         "time_embedding.linear_2": Layer("time_embed.2", (time, time)),
     }
@@ -99,7 +101,7 @@ def unet_layers(shape: UNetShape = SD21_UNET) -> dict[str, Layer]:
             slot = i * (blocks + 1) + blocks
             ldm = f"output_blocks.{slot}.{2 if attends else 1}.conv"
             found[f"up_blocks.{i}.upsamplers.0.conv"] = Layer(ldm, (width, width, 3, 3))
-    found["conv_out"] = Layer("out.2", (LATENT_CHANNELS, widths[0], 3, 3))
+    found["conv_out"] = Layer("out.2", (shape.channels, widths[0], 3, 3))
     return found
 
 

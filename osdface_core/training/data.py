@@ -56,6 +56,7 @@ class Pictures(Folder):
     turned: largest rotation, in degrees; what comes in at the corners is mirrored.
     tinted: chance that a sample's colours are exchanged and each darkened by up to a half.
     grey: chance that a sample is black-and-white.
+    faded: chance that a sample is pale, and if it is black-and-white also toned.
     degraded: folder with the same pictures, degraded, under the same names: taken as they are
         instead of what `degradation` makes.
     """
@@ -66,6 +67,7 @@ class Pictures(Folder):
     turned: float = 0.0
     tinted: float = 0.0
     grey: float = 0.0
+    faded: float = 0.0
     degraded: Path | None = None
 
 
@@ -229,7 +231,17 @@ class Samples:
             x = x[torch.randperm(3, generator=generator)] * x.new_tensor(gains)[:, None, None]
         if pictures.grey and bool(torch.rand((), generator=generator) < pictures.grey):
             x = torch.tensordot(x.new_tensor(LUMA), x, 1).expand_as(x).contiguous()
+        if pictures.faded and bool(torch.rand((), generator=generator) < pictures.faded):
+            x = _faded(x, generator)
         return x
+
+
+def _faded(x: Tensor, generator: torch.Generator) -> Tensor:
+    """(3,S,S) in [0,1] with less contrast; paler in blue, as prints turn brown."""
+    low, high = drawn((0, 0.25), generator), drawn((0.7, 1), generator)
+    x = low + (high - low) * x
+    brown = drawn((0, 0.35), generator)
+    return x * x.new_tensor([1.0, 1 - 0.45 * brown, 1 - brown])[:, None, None]
 
 
 def _rotated(x: Tensor, degrees: float) -> Tensor:

@@ -97,15 +97,37 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Print:
+    """What an old photograph has, or its print in a book, before it is degraded further.
+
+    chance: of any of it.
+    halftone: chance of a screen of dots.
+    pitch: of the screen, in pixels.
+    grain: standard deviation of the film's grain, in levels of 255.
+    coarse: size of the grain, the Gaussian's sigma in pixels.
+    scratches: how many bright or dark lines at most.
+    """
+
+    chance: float = 0.0
+    halftone: float = 0.4
+    pitch: Range = (2.5, 6.0)
+    grain: Range = (0.0, 24.0)
+    coarse: Range = (0.4, 1.5)
+    scratches: int = 4
+
+
+@dataclass(frozen=True)
 class Degradation:
     """How a good picture is degraded.
 
     stages: run one after the other.
+    old: comes before them.
     sinc: chance of a sinc filter at the end, for ringing (Real-ESRGAN, section 3.4).
     chance: of being degraded at all.
     """
 
     stages: tuple[Stage, ...] = (Stage(), Stage())
+    old: Print = field(default_factory=Print)
     sinc: float = 0.0
     chance: float = 1.0
 
@@ -116,6 +138,9 @@ class Degradation:
             return picture
         size = picture.shape[-2:]
         x = picture[None]
+        # A chance of 0 draws nothing, so that it changes no number of the other draws.
+        if self.old.chance and drawn((0, 1), generator) < self.old.chance:
+            x = printed(x, self.old, generator)
         for stage in self.stages:
             x = degraded(x, stage, generator)
             if stage.enlarge:
@@ -168,6 +193,32 @@ def degraded(x: Tensor, stage: Stage, generator: torch.Generator) -> Tensor:
     x = noisy(x, stage, generator)
     if drawn((0, 1), generator) < stage.jpeg_chance:
         x = compressed(x, round(drawn(stage.jpeg, generator)))
+    return x.clamp(0, 1)
+
+
+def printed(x: Tensor, old: Print, generator: torch.Generator) -> Tensor:
+    """x (1,3,H,W) in [0,1] as a grainy, scratched photograph, or its print in dots."""
+    height, width = x.shape[-2:]
+    grain = torch.randn(1, 1, height, width, generator=generator)
+    sigma = drawn(old.coarse, generator)
+    grain = F.conv2d(grain, gaussian_kernel(11, sigma, sigma, 0.0)[None, None], padding=5)
+    x = x + drawn(old.grain, generator) / 255 * grain / grain.std()
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
+    for _ in range(int(torch.randint(old.scratches + 1, (), generator=generator))):
+        angle, place = drawn((0, math.pi), generator), drawn((-0.5, 0.5), generator) * width
+        way = (columns - width / 2) * math.cos(angle) + (rows - height / 2) * math.sin(angle)
+        line = (drawn((0.3, 1.5), generator) - (way - place).abs() + 0.5).clamp(0, 1)
+        x = x + line * (drawn((0, 1), generator) - x) * drawn((0.3, 1), generator)
+    if drawn((0, 1), generator) < old.halftone:
+        angle, pitch = drawn((0, math.pi / 2), generator), drawn(old.pitch, generator)
+        cos, sin = (f(angle) * math.pi / pitch for f in (math.cos, math.sin))
+        screen = torch.cos(columns * cos + rows * sin) * torch.cos(rows * cos - columns * sin)
+        # Dots that grow with the darkness; soft-edged, since ink runs and scanners blur.
+        soft = drawn((0.15, 0.6), generator)
+        dots = torch.sigmoid((x - 0.5 + screen * 0.5) / soft * 4)
+        share = drawn((0.3, 1), generator)
+        low, high = drawn((0, 0.2), generator), drawn((0.8, 1), generator)
+        x = torch.lerp(x, low + (high - low) * dots, share)
     return x.clamp(0, 1)
 
 

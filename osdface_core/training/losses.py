@@ -63,47 +63,6 @@ def differences(given: Tensor, right: Tensor) -> Tensor:
     )
 
 
-def energies(given: Tensor, right: Tensor, window: int = 16, lags: Sequence[int] = (1,)) -> Tensor:
-    """Mean absolute error of the amount of detail: of the root mean square difference of
-    neighbouring pixels in each square of `window` px, wherever in it the detail lies.
-
-    lags: distances in pixels at which pixels count as neighbours. A checkerboard of single pixels
-        passes for texture at 1, not at 2.
-    """
-
-    def of(x: Tensor, lag: int) -> Tensor:
-        horizontal = (x[..., lag:] - x[..., :-lag]).square()
-        vertical = (x[..., lag:, :] - x[..., :-lag, :]).square()
-        both = horizontal[..., :-lag, :] + vertical[..., :-lag]
-        return (F.avg_pool2d(both.mean(1, keepdim=True), window) + 1e-6).sqrt()
-
-    return sum(
-        ((of(given, lag) - of(right, lag)).abs().mean() for lag in lags), given.new_zeros(())
-    ) / len(lags)
-
-
-def coarse(given: Tensor, right: Tensor, sizes: Sequence[int] = (4, 8)) -> Tensor:
-    """Mean squared error of the means over squares of each of these sizes in pixels, added up.
-
-    It is least for the mean of all pictures that may have been degraded to the given one, as the
-    mean squared error of pixels is, but leaves out detail that cannot be predicted.
-    """
-    return sum(
-        (F.avg_pool2d(given - right, size).square().mean() for size in sizes), given.new_zeros(())
-    )
-
-
-def lattice(given: Tensor, right: Tensor, block: int = 8, window: int = 64) -> Tensor:
-    """Mean squared error after averaging, in squares of `window` px, the pixels that have the same
-    place in their block.
-
-    Patterns that repeat with the latents' blocks, such as lines of one pixel, remain in the
-    average, and so does a constant error; other texture does not.
-    """
-    by_place = F.pixel_unshuffle(given - right, block)
-    return F.avg_pool2d(by_place, min(window // block, *by_place.shape[-2:])).square().mean()
-
-
 def edges(pictures: Tensor) -> Tensor:
     """(B,3,H,W) -> (B,1,H,W): Sobel's gradient magnitude sqrt(gx^2 + gy^2 + 1e-6) of the channels'
     mean, with zeros beyond the border, as in OSDFace's demonstration of edge-aware DISTS.
@@ -265,6 +224,19 @@ def _for_imagenet(x: Tensor) -> Tensor:
     return (x - x.new_tensor([[[0.485]], [[0.456]], [[0.406]]])) / x.new_tensor(
         [[[0.229]], [[0.224]], [[0.225]]]
     )
+
+
+def shaken(pictures: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Pictures (B,3,H,W), all shifted by up to 7 px, mirrored and resized by the same chance."""
+    top, left, across, down = torch.randint(8, (4,), generator=generator).tolist()
+    axes = [axis for axis, draw in ((-1, across), (-2, down)) if draw % 2]
+    scale = 0.7 + 0.5 * float(torch.rand((), generator=generator))
+    return [
+        F.interpolate(
+            x[..., top:, left:].flip(axes), scale_factor=scale, mode="bilinear", antialias=True
+        )
+        for x in pictures
+    ]
 
 
 class SqueezeExcite(nn.Module):

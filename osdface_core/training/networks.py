@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 class UNetConfig:
     """A UNet of diffusers.
 
-    kind: diffusers, from `folder` or made of `config`; or builtin, made as the built-in model's.
+    kind: diffusers, from `folder` or made of `config`; or builtin, made as the built-in model's;
+        without weights its step changes nothing.
     folder: in diffusers' layout, or one that holds such a folder `unet`.
     config: what diffusers makes a new UNet of, where there is no folder.
     weights: safetensors file for a UNet that is not from a folder; random weights without one.
@@ -76,7 +77,12 @@ def load_unet(unet: UNetConfig) -> Any:
     from diffusers import UNet2DConditionModel
 
     if unet.kind == "builtin":
-        return _load(UNet2DConditionModel, None, builtin.UNET_CONFIG, unet.weights, "unet")
+        made = _load(UNet2DConditionModel, None, builtin.UNET_CONFIG, unet.weights, "unet")
+        if not unet.weights:
+            # Its step changes nothing then, so that training starts from the degraded picture.
+            nn.init.zeros_(made.conv_out.weight)
+            nn.init.zeros_(made.conv_out.bias)
+        return made
     return _load(UNet2DConditionModel, unet.folder, unet.config, unet.weights, "unet")
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, autocast, nn
 
 from ..errors import OSDFaceError
+from ..osdface import builtin
 from ..osdface.files import LORA, VRE
 from ..osdface.restore import TIMESTEP
 from ..sd21.backbone import LATENT_CHANNELS, TEXT_WIDTH
@@ -27,15 +27,14 @@ from .loop import Optimiser, Run, bare, for_file
 from .losses import (
     Term,
     charbonnier,
-    coarse,
     differences,
     edge_aware_dists,
-    energies,
     gan_losses,
     identity,
-    lattice,
     load_dists,
     load_identity,
+    load_lpips,
+    shaken,
     wanted,
 )
 from .networks import (
@@ -86,30 +85,29 @@ class Losses:
     """Weights, 0 for a loss that is not computed; losses.py has the formulas.
 
     mse: mean squared error of the pixels.
-    coarse: of means over squares.
-    lattice: of what repeats with the latents' blocks.
     charbonnier: smooth absolute error of the pixels.
     differences: of neighbouring pixels' differences.
-    energies: of the amount of detail.
-    energy_lags: of `energies`, in pixels.
     latent: mean squared error of the latents.
-    autoencoding: of the losses of pixels, for undegraded pictures through the autoencoder alone, a
-        quarter of each batch. Without it a trained decoder forgets them.
+    autoencoding: of the losses of pixels and LPIPS, for undegraded pictures through the autoencoder
+        alone, a quarter of each batch. Without it a trained decoder forgets them.
+    lpips: LPIPS, of pictures that are shifted, mirrored and resized by chance, each time anew: with
+        a network of strides patterns that repeat pass for detail otherwise (Kettunen et al. 2019).
     ea_dists: edge-aware DISTS.
+    seen: pixels a side of the random part that DISTS is shown, 0 for the whole.
+    shown: how many pictures of a batch DISTS is shown, 0 for all.
     identity: of ArcFace's embeddings, or dlib's.
     gan: adversarial.
     """
 
     mse: float = 1.0
-    coarse: float = 0.0
-    lattice: float = 0.0
     charbonnier: float = 0.0
     differences: float = 0.0
-    energies: float = 0.0
-    energy_lags: tuple[int, ...] = (1,)
     latent: float = 0.0
     autoencoding: float = 0.0
+    lpips: Term = field(default_factory=Term)
     ea_dists: Term = field(default_factory=lambda: Term(1.0))
+    seen: int = 0
+    shown: int = 0
     identity: Term = field(default_factory=lambda: Term(0.1))
     gan: Gan = field(default_factory=Gan)
 
@@ -169,7 +167,7 @@ class Generator(nn.Module):
     def forward(
         self, pixels: Tensor, codes: Tensor, clean: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(restored pixels, not clamped; x0 (B,4,H/8,W/8); `clean` encoded and decoded).
+        """(restored pixels, not clamped; x0 (B,C,H/8,W/8); `clean` encoded and decoded).
 
         pixels: degraded (B,3,H,W) in [0,1].
         codes: of the whole faces (B,77,features).
@@ -196,14 +194,12 @@ class Stage2Task:
         ]
         self.embedder = load_vre(config.vre, config.projector_hidden).to(device)
         unet = load_unet(config.unet)
-        if (unet.config.cross_attention_dim, unet.config.in_channels) != (
-            TEXT_WIDTH,
-            LATENT_CHANNELS,
-        ):
+        channels = builtin.CHANNELS if config.vae.kind == "builtin" else LATENT_CHANNELS
+        if (unet.config.cross_attention_dim, unet.config.in_channels) != (TEXT_WIDTH, channels):
             raise OSDFaceError(
                 f"`unet` takes {unet.config.in_channels} channels and prompts of "
-                f"{unet.config.cross_attention_dim}; {LATENT_CHANNELS} and "
-                f"{TEXT_WIDTH} are wanted: give the UNet of Stable Diffusion 2.1-base."
+                f"{unet.config.cross_attention_dim}; {channels} and {TEXT_WIDTH} are wanted: give "
+                "the UNet that goes with `vae`, for Stable Diffusion's that of 2.1-base."
             )
         if config.train == "lora":
             names = add_lora(unet, config.lora.rank, config.lora.alpha)
@@ -228,6 +224,11 @@ class Stage2Task:
         self.dists = (
             load_dists(terms.ea_dists.files).to(device)
             if wanted("ea_dists", terms.ea_dists, "VGG16's and DISTS'")
+            else None
+        )
+        self.lpips = (
+            load_lpips(terms.lpips.files).to(device)
+            if wanted("lpips", terms.lpips, "VGG16's or AlexNet's, and LPIPS'")
             else None
         )
         self.face = (
@@ -287,7 +288,7 @@ class Stage2Task:
 
         network: the discriminator.
         pixels: (n*B,3,H,W) in [0,1], n versions of the B faces.
-        latents: of the same, (n*B,4,H/8,W/8).
+        latents: of the same, (n*B,C,H/8,W/8).
         numbers: the B sample numbers, which the noise depends on.
         salt: another number gives another noise.
         """
@@ -301,21 +302,38 @@ class Stage2Task:
         )
         return network(latents, self.codes.repeat(times, 1, 1), steps, noise)
 
-    def _of_pixels(self, given: Tensor, right: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _of_pixels(
+        self, given: Tensor, right: Tensor, number: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """number: a sample's, on which what is random depends."""
         terms = self.config.losses
         parts: dict[str, Tensor] = {"mse": (given - right).square().mean()}
         total = terms.mse * parts["mse"]
         for key, weight, loss in (
-            ("coarse", terms.coarse, coarse),
-            ("lattice", terms.lattice, lattice),
             ("charbonnier", terms.charbonnier, charbonnier),
             ("differences", terms.differences, differences),
-            ("energies", terms.energies, partial(energies, lags=terms.energy_lags)),
         ):
             if weight:
                 parts[key] = loss(given, right)
                 total = total + weight * parts[key]
+        if self.lpips:
+            generator = generator_for(self.config.run.seed, -6, number)
+            parts["lpips"] = self.lpips(*shaken([given, right], generator))
+            total = total + terms.lpips.weight * parts["lpips"]
         return total, parts
+
+    def _shown(self, number: int, *pictures: Tensor) -> list[Tensor]:
+        """The same random part of pictures (B,3,H,W), or of some of them, that DISTS is shown."""
+        seen = self.config.losses.seen
+        pictures = tuple(x[: self.config.losses.shown or None] for x in pictures)
+        if not seen:
+            return list(pictures)
+        generator = generator_for(self.config.run.seed, -5, number)
+        top, left = (
+            int(torch.randint(max(1, side - seen + 1), (), generator=generator))
+            for side in pictures[0].shape[-2:]
+        )
+        return [x[..., top : top + seen, left : left + seen] for x in pictures]
 
     def losses(self, name: str, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         terms, right, numbers = self.config.losses, batch["hq"], batch["number"].tolist()
@@ -334,15 +352,15 @@ class Stage2Task:
         clean = right[: max(1, len(right) // 4)] if terms.autoencoding else None
         given, x0, again = self.networks["generator"](batch["lq"], self.codes, clean)
         self.fake = given.detach(), x0.detach()
-        total, parts = self._of_pixels(given, right)
+        total, parts = self._of_pixels(given, right, numbers[0])
         if clean is not None:
-            parts["autoencoding"], _ = self._of_pixels(again, clean)
+            parts["autoencoding"], _ = self._of_pixels(again, clean, numbers[0])
             total = total + terms.autoencoding * parts["autoencoding"]
         if terms.latent:
             parts["latent"] = (x0 - self._latents(right)).square().mean()
             total = total + terms.latent * parts["latent"]
         if self.dists:
-            parts["ea_dists"] = edge_aware_dists(self.dists, given, right)
+            parts["ea_dists"] = edge_aware_dists(self.dists, *self._shown(numbers[0], given, right))
             total = total + terms.ea_dists.weight * parts["ea_dists"]
         if self.face:
             parts["identity"] = identity(self.face, given, right)

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ...layers import Operations, load_network
-from ...sd21.backbone import LATENT_CHANNELS, TEXT_WIDTH
+from ...sd21.backbone import TEXT_WIDTH
 from ..vre import VisualEmbedder, build_embedder
-from .autoencoder import Autoencoder
+from .autoencoder import CHANNELS, Autoencoder
 
 FOLDER = Path(__file__).parent
 AUTOENCODER, UNET, VRE = (FOLDER / f"{part}.safetensors" for part in ("autoencoder", "unet", "vre"))
@@ -33,15 +33,22 @@ REMEDY = "install this pack anew."
 
 SCALING = 1.0
 HEAD_WIDTH = 32
-WIDTHS = (64, 64, 128)
+WIDTHS = (96, 96, 96)
+ATTENDS = (False, False, True)
+# Residual blocks a level on the way down, one more on the way up.
+BLOCKS = 2
 UNET_CONFIG: dict[str, Any] = {
     "sample_size": 64,
-    "in_channels": LATENT_CHANNELS,
-    "out_channels": LATENT_CHANNELS,
-    "layers_per_block": 1,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "layers_per_block": BLOCKS,
     "block_out_channels": WIDTHS,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "down_block_types": tuple(
+        "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in ATTENDS
+    ),
+    "up_block_types": tuple(
+        "CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(ATTENDS)
+    ),
     "cross_attention_dim": TEXT_WIDTH,
     # diffusers' name for the number of heads.
     "attention_head_dim": tuple(width // HEAD_WIDTH for width in WIDTHS),
