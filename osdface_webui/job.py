@@ -124,6 +124,7 @@ class Result:
 
 
 @torch.inference_mode()
+@networks.job
 def restore_picture(
     image: Image.Image,
     options: Options = DEFAULT,
@@ -141,62 +142,57 @@ def restore_picture(
     aligned: the picture is a face crop already: nobody is looked for, and all of it is restored.
     stream: the video whose next frame the picture is.
     """
-    try:
-        given, image = image, readable(image)
-        pixels = to_tensor(image)[None]
-        stays = None if keep is None else to_tensor(readable(keep).convert("L"))[None, ..., 0]
-        if aligned:
-            return _aligned(given, image.mode, pixels, options, stays)
-        found = find(pixels, options, stream)
-        notes: dict[tuple[int, int], str] = {}
-        source = ""
-        after, mask = pixels, torch.zeros(pixels.shape[:3])
-        if len(found.faces) and options.strength > 0:
-            networks_of_it = backbone.source()
-            source = networks_of_it.words
-            restored = _restored(found.faces.crops, networks_of_it)
-            notes = _notes(found, restored)
-            after, mask = paste(
-                pixels,
-                found.faces,
-                restored.pictures,
-                options.pasting,
-                keep=stays,
-                parser=networks.parse_crops,
-                device=host.device(),
-                progress=host.stop_if_asked,
-            )
-        first, *others = found.report.split("\n")
-        if after is not pixels:
-            first += _fewer_bits(given)
-        lines = [first, *others, *(f"face {face}: {note}" for (_, face), note in notes.items())]
-        lines += [f"Restored with {source}."] if source else []
-        return Result(
-            given if after is pixels else to_image(after[0], image.mode),
-            to_image(mask[0, ..., None], "L"),
-            "\n".join(lines),
-            describe_faces(found.everyone, found.verdicts, notes),
-            source,
+    given, image = image, readable(image)
+    pixels = to_tensor(image)[None]
+    stays = None if keep is None else to_tensor(readable(keep).convert("L"))[None, ..., 0]
+    if aligned:
+        return _aligned(given, image.mode, pixels, options, stays)
+    found = find(pixels, options, stream)
+    notes: dict[tuple[int, int], str] = {}
+    source = ""
+    after, mask = pixels, torch.zeros(pixels.shape[:3])
+    if len(found.faces) and options.strength > 0:
+        networks_of_it = backbone.source()
+        source = networks_of_it.words
+        restored = _restored(found.faces.crops, networks_of_it)
+        notes = _notes(found, restored)
+        after, mask = paste(
+            pixels,
+            found.faces,
+            restored.pictures,
+            options.pasting,
+            keep=stays,
+            parser=networks.parse_crops,
+            device=host.device(),
+            progress=host.stop_if_asked,
         )
-    finally:
-        networks.release()
+    first, *others = found.report.split("\n")
+    if after is not pixels:
+        first += _fewer_bits(given)
+    lines = [first, *others, *(f"face {face}: {note}" for (_, face), note in notes.items())]
+    lines += [f"Restored with {source}."] if source else []
+    return Result(
+        given if after is pixels else to_image(after[0], image.mode),
+        to_image(mask[0, ..., None], "L"),
+        "\n".join(lines),
+        describe_faces(found.everyone, found.verdicts, notes),
+        source,
+    )
 
 
 @torch.inference_mode()
+@networks.job
 def look(image: Image.Image, options: Options = DEFAULT) -> Result:
     """Finds the faces of a picture; `image` of the result has them drawn with their numbers."""
-    try:
-        pixels = to_tensor(readable(image))[None]
-        found = find(pixels, options)
-        drawn = draw_faces(pixels, found.everyone, found.verdicts)[0]
-        return Result(
-            to_image(drawn, "RGB"),
-            Image.new("L", image.size),
-            found.report,
-            describe_faces(found.everyone, found.verdicts, {}),
-        )
-    finally:
-        networks.release()
+    pixels = to_tensor(readable(image))[None]
+    found = find(pixels, options)
+    drawn = draw_faces(pixels, found.everyone, found.verdicts)[0]
+    return Result(
+        to_image(drawn, "RGB"),
+        Image.new("L", image.size),
+        found.report,
+        describe_faces(found.everyone, found.verdicts, {}),
+    )
 
 
 def find(pixels: Tensor, options: Options, stream: FaceStream | None = None) -> Found:

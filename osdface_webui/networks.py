@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 # Faces that the embedder takes at once on an accelerator, at 450 MB each.
 EMBEDDED_AT_ONCE = 4
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _kept: dict[str, tuple[object, Any]] = {}
@@ -49,6 +51,22 @@ def kept(what: str, state: object, make: Callable[[], T]) -> T:
 def state_of(*paths: Path) -> tuple[tuple[str, int, int], ...]:
     """Path, size and time of change of each file."""
     return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+
+
+def job(work: Callable[P, T]) -> Callable[P, T]:
+    """Decorates what is done for one picture: `release` comes after it, however it ends.
+
+    Within it, the networks that it uses would still be held, and their memory not come back.
+    """
+
+    @wraps(work)
+    def done(*args: P.args, **given: P.kwargs) -> T:
+        try:
+            return work(*args, **given)
+        finally:
+            release()
+
+    return done
 
 
 def release() -> None:

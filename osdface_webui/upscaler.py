@@ -64,6 +64,7 @@ class UpscalerOSEDiff(upscaler.Upscaler):
 
 
 @torch.inference_mode()
+@networks.job
 def enlarge(image: Image.Image, weights: Path, scale: float) -> Image.Image:
     """A picture enlarged and restored by OSEDiff. Its mode stays, and alpha is enlarged.
 
@@ -75,24 +76,21 @@ def enlarge(image: Image.Image, weights: Path, scale: float) -> Image.Image:
     weights: OSEDiff's file.
     scale: of the result's sides, 1..8.
     """
-    try:
-        host.stop_if_asked()
-        image = readable(image)
-        networks_of_it, prompts, _ = backbone.osediff(weights)
-        result = upscale(
-            to_tensor(image)[None],
-            prompts,
-            networks_of_it,
-            UpscaleOptions(scale),
-            progress=host.stop_if_asked,
+    host.stop_if_asked()
+    image = readable(image)
+    networks_of_it, prompts, _ = backbone.osediff(weights)
+    result = upscale(
+        to_tensor(image)[None],
+        prompts,
+        networks_of_it,
+        UpscaleOptions(scale),
+        progress=host.stop_if_asked,
+    )
+    if result.failed:
+        raise OSDFaceError(
+            "The picture came out as NaN: choose fp32 as precision under Settings, OSDFace."
         )
-        if result.failed:
-            raise OSDFaceError(
-                "The picture came out as NaN: choose fp32 as precision under Settings, OSDFace."
-            )
-        return to_image(result.pictures[0], image.mode)
-    finally:
-        networks.release()
+    return to_image(result.pictures[0], image.mode)
 
 
 def _has_base() -> bool:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -491,9 +492,15 @@ def test_memory_is_given_back_by_the_settings(host: Host, photograph: np.ndarray
     assert {"detector", "embedder", "backbone"} <= set(first)
     host.restorer.restore(photograph)
     assert networks._kept["detector"][1] is first["detector"][1]
+    there = [weakref.ref(thing) for _, thing in first.values() if not isinstance(thing, dict)]
+    first.clear()
     host.shared.opts.osdface_keep_loaded = False
+    # Of what is still held then, the device would not give the memory back.
+    held: list[Any] = []
+    host.modules["modules.devices"].torch_gc = lambda: held.extend(ref() for ref in there)
     host.restorer.restore(photograph)
     assert networks._kept == {}
+    assert held == [None] * len(there) and len(there) >= 3
 
 
 @pytest.mark.parametrize(

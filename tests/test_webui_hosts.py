@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import socket
 import subprocess
@@ -73,6 +74,7 @@ class Photograph(scripts.Script):
         p.extra_generation_params["Made"] = float(sum(x.float().mean() for x in pp.images))
         picture = np.array(Image.open(os.environ["OSDFACE_PHOTOGRAPH"]).convert("RGB"))
         pp.images[:] = [torch.from_numpy(picture / 255.0).movedim(-1, 0).float() for _ in pp.images]
+        shared.state.textinfo = "photograph"
 
 def restored():
     picture = np.array(Image.open(os.environ["OSDFACE_PHOTOGRAPH"]).convert("RGB"))
@@ -134,8 +136,16 @@ class Server:
         answer = self.post("/sdapi/v1/options", options)
         assert answer.ok, answer.text
 
-    def generate(self, prompt: str = "somebody", **given: Any) -> tuple[Image.Image, str]:
+    def generate(
+        self, prompt: str = "somebody", way: str = "txt2img", **given: Any
+    ) -> tuple[Image.Image, str]:
         """A picture by txt2img in one step, with faces restored, and its parameters."""
+        images = self.generate_all(prompt, way, **given)
+        return images[0], images[0].info["parameters"]
+
+    def generate_all(
+        self, prompt: str = "somebody", way: str = "txt2img", **given: Any
+    ) -> list[Image.Image]:
         body = {
             "prompt": prompt,
             "steps": 1,
@@ -147,10 +157,9 @@ class Server:
             "override_settings": {"face_restoration_model": "OSDFace"},
             "override_settings_restore_afterwards": True,
         }
-        answer = self.post("/sdapi/v1/txt2img", body | given)
+        answer = self.post(f"/sdapi/v1/{way}", body | given)
         assert answer.status_code == 200, answer.text
-        image = decoded(answer.json()["images"][0])
-        return image, image.info["parameters"]
+        return [decoded(image) for image in answer.json()["images"]]
 
     def until(self, what: Callable[[dict[str, Any]], bool]) -> None:
         """Waits until the host's progress is as wanted."""
@@ -252,10 +261,10 @@ def start(host: str, place: Path, photograph: Path, *arguments: str) -> Server:
             cwd=folder,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=os.environ
+            env={"OMP_NUM_THREADS": "1"}
+            | os.environ
             | {
                 "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": "1",
                 "OSDFACE_PHOTOGRAPH": str(photograph),
                 "GRADIO_ANALYTICS_ENABLED": "False",
             },
@@ -528,14 +537,55 @@ def whole_checkpoint(stand_ins: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def other_checkpoint(stand_ins: Path) -> Path:
+    """A checkpoint of Stable Diffusion 1.5's shapes in fp16: the stand-in's tensors in those."""
+    path = stand_ins / "v1-5-seeded.safetensors"
+    if path.is_file():
+        return path
+    tensors = load_file(stand_ins / "v2-1_512-seeded.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            tensors[name] = tensor[:, :768]
+        elif name.startswith("model.") and name.endswith(("proj_in.weight", "proj_out.weight")):
+            tensors[name] = tensor[:, :, None, None]
+    tensors = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
+    width, names = 768, "cond_stage_model.transformer.text_model."
+    generator = torch.Generator().manual_seed(0)
+
+    def layer(name: str, out: int, inside: int = 0) -> None:
+        """A linear layer, or without `inside` a norm."""
+        shape = (out, inside) if inside else (out,)
+        weight = torch.randn(*shape, generator=generator) * 0.02 + (not inside)
+        tensors[f"{names}{name}.weight"] = weight.half()
+        tensors[f"{names}{name}.bias"] = torch.zeros(out).half()
+
+    for name, count in (("token", 49408), ("position", 77)):
+        table = torch.randn(count, width, generator=generator) * 0.02
+        tensors[f"{names}embeddings.{name}_embedding.weight"] = table.half()
+    for i in range(12):
+        block = f"encoder.layers.{i}."
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            layer(f"{block}self_attn.{projection}", width, width)
+        layer(f"{block}mlp.fc1", 4 * width, width)
+        layer(f"{block}mlp.fc2", width, 4 * width)
+        layer(f"{block}layer_norm1", width)
+        layer(f"{block}layer_norm2", width)
+    layer("final_layer_norm", width)
+    save_file(tensors, path)
+    return path
+
+
 @pytest.fixture(scope="module", params=list(ARGUMENTS))
 def full(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     photograph: Path,
 ) -> Iterator[Server]:
-    """Each host with OSDFace's stand-in weights and, where it knows Stable Diffusion 2, with that
-    as the only checkpoint; on Forge-Neo, which does not, beside it.
+    """Each host with OSDFace's stand-in weights and Stable Diffusion 2.1's. That is the loaded
+    checkpoint but on Forge-Neo, which does not know it and loads another.
+
+    The accordion OSDFace is shown in txt2img and img2img too.
     """
     folder = installed(request.param)
     # Gigabytes are read and written for the checkpoint: not where no host is there to take it.
@@ -548,6 +598,14 @@ def full(
     (models / "osdface").symlink_to(stand_ins / "osdface")
     checkpoint = models / "Stable-diffusion" / "v2-1_512-ema-pruned.safetensors"
     checkpoint.symlink_to(whole_checkpoint)
+    settings: dict[str, Any] = {"postprocessing_enable_in_main_ui": ["OSDFace"]}
+    if request.param == "neo":
+        other: Path = request.getfixturevalue("other_checkpoint")
+        (models / "Stable-diffusion" / other.name).symlink_to(other)
+        settings["sd_model_checkpoint"] = other.name
+        # Without it the host takes the settings for an older version's, and asks what to do.
+        settings["VERSION_UID"] = "PY313"
+    (place / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     if request.param == "a1111":
         # Without it the host runs the UNet to see what it predicts.
         configs = "repositories/stable-diffusion-stability-ai/configs/stable-diffusion"
@@ -570,6 +628,11 @@ def knows_sd2(full: Server) -> None:
         pytest.skip("no WebUI: Forge-Neo has no Stable Diffusion 2 to share")
 
 
+def where(full: Server) -> str:
+    """How Stable Diffusion 2.1 is had, in the words of the picture's parameters."""
+    return "beside the loaded checkpoint" if full.host == "neo" else "as loaded"
+
+
 @pytest.mark.full
 def test_the_loaded_checkpoint_is_used_and_no_second_one_is_read(
     full: Server, photograph: Path
@@ -585,6 +648,123 @@ def test_the_loaded_checkpoint_is_used_and_no_second_one_is_read(
     # UNet and autoencoder have 3.8 GB in fp32; the embedder, the LoRA and activations have less.
     report(f"{full.host}: {before / 2**30:.2f} GiB before, {grown / 2**30:+.2f} GiB")
     assert grown < 1.9 * 2**30
+
+
+BUILTIN = "built-in (small)"
+# Faces by the built-in model, for speed: the way of a generation does not ask which it is.
+FAST = {"override_settings": {"face_restoration_model": "OSDFace", "osdface_base": BUILTIN}}
+
+
+@pytest.fixture(scope="module")
+def plain(full: Server, photograph: Path) -> Image.Image:
+    """The photograph as a generation gives it that restores nothing."""
+    image, parameters = full.generate(restore_faces=False)
+    assert difference(image, Image.open(photograph).convert("RGB")) == 0
+    assert "OSDFace" not in parameters
+    return image
+
+
+@pytest.fixture(scope="module")
+def restored(full: Server, plain: Image.Image) -> Image.Image:
+    """The photograph as txt2img gives it with faces restored."""
+    image, parameters = full.generate(**FAST)
+    assert difference(plain, image) > 5
+    assert "Face restoration: OSDFace" in parameters and "built-in" in parameters
+    return image
+
+
+@pytest.mark.full
+def test_hires_fix_restores_as_txt2img_does(full: Server, restored: Image.Image) -> None:
+    hires: dict[str, Any] = {
+        "enable_hr": True,
+        "hr_scale": 2,
+        "hr_upscaler": "Latent",
+        "hr_second_pass_steps": 1,
+        "denoising_strength": 0.5,
+    }
+    if full.host != "a1111":
+        hires["hr_additional_modules"] = ["Use same choices"]
+    image, parameters = full.generate(**hires, **FAST)
+    assert "Hires upscale: 2" in parameters and "built-in" in parameters
+    assert difference(image, restored) == 0
+
+
+@pytest.mark.full
+def test_img2img_restores_as_txt2img_does(full: Server, restored: Image.Image) -> None:
+    given = encoded(Image.effect_noise((64, 64), 60).convert("RGB"))
+    image, parameters = full.generate(
+        way="img2img", init_images=[given], denoising_strength=0.5, **FAST
+    )
+    assert "Denoising strength: 0.5" in parameters and "built-in" in parameters
+    assert difference(image, restored) == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", ["txt2img", "img2img"])
+def test_the_accordion_works_while_generating(
+    full: Server, restored: Image.Image, way: str
+) -> None:
+    given: dict[str, Any] = {"alwayson_scripts": {"OSDFace": {"args": [True]}}}
+    if way == "img2img":
+        given["init_images"] = [encoded(Image.effect_noise((64, 64), 60).convert("RGB"))]
+    image, parameters = full.generate(way=way, restore_faces=False, **given, **FAST)
+    assert "1 face found" in parameters and "built-in" in parameters
+    assert "Face restoration" not in parameters
+    assert difference(image, restored) == 0
+
+
+@pytest.mark.full
+def test_the_plot_has_an_axis_of_restorers(
+    full: Server, plain: Image.Image, restored: Image.Image
+) -> None:
+    plots = full.get("/sdapi/v1/script-info")
+    plot = next(x for x in plots if x["name"] == "x/y/z plot" and not x["is_img2img"])
+    axes = plot["args"][0]["choices"]
+    values: list[Any] = [argument["value"] for argument in plot["args"]]
+    values[0] = axes.index("[OSDFace] Face restorer")
+    values[2] = ["None", "OSDFace"]
+    values[3] = values[6] = axes.index("Nothing")
+    names = [argument["label"] for argument in plot["args"]]
+    values[names.index("Include Sub Images")] = True
+    grid, *images = full.generate_all(
+        restore_faces=False,
+        override_settings={"osdface_base": BUILTIN},
+        script_name="x/y/z plot",
+        script_args=values,
+    )
+    assert grid.size[0] >= 2 * plain.size[0]
+    assert [difference(*pair) for pair in zip(images, (plain, restored), strict=True)] == [0, 0]
+
+
+@pytest.mark.full
+def test_a_generation_that_is_interrupted_keeps_its_faces(full: Server, plain: Image.Image) -> None:
+    made: list[tuple[Image.Image, str]] = []
+    asked = threading.Thread(target=lambda: made.append(full.generate()))
+    asked.start()
+    full.until(lambda progress: progress["textinfo"] == "photograph")
+    assert full.post("/sdapi/v1/interrupt").ok
+    asked.join()
+    ((image, parameters),) = made
+    assert "OSDFace model" not in parameters
+    assert difference(image, plain) == 0
+
+
+@pytest.mark.full
+def test_networks_leave_when_the_settings_say_so(full: Server) -> None:
+    if full.host != "neo":
+        pytest.skip("no WebUI: only Forge-Neo has Stable Diffusion 2.1 beside its checkpoint")
+    image, _ = full.generate()
+    kept = full.memory
+    try:
+        full.set(osdface_keep_loaded=False, face_restoration_unload=True)
+        again, _ = full.generate()
+        left = full.memory
+    finally:
+        full.set(osdface_keep_loaded=True, face_restoration_unload=False)
+    assert difference(again, image) == 0
+    # Stable Diffusion 2.1 beside the loaded checkpoint has 1.9 GB in half precision.
+    report(f"{full.host}: {kept / 2**30:.2f} GiB kept, {left / 2**30:.2f} GiB else")
+    assert kept - left > 1.5e9
 
 
 @pytest.mark.full
@@ -625,11 +805,10 @@ def test_a_crop_is_restored_as_the_released_code_does(
     assert full.post("/sdapi/v1/options", {"osdface_precision": "fp32"}).ok
     given = Image.fromarray((crop(name)[0] * 255).round().byte().numpy())
     result = full.restore(given, aligned=True)
-    wanted = "beside" if full.host == "neo" else "as loaded"
-    if wanted == "as loaded" and wanted not in result["model"]:
+    if where(full) not in result["model"]:
         full.generate(restore_faces=False)  # which loads the checkpoint
         result = full.restore(given, aligned=True)
-    assert wanted in result["model"]
+    assert where(full) in result["model"]
     after = torch.from_numpy(np.array(decoded(result["image"]))).float() / 255
     worst = float((after - truth(f"{name}.image")[0].movedim(0, -1)).abs().max())
     report(f"{full.host}: {name} differs by {worst:.1e}, of which 8 bits are {0.5 / 255:.1e}")
