@@ -723,7 +723,7 @@ def test_losses_without_their_networks_are_off_and_the_log_says_so(
     config = stage2(faces, tmp_path, vre, losses={"gan": {"weight": 1.0}})
     run(config, "stage2", "run.steps=1")
     said = [r.getMessage() for r in caplog.records if "switched off" in r.getMessage()]
-    assert [line.split()[0] for line in said] == ["ea_dists", "identity", "gan"]
+    assert [line.split()[0] for line in said] == ["ea_dists", "lpips", "identity", "gan"]
 
 
 @pytest.mark.full
