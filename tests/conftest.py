@@ -30,7 +30,13 @@ REASONS = re.findall(
 )
 if os.environ.get("OSDFACE_TEST_FLOORS"):
     # What tests/floors.sh does without.
-    REASONS += ["no diffusers: *", "no peft: *", "this torch has no convolutions in fp16 *"]
+    REASONS += [
+        "no diffusers: *",
+        "no peft: *",
+        "no PyAV: *",
+        "no made-up device: *",
+        "this torch has no convolutions in fp16 *",
+    ]
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -195,6 +194,7 @@ def test_the_small_parser_sees_the_faces_of_portraits(
 def test_a_hand_in_front_of_a_face_is_not_taken_for_face(
     small: SmallParser, retinaface: RetinaFace, data: Path
 ) -> None:
+    av = pytest.importorskip("av", reason="no PyAV: pip install av")
     with av.open(str(data / "videos" / "bird.mkv")) as clip:
         frame = next(frame for n, frame in enumerate(clip.decode(video=0)) if n == 24)
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).float()[None] / 255
