@@ -271,8 +271,8 @@ def lora(host: Any, given: SimpleNamespace) -> Iterator[dict[str, Tensor]]:
     rng, tensors, adds = torch.Generator().manual_seed(1), {}, {}
     for name in (name for name in weights if name.endswith(("to_q.weight", "in_layers.2.weight"))):
         out, *into = weights[name].shape
-        up = torch.randn(out, 4, *(1 for _ in into[1:]), generator=rng) * 0.05
-        down = torch.randn(4, *into, generator=rng) * 0.05
+        up = torch.randn(out, 4, *(1 for _ in into[1:]), generator=rng) * 0.2
+        down = torch.randn(4, *into, generator=rng) * 0.2
         key = f"diffusion_model.{name.removesuffix('.weight')}"
         tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
         adds[name] = (up.flatten(1) @ down.flatten(1)).reshape(weights[name].shape)
