@@ -478,7 +478,8 @@ def test_grey_takes_the_brightness_and_alpha_stays() -> None:
 
 
 def test_values_stay_in_the_range_of_their_picture() -> None:
-    edges = (torch.rand(1, 120, 120, 3) > 0.5).float()
+    # Other draws can have no colour on average, and a picture of one tone keeps it.
+    edges = (torch.rand(1, 120, 120, 3, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     faces = found(edges, [placed(90, 33, (60, 60))], crop=128)
     out, _ = paste(edges, faces, 1 - faces.crops.clamp(0, 1), PasteOptions(mask_type="box"))
     assert out.min() >= 0 and out.max() <= 1
