@@ -38,6 +38,7 @@ from tests import photographs
 
 pytest.importorskip("accelerate", reason="training needs it: pip install -r requirements-dev.txt")
 
+from benchmarks import train_on_gpu
 from osdface_core.training import detector, face_parser
 from osdface_core.training.loop import Average, Optimiser, Run
 
@@ -564,3 +565,28 @@ def test_whatever_is_drawn_before_a_face_is_no_face(tmp_path: Path) -> None:
         assert not bool((sample["masks"][0][changed] > 0.9).any())
         hidden = sample["masks"][0] < 0.1
         assert bool((sample["weights"][0][hidden] > 3).all())
+
+
+def test_what_travels_to_a_gpu_is_the_loss_networks_and_no_face_held_out(tmp_path: Path) -> None:
+    (tmp_path / "faces" / "portraits").mkdir(parents=True)
+    for number in (1, 6, 7, 30):
+        image = Image.fromarray(np.full((64, 64, 3), number * 8, np.uint8))
+        image.save(tmp_path / "faces" / "portraits" / f"female_{number:03d}.png")
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 4, 3, 3, generator=draw) * torch.logspace(-3, 1, 8).view(8, 1, 1, 1)
+    bias = torch.randn(8, generator=draw)
+    for name in ("vgg16", "lpips_vgg", "dists"):
+        save_file({"weight": weight, "bias": bias}, tmp_path / f"{name}.safetensors")
+    train_on_gpu.pack(tmp_path / "faces", tmp_path, tmp_path / "kit")
+    # 6 is shown, never trained on: its number stays in its name.
+    names = {path.stem for path in (tmp_path / "kit" / "faces").iterdir()}
+    assert names == {"portraits_female_001", "portraits_female_007", "portraits_female_006"}
+    kept, shown = split(Folder(tmp_path / "kit" / "faces", held_out=(0, 6, 30)))
+    assert [number_of(path) for path in (*kept, *shown)] == [1, 7, 6]
+    packed = tmp_path / "kit" / "vgg16.safetensors"
+    assert packed.stat().st_size < weight.numel() * 4
+    found = train_on_gpu.from_eight_bits(read_tensors(packed))
+    # Each output is as exact as its own largest weight allows, however small that is.
+    largest = weight.flatten(1).abs().amax(1).view(8, 1, 1, 1)
+    assert ((found["weight"] - weight).abs() / largest).max() <= 0.5 / 127 + 1e-6
+    assert (found["bias"] - bias).abs().max() < 2e-3
