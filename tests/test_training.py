@@ -472,6 +472,29 @@ def test_dists_is_shown_parts_of_some_pictures_where_that_is_asked(
         shutil.rmtree(tmp_path / "r")
 
 
+@pytest.mark.parametrize(("spoilt", "share"), [(0.0, 1.0), (1e-9, 2.0), (1e3, 0.25)])
+def test_what_eyes_judge_weighs_more_where_more_is_lost(
+    spoilt: float, share: float, faces: Path, vre: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    gradients: list[torch.Tensor] = []
+    forward = training_stage2.Generator.forward
+
+    def watched(self: Any, *given: Any) -> Any:
+        found = forward(self, *given)
+        if found[0].requires_grad:
+            found[0].register_hook(gradients.append)
+        return found
+
+    monkeypatch.setattr(training_stage2.Generator, "forward", watched)
+    monkeypatch.setattr(training_stage2, "load_dists", lambda files: torch.nn.Identity())
+    monkeypatch.setattr(
+        training_stage2, "edge_aware_dists", lambda network, given, right: (given - right).sum()
+    )
+    judged = {"ea_dists": {"weight": 1.0, "files": ["vgg16.pth"]}, "mse": 0.0, "spoilt": spoilt}
+    run(stage2(faces, tmp_path, vre, losses={**OFF, **judged}), "stage2", "run.steps=1")
+    assert {float(x) for x in gradients[0].unique()} == {share}
+
+
 def test_nothing_to_train_or_grain_of_another_autoencoder_is_refused(
     faces: Path, vre: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

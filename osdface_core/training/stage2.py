@@ -31,6 +31,7 @@ from .losses import (
     edge_aware_dists,
     gan_losses,
     identity,
+    leaning,
     load_dists,
     load_identity,
     load_lpips,
@@ -97,6 +98,10 @@ class Losses:
     shown: how many pictures of a batch DISTS is shown, 0 for all.
     identity: of ArcFace's embeddings, or dlib's.
     gan: adversarial.
+    spoilt: the mean squared error of a degraded picture at which LPIPS, DISTS and the adversarial
+        loss have the weights given; up to twice as much where more is lost, down to a quarter where
+        less is, so that detail is made up where none is left and kept where it is. 0 for the same
+        weights everywhere.
     """
 
     mse: float = 1.0
@@ -110,6 +115,7 @@ class Losses:
     shown: int = 0
     identity: Term = field(default_factory=lambda: Term(0.1))
     gan: Gan = field(default_factory=Gan)
+    spoilt: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -303,9 +309,12 @@ class Stage2Task:
         return network(latents, self.codes.repeat(times, 1, 1), steps, noise)
 
     def _of_pixels(
-        self, given: Tensor, right: Tensor, number: int
+        self, given: Tensor, right: Tensor, number: int, seen: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """number: a sample's, on which what is random depends."""
+        """number: a sample's, on which what is random depends.
+
+        seen: what LPIPS sees in place of `given`.
+        """
         terms = self.config.losses
         parts: dict[str, Tensor] = {"mse": (given - right).square().mean()}
         total = terms.mse * parts["mse"]
@@ -318,7 +327,8 @@ class Stage2Task:
                 total = total + weight * parts[key]
         if self.lpips:
             generator = generator_for(self.config.run.seed, -6, number)
-            parts["lpips"] = self.lpips(*shaken([given, right], generator))
+            seen = given if seen is None else seen
+            parts["lpips"] = self.lpips(*shaken([seen, right], generator))
             total = total + terms.lpips.weight * parts["lpips"]
         return total, parts
 
@@ -352,7 +362,8 @@ class Stage2Task:
         clean = right[: max(1, len(right) // 4)] if terms.autoencoding else None
         given, x0, again = self.networks["generator"](batch["lq"], self.codes, clean)
         self.fake = given.detach(), x0.detach()
-        total, parts = self._of_pixels(given, right, numbers[0])
+        seen = leaning(given, batch["lq"], right, terms.spoilt)
+        total, parts = self._of_pixels(given, right, numbers[0], seen)
         if clean is not None:
             parts["autoencoding"], _ = self._of_pixels(again, clean, numbers[0])
             total = total + terms.autoencoding * parts["autoencoding"]
@@ -360,7 +371,7 @@ class Stage2Task:
             parts["latent"] = (x0 - self._latents(right)).square().mean()
             total = total + terms.latent * parts["latent"]
         if self.dists:
-            parts["ea_dists"] = edge_aware_dists(self.dists, *self._shown(numbers[0], given, right))
+            parts["ea_dists"] = edge_aware_dists(self.dists, *self._shown(numbers[0], seen, right))
             total = total + terms.ea_dists.weight * parts["ea_dists"]
         if self.face:
             parts["identity"] = identity(self.face, given, right)
@@ -368,7 +379,7 @@ class Stage2Task:
         if on and "discriminator" in self.networks:
             parts["gan"] = gan_losses(
                 terms.gan.loss,
-                self._verdict(bare(self.networks["discriminator"]), given, x0, numbers, salt=0),
+                self._verdict(bare(self.networks["discriminator"]), seen, x0, numbers, salt=0),
             )
             total = total + terms.gan.weight * parts["gan"]
         return total, parts | {"total": total}
