@@ -649,11 +649,6 @@ def full(
     stop(server)
 
 
-def knows_sd2(full: Server) -> None:
-    if full.host == "neo":
-        pytest.skip("no WebUI: Forge-Neo has no Stable Diffusion 2 to share")
-
-
 def where(full: Server) -> str:
     """How Stable Diffusion 2.1 is had, in the words of the picture's parameters."""
     return "beside the loaded checkpoint" if full.host == "neo" else "as loaded"
@@ -663,7 +658,8 @@ def where(full: Server) -> str:
 def test_the_loaded_checkpoint_is_used_and_no_second_one_is_read(
     full: Server, photograph: Path
 ) -> None:
-    knows_sd2(full)
+    if full.host == "neo":
+        pytest.skip("no WebUI: Forge-Neo has no Stable Diffusion 2 to share")
     plain, _ = full.generate(restore_faces=False)
     before = full.memory
     image, parameters = full.generate()
