@@ -65,7 +65,12 @@ def test_faces_are_numbered_by_a_pillow_whose_font_has_one_size(
     usual = ImageFont.load_default()
     monkeypatch.setattr(ImageFont, "load_default", lambda: usual)
     face = Face(
-        0, (20, 30, 80, 90), ((30.0, 40.0),) * 5, 0.9, 7, ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+        0, (200, 300, 500, 700), ((350.0, 450.0),) * 5, 0.9, 7, ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
     )
-    picture = torch.zeros(1, 120, 120, 3)
-    assert bool((draw_faces(picture, (face,), ("chosen",)) > 0).any())
+    drawn = draw_faces(torch.zeros(1, 1000, 1000, 3), (face,), ("chosen",))[0, :298].mean(-1)
+    rows, columns = drawn.nonzero().unbind(1)
+    # The number stands above the box, and a page shows such a picture at half its size.
+    height, width = rows.max() - rows.min(), columns.max() - columns.min()
+    assert 28 <= height <= 60 and width <= 60
+    digit = drawn[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] < 0.3
+    assert 0.05 < float(digit.float().mean()) < 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,12 +111,23 @@ def _resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
     return antialiased(pixels.movedim(-1, 0)[None], size, "bilinear")[0].movedim(0, -1)
 
 
-def _font(size: int) -> Any:
-    """Pillow's own font, which has one size before 10.1 and where FreeType is missing."""
+def _label(text: str, size: int) -> Image.Image:
+    """The mask of a text in Pillow's own font.
+
+    That font has one size, of 10 px, before Pillow 10.1 and where FreeType is missing: there the
+    text is enlarged, or nobody could read a number on a large picture.
+    """
+    font: Any
     try:
-        return ImageFont.load_default(size=size)
+        font, scale = ImageFont.load_default(size=size), 1.0
     except (TypeError, ImportError):
-        return ImageFont.load_default()
+        font, scale = ImageFont.load_default(), size / 10
+    measure = ImageDraw.Draw(Image.new("L", (1, 1)))
+    left, top, right, bottom = measure.textbbox((0, 0), text, font=font)
+    mask = Image.new("L", (math.ceil(right - left), math.ceil(bottom - top)))
+    ImageDraw.Draw(mask).text((-left, -top), text, fill=255, font=font)
+    mask = mask.crop(mask.getbbox())
+    return mask.resize((round(mask.width * scale), round(mask.height * scale)))
 
 
 def _draw_face(
@@ -130,9 +142,7 @@ def _draw_face(
         canvas.ellipse(
             [x * scale - dot, y * scale - dot, x * scale + dot, y * scale + dot], fill=ink
         )
-    font = _font(min(48, max(12, round(side / 6))))
-    label = str(face.number)
-    left, top, right, bottom = canvas.textbbox((0, 0), label, font=font)
-    x, y = max(0.0, box[0]), max(0.0, box[1] - (bottom - top) - 4)
-    canvas.rectangle([x, y, x + right - left + 4, y + bottom - top + 4], fill=ink)
-    canvas.text((x + 2 - left, y + 2 - top), label, fill=(0, 0, 0), font=font)
+    label = _label(str(face.number), min(48, max(12, round(side / 6))))
+    x, y = round(max(0.0, box[0])), round(max(0.0, box[1] - label.height - 4))
+    canvas.rectangle([x, y, x + label.width + 4, y + label.height + 4], fill=ink)
+    canvas.bitmap((x + 2, y + 2), label, fill=(0, 0, 0))
