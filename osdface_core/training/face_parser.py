@@ -79,10 +79,13 @@ def _segments(side: int, generator: torch.Generator) -> Tensor:
     made = [(*to(-0.5, 0), *to(-5, drawn((-1, 1), generator)), 0.33 * palm)]
     made += [(*to(-0.35, a), *to(0.25, a * 1.2), 0.28 * palm) for a in (-0.2, 0.0, 0.2)]
     spread = drawn((0, 0.22), generator)
+    is_fist = drawn((0, 1), generator) < 0.25
     width = drawn((0.1, 0.14), generator) * palm
     for finger in range(4):
         across = -0.36 + 0.24 * finger
-        length = drawn((0.55, 1.0), generator) * (0.35 if drawn((0, 1), generator) < 0.2 else 1)
+        length = drawn((0.55, 1.0), generator) * (
+            0.35 if drawn((0, 1), generator) < 0.2 or is_fist else 1
+        )
         lean = spread * (finger - 1.5)
         bend = lean + drawn((-0.5, 0.5), generator)
         knuckle = (0.45, across)
@@ -113,7 +116,7 @@ def draw_hand(picture: Tensor, skin: Tensor, generator: torch.Generator) -> tupl
     """Draws a hand on a picture (3,H,H) in [0,1]. Returns the new picture and where the hand is
     (H,H), 0 to 1.
 
-    skin: its colour (3,).
+    skin: its colours (3,h,w), stretched over the picture.
     """
     # At half the size, which a quarter of the time does for, and fingers lose nothing by.
     side = picture.shape[-1] // 2
@@ -138,7 +141,8 @@ def draw_hand(picture: Tensor, skin: Tensor, generator: torch.Generator) -> tupl
         reach = drawn((4, 20), generator)
         dark = (1 - away.clamp(min=0) / reach).clamp(0, 1) * drawn((0, 0.4), generator)
         picture = picture * (1 - dark)
-    hand = (skin.view(3, 1, 1) * light).clamp(0, 1)
+    skin = F.interpolate(skin[None], picture.shape[-2:], mode="bicubic")[0]
+    hand = (skin * light).clamp(0, 1)
     return torch.lerp(picture, hand, there), there
 
 
@@ -221,14 +225,15 @@ class MaskedFaces:
         mask = (torch.from_numpy(pixels) >= FACE_FROM).float()[None]
         if not self.still:
             picture, mask = _moved(picture, mask, generator)
-        middle = picture[:, 100:180, 90:166].flatten(1)
+        own = picture
         covered = torch.zeros_like(mask)
         if chance(self.config.front.hand):
-            skin = middle.mean(1)
             if chance(0.4):
-                skin = self.textures.one(generator)[:, 100:180, 90:166].flatten(1).mean(1)
-            tone = drawn((0.7, 1.25), generator) * (1 + 0.04 * torch.randn(3, generator=generator))
-            picture, there = draw_hand(picture, (skin * tone).clamp(0, 1), generator)
+                own = self.textures.one(generator)
+            tone = 1 + 0.04 * torch.randn(3, 1, 1, generator=generator)
+            tone = tone * drawn((0.7, 1.25), generator)
+            skin = (_skin(own, generator) * tone).clamp(0, 1)
+            picture, there = draw_hand(picture, skin, generator)
             covered = torch.maximum(covered, there[None])
         if chance(self.config.front.thing):
             picture, there = draw_thing(picture, self.textures, generator)
@@ -238,6 +243,18 @@ class MaskedFaces:
         face = mask * (1 - covered)
         weights = 1 + self.config.front.weight * mask * covered
         return {"pictures": picture, "masks": face, "weights": weights}
+
+
+def _skin(face: Tensor, generator: torch.Generator) -> Tensor:
+    """The mean colour of an aligned face (3,256,256), or a part of its forehead or of a cheek with
+    the light and the grain that are on it, (3,h,w).
+    """
+    if drawn((0, 1), generator) < 0.4:
+        return face[:, 100:180, 90:166].mean((1, 2), keepdim=True)
+    places = torch.tensor([[72, 104], [140, 72], [140, 154]])
+    top, left = places[torch.randint(3, (), generator=generator)].tolist()
+    side = int(drawn((8, 30), generator))
+    return face[:, top : top + side, left : left + side]
 
 
 def _moved(picture: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -264,8 +281,8 @@ def _worse(picture: Tensor, generator: torch.Generator) -> Tensor:
     gamma = math.exp(drawn((-0.5, 0.5), generator))
     tint = 1 + 0.08 * torch.randn(3, 1, 1, generator=generator)
     picture = picture.clamp(0, 1) ** gamma * drawn((0.6, 1.2), generator) * tint
-    if chance(0.35):
-        small = int(side / drawn((1, 6), generator))
+    if chance(0.5):
+        small = int(side / drawn((1, 8), generator))
         picture = F.interpolate(picture[None], (small, small), mode="bilinear", antialias=True)
         picture = F.interpolate(picture, (side, side), mode="bicubic")[0]
     if chance(0.2):
