@@ -84,7 +84,11 @@ def turned(degrees: float) -> Tensor:
 
 @pytest.mark.parametrize(
     ("away", "bridged"),
-    [([60], True), ([90], False), ([180], False), ([105, 180], False), ([90, -90], False)],
+    [
+        *(([angle], True) for angle in (60, -60)),
+        *(([angle], False) for angle in (90, -90, 105, -105, 120, -120, 180)),
+        *(([105, 180], False), ([90, -90], False)),
+    ],
 )
 def test_a_head_that_turns_away_is_bridged_as_long_as_its_face_is_seen(
     network: RetinaFace, away: list[int], bridged: bool

@@ -48,9 +48,9 @@ TOO_LARGE = 640
 # Size in pixels of faces that are found nearly always; anchors begin at 16 px.
 EASILY_SEEN = 20
 # A face that is missed for a frame or two is scored at this part of the confidence at least where
-# something of it is seen. Covered by hair it is at 0.02 to 0.04 of 1, missed beside a hand at 0.84
-# to 0.9 (docs/detection.md).
-FAINT = 0.3
+# something of it is seen. Covered by hair it is at 0.04 of 1, turned away by 90 degrees at 0.33,
+# missed beside a hand at 0.87 to 0.9 (docs/detection.md).
+FAINT = 0.45
 # Two passes that are turned differently see one face the same way up within so many degrees.
 SAME_ROLL = 25
 # Pixels through the network at once, on an accelerator and on a CPU, where more are slower; and the
