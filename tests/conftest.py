@@ -5,6 +5,8 @@ reason, where it is absent.
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import importlib.util
 import json
 import os
@@ -333,16 +335,29 @@ def group(photographs: Path, load_picture: Callable[[Path], torch.Tensor]) -> to
     )
 
 
-@pytest.fixture(scope="session")
-def checkpoint(host: Any) -> tuple[Any, Any]:
-    """(MODEL, VAE) of the full-size stand-in checkpoint, from ComfyUI's own loader."""
+def give_memory_back() -> None:
+    """Gives the system what was freed: tests that start a server want it, and glibc keeps it."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(host: Any) -> Iterator[tuple[Any, Any]]:
+    """(MODEL, VAE) of the full-size stand-in checkpoint, from ComfyUI's own loader; its gigabytes
+    go with the module that wanted it.
+    """
     path = host.folder_paths.get_full_path_or_raise(
         "checkpoints", "v2-1_512-ema-pruned.safetensors"
     )
     model, _, vae, _ = host.comfy.sd.load_checkpoint_guess_config(
         path, output_vae=True, output_clip=False
     )
-    return model, vae
+    yield model, vae
+    del model, vae
+    host.comfy.model_management.unload_all_models()
+    give_memory_back()
 
 
 @pytest.fixture(scope="session")

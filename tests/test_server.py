@@ -4,7 +4,6 @@ full-size stand-in weights.
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import sys
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 import websocket
 from torch import Tensor
 
+from tests.conftest import give_memory_back
 from tests.frontend import server as serving
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
@@ -139,7 +139,7 @@ def server(
     # A ComfyUI in this process, from tests before these, keeps gigabytes that the server wants.
     if management := sys.modules.get("comfy.model_management"):
         management.unload_all_models()
-        gc.collect()
+        give_memory_back()
     base = tmp_path_factory.mktemp("server")
     populate(base)
     (base / "custom_nodes" / "keep").mkdir()
@@ -189,7 +189,7 @@ def released_path(crops: Tensor, prompts: Tensor, seeded: ModuleType) -> Tensor:
     """
     import diffusers
 
-    _, unet_state, vae_state = seeded.sd21_base()
+    unet_state, vae_state = seeded.sd21_base()[1:]
     lora = seeded.lora()
     for key, down in lora.items():
         for down_part, up_part in (
