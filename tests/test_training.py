@@ -472,9 +472,12 @@ def test_dists_is_shown_parts_of_some_pictures_where_that_is_asked(
         shutil.rmtree(tmp_path / "r")
 
 
-@pytest.mark.parametrize(("spoilt", "share"), [(0.0, 1.0), (1e-9, 2.0), (1e3, 0.25)])
+@pytest.mark.parametrize(
+    ("spoilt", "lean", "share"),
+    [(0.0, 1, 1.0), (1e-9, 1, 2.0), (1e3, 1, 0.25), (1e-9, 3, 8.0), (1e3, 2, 0.0625)],
+)
 def test_what_eyes_judge_weighs_more_where_more_is_lost(
-    spoilt: float, share: float, faces: Path, vre: Path, tmp_path: Path, monkeypatch: Any
+    spoilt: float, lean: float, share: float, faces: Path, vre: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     gradients: list[torch.Tensor] = []
     forward = training_stage2.Generator.forward
@@ -490,7 +493,8 @@ def test_what_eyes_judge_weighs_more_where_more_is_lost(
     monkeypatch.setattr(
         training_stage2, "edge_aware_dists", lambda network, given, right: (given - right).sum()
     )
-    judged = {"ea_dists": {"weight": 1.0, "files": ["vgg16.pth"]}, "mse": 0.0, "spoilt": spoilt}
+    judged = {"ea_dists": {"weight": 1.0, "files": ["vgg16.pth"]}, "mse": 0.0}
+    judged |= {"spoilt": spoilt, "lean": lean}
     run(stage2(faces, tmp_path, vre, losses={**OFF, **judged}), "stage2", "run.steps=1")
     assert {float(x) for x in gradients[0].unique()} == {share}
 

@@ -567,17 +567,19 @@ def test_whatever_is_drawn_before_a_face_is_no_face(tmp_path: Path) -> None:
         assert bool((sample["weights"][0][hidden] > 3).all())
 
 
-def test_gradients_lean_to_what_is_spoilt_and_values_do_not() -> None:
+@pytest.mark.parametrize("lean", [1.0, 3.0])
+def test_gradients_lean_to_what_is_spoilt_and_values_do_not(lean: float) -> None:
     right = torch.full((4, 3, 8, 8), 0.5)
     # Mean squared errors of 0.0001, 0.005, 0.01 and 0.04, where 0.01 counts as 1.
     degraded = right + torch.tensor([0.01, 0.005**0.5, 0.1, 0.2]).view(4, 1, 1, 1)
     given = pictures(3, 8).repeat(2, 1, 1, 1).requires_grad_()
-    seen = losses.leaning(given, degraded, right, 0.01)
+    seen = losses.leaning(given, degraded, right, 0.01, lean)
     assert torch.equal(seen, given)
     seen.sum().backward()
     assert given.grad is not None
-    assert (given.grad - torch.tensor([0.25, 0.5, 1, 2]).view(4, 1, 1, 1)).abs().max() < 1e-5
-    assert losses.leaning(given, degraded, right, 0.0) is given
+    shares = torch.tensor([0.25, 0.5, 1, 2]).view(4, 1, 1, 1) ** lean
+    assert (given.grad - shares).abs().max() < 1e-4
+    assert losses.leaning(given, degraded, right, 0.0, lean) is given
 
 
 def test_what_travels_to_a_gpu_is_the_loss_networks_and_no_face_held_out(tmp_path: Path) -> None:

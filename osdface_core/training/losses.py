@@ -226,14 +226,17 @@ def _for_imagenet(x: Tensor) -> Tensor:
     )
 
 
-def leaning(given: Tensor, degraded: Tensor, right: Tensor, spoilt: float) -> Tensor:
+def leaning(
+    given: Tensor, degraded: Tensor, right: Tensor, spoilt: float, lean: float = 1.0
+) -> Tensor:
     """`given` itself, all (B,3,H,W), whose gradients are multiplied by each picture's share: the
-    mean squared error of `degraded` over `spoilt`, from 0.25 to 2; by 1 where `spoilt` is 0.
+    mean squared error of `degraded` over `spoilt`, from 0.25 to 2, to the power of `lean`; by 1
+    where `spoilt` is 0.
     """
     if not spoilt:
         return given
     lost = (degraded - right).square().mean((1, 2, 3), keepdim=True)
-    return torch.lerp(given.detach(), given, (lost / spoilt).clamp(0.25, 2).to(given))
+    return torch.lerp(given.detach(), given, (lost / spoilt).clamp(0.25, 2).pow(lean).to(given))
 
 
 def shaken(pictures: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:

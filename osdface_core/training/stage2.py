@@ -102,6 +102,7 @@ class Losses:
         loss have the weights given; up to twice as much where more is lost, down to a quarter where
         less is, so that detail is made up where none is left and kept where it is. 0 for the same
         weights everywhere.
+    lean: the power of those shares, from 0.25 to 2; above 1 the difference is larger.
     """
 
     mse: float = 1.0
@@ -116,6 +117,7 @@ class Losses:
     identity: Term = field(default_factory=lambda: Term(0.1))
     gan: Gan = field(default_factory=Gan)
     spoilt: float = 0.0
+    lean: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -362,7 +364,7 @@ class Stage2Task:
         clean = right[: max(1, len(right) // 4)] if terms.autoencoding else None
         given, x0, again = self.networks["generator"](batch["lq"], self.codes, clean)
         self.fake = given.detach(), x0.detach()
-        seen = leaning(given, batch["lq"], right, terms.spoilt)
+        seen = leaning(given, batch["lq"], right, terms.spoilt, terms.lean)
         total, parts = self._of_pixels(given, right, numbers[0], seen)
         if clean is not None:
             parts["autoencoding"], _ = self._of_pixels(again, clean, numbers[0])
