@@ -477,7 +477,13 @@ def test_dists_is_shown_parts_of_some_pictures_where_that_is_asked(
     [(0.0, 1, 1.0), (1e-9, 1, 2.0), (1e3, 1, 0.25), (1e-9, 3, 8.0), (1e3, 2, 0.0625)],
 )
 def test_what_eyes_judge_weighs_more_where_more_is_lost(
-    spoilt: float, lean: float, share: float, faces: Path, vre: Path, tmp_path: Path, monkeypatch: Any
+    spoilt: float,
+    lean: float,
+    share: float,
+    faces: Path,
+    vre: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> None:
     gradients: list[torch.Tensor] = []
     forward = training_stage2.Generator.forward
