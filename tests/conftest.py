@@ -23,9 +23,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+# One of several that run the tests at once: `pytest -n 2`.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER:
+    # They share the processor, and so do the servers and commands that they start.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Reasons for which a test may skip, as the table in CONTRIBUTING.md lists them.
 REASONS = re.findall(
     r"^\| `([^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M
@@ -46,7 +53,7 @@ if importlib.util.find_spec("hypothesis"):
     patient = [HealthCheck.too_slow]
     settings.register_profile("patient", deadline=None, suppress_health_check=patient)
     settings.load_profile("patient")
-unlisted: list[str] = []
+unlisted: set[str] = set()
 # A real accelerator, such as "cuda", that the tests of the host and of the chain run on instead.
 DEVICE = os.environ.get("OSDFACE_TEST_DEVICE")
 
@@ -62,7 +69,33 @@ def _has_fp16() -> bool:
 FP16 = pytest.mark.skipif(not _has_fp16(), reason="this torch has no convolutions in fp16 on a CPU")
 
 
+# What `pytest -n 2` begins with, since it takes long: a file is one worker's, and so are these in
+# their order, for each holds full-size networks, in a server (11 GB) or in pytest itself (10 GB).
+LARGE = ("test_browser.py", "test_server.py", "test_host.py", "test_osediff_host.py")
+FIRST = (*LARGE, "test_cli.py", "test_training.py")
+
+
+def _turn(item: pytest.Item) -> int:
+    return FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = Path(nodeid.partition("::")[0]).name
+            return "large" if name in LARGE else name
+
+    # In the order of the tests, not by how many a file has.
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if WORKER:
+        items.sort(key=_turn)
     if DEVICE:
         reason = f"{DEVICE} is no device that tests can show a processor's way on"
         for item in items:
@@ -74,22 +107,29 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         if not any(fnmatch(reason, known) for known in REASONS):
-            unlisted.append(f"{report.nodeid}: {reason}")
+            unlisted.add(f"{report.nodeid}: {reason}")
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
-        unlisted.append(f"{report.nodeid}: {reason}")
+        unlisted.add(f"{report.nodeid}: {reason}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    unlisted.update(getattr(node, "workeroutput", {}).get("unlisted", ()))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if WORKER:
+        session.config.workeroutput["unlisted"] = sorted(unlisted)  # type: ignore[attr-defined]
     if unlisted and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for line in unlisted:
+    for line in sorted(unlisted):
         terminalreporter.write_line(f"SKIPPED for a reason that is not listed: {line}", red=True)
 
 
@@ -187,12 +227,14 @@ def stand_ins(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     if ready := os.environ.get("OSDFACE_TEST_STAND_INS"):
         return Path(ready)
-    folder = tmp_path_factory.mktemp("stand_ins")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if WORKER else base) / "stand_ins"
     script = str(golden / "make_weights.py")
-    subprocess.run(
-        [sys.executable, script, "--out", str(folder), "--only", "checkpoint", "osdface"],
-        check=True,
-    )
+    command = [sys.executable, script, "--out", str(folder), "--only", "checkpoint", "osdface"]
+    with FileLock(f"{folder}.lock"):
+        if not (done := Path(f"{folder}.done")).exists():
+            subprocess.run(command, check=True)
+            done.touch()
     return folder
 
 

@@ -24,7 +24,7 @@ python -c "$packages" > "$("$newer" -c "$packages")/at_hand.pth"
 "$newer" -m pip install --no-deps --target "$environment/newest" comfyui-frontend-package==1.58.1
 
 mine='host and not once and not repeat'
-OSDFACE_SCREENSHOTS=$screenshots/newer "$newer" -m pytest -m "$mine" "$@"
+OSDFACE_SCREENSHOTS=$screenshots/newer "$newer" -m pytest -n 2 -m "$mine" "$@"
 if [ $# = 0 ]; then
   OSDFACE_FRONTEND=$environment/newest/comfyui_frontend_package/static OSDFACE_SCREENSHOTS=$screenshots/newest \
     "$newer" -m pytest -m "$mine" tests/test_browser.py

@@ -110,7 +110,7 @@ def test_crops_at_once_are_each_alone_and_again_the_same(
     host: Any, checkpoint: tuple[Any, Any], crop: Callable[[str], torch.Tensor]
 ) -> None:
     model, vae = checkpoint
-    crops = torch.cat([crop("astronaut_lq"), crop("many_codes")])[:, 120:312, 150:350]
+    crops = torch.cat([crop("astronaut_lq"), crop("many_codes")])[:, 150:278, 180:316]
 
     def restored(crops: torch.Tensor, at_once: int) -> tuple[torch.Tensor, torch.Tensor]:
         conditioning = prompts_of(host, crops)
@@ -711,6 +711,7 @@ def test_faces_that_come_out_as_nan_are_told(
         host.nodes["OSDFaceOneStep"].execute(**given)
 
 
+@pytest.mark.once
 def test_what_overflows_in_an_fp16_vae_is_decoded_in_fp32(
     host: Any, checkpoint: tuple[Any, Any]
 ) -> None:
@@ -721,7 +722,7 @@ def test_what_overflows_in_an_fp16_vae_is_decoded_in_fp32(
     wide, narrow = (
         host.comfy.sd.VAE(sd=dict(tensors), dtype=dtype) for dtype in (torch.float32, torch.float16)
     )
-    crops = torch.rand(2, 64, 72, 3)
+    crops = torch.rand(1, 64, 64, 3)
     given = {"model": model, "crops": crops, "conditioning": prompts_of(host, crops)} | STEP
     assert narrow.decode(torch.ones(1, 4, 8, 8)).isnan().any()
     result = host.nodes["OSDFaceOneStep"].execute(vae=narrow, **given)
@@ -729,7 +730,7 @@ def test_what_overflows_in_an_fp16_vae_is_decoded_in_fp32(
     assert (result.args[0] - exact).abs().max() < 0.05
     says = result.ui.as_dict()["text"][0]
     assert says.startswith(
-        "Crops 0, 1 came out as NaN in half precision and were computed again in fp32"
+        "Crops 0 came out as NaN in half precision and were computed again in fp32"
     )
     assert narrow.vae_dtype == torch.float16
 

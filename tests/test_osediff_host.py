@@ -254,6 +254,7 @@ def test_pictures_that_come_out_as_nan_are_told(
         host.nodes["OSEDiffUpscale"].execute(image=tiny, **given)
 
 
+@pytest.mark.once
 def test_what_overflows_in_an_fp16_vae_is_done_again_in_fp32(
     host: Any, given: dict[str, Any], tiny: Tensor, at_their_size: None
 ) -> None:
