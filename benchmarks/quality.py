@@ -1,12 +1,13 @@
 """Compares restored faces by measures that eyes agree with.
 
     python -m benchmarks.measures FOLDER                                   # once: the networks
-    python -m benchmarks.quality FOLDER made DATA [--sheet FILE] [--limit N]
+    python -m benchmarks.quality FOLDER made DATA [--sheet FILE] [--limit N] [--each FILE]
     python -m benchmarks.quality FOLDER old DATA [--sheet FILE] [--limit N]
     python -m benchmarks.quality FOLDER folders TRUTH NAME=DIR [NAME=DIR ...]
 
 `made` degrades held-out faces and restores them by the built-in model; DATA is the folder with
-images/ and weights/. Bicubic enlargement and Real-ESRGAN x4plus stand beside it.
+images/ and weights/. Bicubic enlargement and Real-ESRGAN x4plus stand beside it. --each writes a
+CSV file with a line for each face beside the means that are printed.
 
 `old` restores held-out old portraits as they are. There is no truth to them: NIQE alone is given,
 and the distance of the identities before and after.
@@ -25,10 +26,11 @@ identities, of which one person's are less than 0.6 apart.
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import cv2
 import numpy as np
@@ -168,8 +170,11 @@ def faces_of(data: Path, limit: int) -> list[Tensor]:
 
 
 class Table:
-    def __init__(self, networks: dict[str, Any]) -> None:
+    """Prints means; `each`, an open file, gets the figures of every picture as CSV."""
+
+    def __init__(self, networks: dict[str, Any], each: TextIO | None = None) -> None:
         self.networks, self.begun = networks, False
+        self.lines = csv.writer(each) if each else None
 
     def row(self, labels: list[str], pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Prints the means of a method's results and truths."""
@@ -178,6 +183,10 @@ class Table:
             head = ["degraded by", "", *each[0]]
             print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
             self.begun = True
+            if self.lines:
+                self.lines.writerow(["degraded by", "method", "face", *each[0]])
+        if self.lines:
+            self.lines.writerows([*labels, i, *one.values()] for i, one in enumerate(each))
         means = (sum(one[key] for one in each) / len(each) for key in each[0])
         cells = (f"{mean:.2f}" if mean > 1 else f"{mean:.3f}" for mean in means)
         print(f"| {' | '.join([*labels, *cells])} |", flush=True)
@@ -281,12 +290,14 @@ def main() -> None:
         way.add_argument("--sheet", type=Path, help="picture to write: truth, degraded, methods")
         way.add_argument("--limit", type=int, default=0, help="faces, 0 for all")
         way.set_defaults(run=run)
+        if run is made:
+            way.add_argument("--each", type=argparse.FileType("w"), help="CSV file to write")
     way = ways.add_parser("folders")
     way.add_argument("truth", type=Path)
     way.add_argument("results", nargs="+", metavar="NAME=DIR")
     way.set_defaults(run=folders)
     given = parser.parse_args()
-    given.run(Table(load_measures(given.measures)), given)
+    given.run(Table(load_measures(given.measures), getattr(given, "each", None)), given)
 
 
 if __name__ == "__main__":
