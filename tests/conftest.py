@@ -29,10 +29,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 # One of several that run the tests at once: `pytest -n 2`.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
-if WORKER:
-    # They share the processor, and so do the servers and commands that they start.
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Reasons for which a test may skip, as the table in CONTRIBUTING.md lists them.
 REASONS = re.findall(
     r"^\| `([^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M
@@ -66,17 +62,48 @@ def _has_fp16() -> bool:
     return True
 
 
+def _computes_fp16() -> bool:
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return DEVICE is not None or any(on for name, on in has.items() if "fp16" in name)
+
+
 FP16 = pytest.mark.skipif(not _has_fp16(), reason="this torch has no convolutions in fp16 on a CPU")
+# Without such instructions a convolution takes hundreds of times as long.
+FULL_SIZE_FP16 = pytest.mark.skipif(
+    not _computes_fp16(), reason="this processor has no instructions for fp16"
+)
 
 
-# What `pytest -n 2` begins with, since it takes long: a file is one worker's, and so are these in
-# their order, for each holds full-size networks, in a server (11 GB) or in pytest itself (10 GB).
-LARGE = ("test_browser.py", "test_server.py", "test_host.py", "test_osediff_host.py")
+# What `pytest -n 2` begins with, since it takes long. A file is one worker's, and so are all tests
+# that LARGE names, for each holds full-size networks, in a server (11 GB) or in pytest (12 GB).
+LARGE = (
+    *("test_browser.py", "test_server.py", "test_host.py", "test_osediff_host.py"),
+    "test_diffusers.py::test_the_released_code_s_numbers",
+    "test_ldm.py::test_the_released_code_s_numbers",
+    "test_osediff.py::test_diffusers_gives_the_released_numbers",
+    "test_sd21.py::test_osediffs_numbers_come_out_of_the_same_parts",
+    "test_builtin.py::test_it_does_not_go_with_a_real_model",
+    "test_hold.py::test_our_lora_adds_to_one_that_is_already_on_the_model",
+    "test_hold.py::test_a_checkpoint_in_fp8_with_our_lora",
+    "test_other_device_host.py::test_half_precision_gives_what_fp32_gives_on_the_cpu",
+    "test_training.py::test_a_full_size_step_of_stage_2_fits_in_20_gib",
+)
 FIRST = (*LARGE, "test_cli.py", "test_training.py")
 
 
 def _turn(item: pytest.Item) -> int:
-    return FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST)
+    return next((i for i, name in enumerate(FIRST) if name in item.nodeid), len(FIRST))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):
+        # Workers share the processor: threads that wait leave it to others.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if WORKER and any(name in item.nodeid for name in LARGE):
+        give_memory_back()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -85,8 +112,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            name = Path(nodeid.partition("::")[0]).name
-            return "large" if name in LARGE else name
+            large = any(name in nodeid for name in LARGE)
+            return "large" if large else nodeid.partition("::")[0]
 
     # In the order of the tests, not by how many a file has.
     config.option.loadscopereorder = False

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests import widgets
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, FULL_SIZE_FP16
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
 
@@ -711,6 +711,7 @@ def test_faces_that_come_out_as_nan_are_told(
         host.nodes["OSDFaceOneStep"].execute(**given)
 
 
+@FULL_SIZE_FP16
 @pytest.mark.once
 def test_what_overflows_in_an_fp16_vae_is_decoded_in_fp32(
     host: Any, checkpoint: tuple[Any, Any]

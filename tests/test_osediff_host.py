@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import widgets
+from tests.conftest import FULL_SIZE_FP16
 from tests.test_osediff import golden_picture
 
 pytestmark = [pytest.mark.host, pytest.mark.full]
@@ -254,6 +255,7 @@ def test_pictures_that_come_out_as_nan_are_told(
         host.nodes["OSEDiffUpscale"].execute(image=tiny, **given)
 
 
+@FULL_SIZE_FP16
 @pytest.mark.once
 def test_what_overflows_in_an_fp16_vae_is_done_again_in_fp32(
     host: Any, given: dict[str, Any], tiny: Tensor, at_their_size: None

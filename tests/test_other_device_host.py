@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests import widgets
 from tests.conftest import DEVICE as REAL
+from tests.conftest import FULL_SIZE_FP16
 from tests.fake_device import DEVICE, elsewhere
 from tests.test_diffir import small
 
@@ -225,6 +226,7 @@ def upscaled(host: Any, model: Any, vae: Any, picture: Tensor) -> Tensor:
     return node(host, "OSEDiffUpscale", **inputs, **given)[0]
 
 
+@FULL_SIZE_FP16
 @pytest.mark.once
 def test_half_precision_gives_what_fp32_gives_on_the_cpu(
     host: Any,
