@@ -29,6 +29,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 # One of several that run the tests at once: `pytest -n 2`.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+THREADS, ASKED_THREADS = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
 # Reasons for which a test may skip, as the table in CONTRIBUTING.md lists them.
 REASONS = re.findall(
     r"^\| `([^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M
@@ -95,14 +96,30 @@ def _turn(item: pytest.Item) -> int:
     return next((i for i, name in enumerate(FIRST) if name in item.nodeid), len(FIRST))
 
 
+def _large(nodeid: str) -> bool:
+    return any(name in nodeid for name in LARGE)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None):
         # Workers share the processor: threads that wait leave it to others.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """One worker has as many threads as there are, each other, and what it starts, one."""
+    if not WORKER or ASKED_THREADS:
+        return
+    if _large(item.nodeid):
+        os.environ.pop("OMP_NUM_THREADS", None)
+        torch.set_num_threads(THREADS)
+    else:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    if WORKER and any(name in item.nodeid for name in LARGE):
+    if WORKER and _large(item.nodeid):
         give_memory_back()
 
 
@@ -112,8 +129,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            large = any(name in nodeid for name in LARGE)
-            return "large" if large else nodeid.partition("::")[0]
+            return "large" if _large(nodeid) else nodeid.partition("::")[0]
 
     # In the order of the tests, not by how many a file has.
     config.option.loadscopereorder = False

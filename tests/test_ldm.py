@@ -159,7 +159,7 @@ def test_a_lora_changes_the_result(file: Path) -> None:
 def test_a_pickled_checkpoint_is_read(file: Path, tmp_path: Path) -> None:
     pickled = tmp_path / "small.ckpt"
     torch.save({"state_dict": load_file(file)}, pickled)
-    assert_same(results(from_file(pickled)), results(from_file(file)), 1e-9)
+    assert_same(results(from_file(pickled)), results(from_file(file)))
 
 
 def test_a_folder_whose_vae_has_the_released_names_is_read(
@@ -177,7 +177,7 @@ def test_a_folder_whose_vae_has_the_released_names_is_read(
         tensors[name.replace(f".{new}.", f".{released[new]}.") if new else name] = tensor
     assert sum("proj_attn" in name for name in tensors) == 4
     torch.save(tensors, tmp_path / "vae" / "diffusion_pytorch_model.bin")
-    assert_same(results(from_file(tmp_path)), results(from_file(file)), 1e-9)
+    assert_same(results(from_file(tmp_path)), results(from_file(file)))
 
 
 def test_lent_tensors_are_neither_copied_nor_changed(file: Path) -> None:
@@ -234,7 +234,7 @@ def test_patches_of_torch_s_layers_do_not_reach_the_networks(
 
     for layer in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention):
         monkeypatch.setattr(layer, "forward", patched)
-    assert_same(results(from_tensors(*tensors_of(file))), wanted, 1e-9)
+    assert_same(results(from_tensors(*tensors_of(file))), wanted)
 
 
 @pytest.mark.parametrize("lent", [True, False])

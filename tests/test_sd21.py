@@ -179,6 +179,7 @@ def test_tiles_begin_where_the_released_code_has_them() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.repeat
 def test_osediffs_numbers_come_out_of_the_same_parts(
     more_golden: Path, seeded: ModuleType, stand_ins: Path
 ) -> None:
