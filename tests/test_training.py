@@ -505,6 +505,17 @@ def test_what_eyes_judge_weighs_more_where_more_is_lost(
     assert {float(x) for x in gradients[0].unique()} == {share}
 
 
+def test_shades_are_trained_where_nothing_else_is(
+    faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = stage2(faces, tmp_path, vre, losses={"mse": 0.0, "tones": 10.0, **OFF})
+    run(config, "stage2", "run.steps=30", "run.batch=8", "run.log_every=10")
+    errors, totals = logged(caplog, "tones"), logged(caplog, "total")
+    assert errors[-1] < errors[0]
+    assert totals == pytest.approx([10 * error for error in errors], rel=1e-2)
+
+
 def test_nothing_to_train_or_grain_of_another_autoencoder_is_refused(
     faces: Path, vre: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

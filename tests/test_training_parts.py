@@ -567,6 +567,16 @@ def test_whatever_is_drawn_before_a_face_is_no_face(tmp_path: Path) -> None:
         assert bool((sample["weights"][0][hidden] > 3).all())
 
 
+def test_tones_are_the_shades_of_blocks_and_not_what_is_in_them() -> None:
+    right = torch.full((2, 3, 16, 24), 0.5)
+    checks = (torch.arange(16)[:, None] + torch.arange(24)) % 2 - 0.5
+    assert losses.tones(right + 0.6 * checks, right) < 1e-12
+    # One of six blocks is redder by 0.3: 0.09 of one channel of three.
+    blotch = right.clone()
+    blotch[:, 0, 8:, 16:] += 0.3
+    assert losses.tones(blotch + 0.2 * checks, right) == pytest.approx(0.09 / 3 / 6, rel=1e-5)
+
+
 @pytest.mark.parametrize("lean", [1.0, 3.0])
 def test_gradients_lean_to_what_is_spoilt_and_values_do_not(lean: float) -> None:
     right = torch.full((4, 3, 8, 8), 0.5)

@@ -36,6 +36,7 @@ from .losses import (
     load_identity,
     load_lpips,
     shaken,
+    tones,
     wanted,
 )
 from .networks import (
@@ -88,6 +89,7 @@ class Losses:
     mse: mean squared error of the pixels.
     charbonnier: smooth absolute error of the pixels.
     differences: of neighbouring pixels' differences.
+    tones: mean squared error at an eighth of the size.
     latent: mean squared error of the latents.
     autoencoding: of the losses of pixels and LPIPS, for undegraded pictures through the autoencoder
         alone, a quarter of each batch. Without it a trained decoder forgets them.
@@ -108,6 +110,7 @@ class Losses:
     mse: float = 1.0
     charbonnier: float = 0.0
     differences: float = 0.0
+    tones: float = 0.0
     latent: float = 0.0
     autoencoding: float = 0.0
     lpips: Term = field(default_factory=Term)
@@ -323,6 +326,7 @@ class Stage2Task:
         for key, weight, loss in (
             ("charbonnier", terms.charbonnier, charbonnier),
             ("differences", terms.differences, differences),
+            ("tones", terms.tones, tones),
         ):
             if weight:
                 parts[key] = loss(given, right)
