@@ -6,8 +6,9 @@
     python -m benchmarks.quality FOLDER folders TRUTH NAME=DIR [NAME=DIR ...]
 
 `made` degrades held-out faces and restores them by the built-in model; DATA is the folder with
-images/ and weights/. Bicubic enlargement and Real-ESRGAN x4plus stand beside it. --each writes a
-CSV file with a line for each face beside the means that are printed.
+images/ and weights/. Bicubic enlargement and Real-ESRGAN x4plus stand beside it; the latter takes
+nearly all of the time, and --no-peer leaves it out. --each writes a CSV file with a line for each
+face beside the means that are printed.
 
 `old` restores held-out old portraits as they are. There is no truth to them: NIQE alone is given,
 and the distance of the identities before and after.
@@ -156,6 +157,12 @@ def builtin_model() -> Method:
     return restored
 
 
+def methods_of(given: argparse.Namespace, nothing: str) -> dict[str, Method]:
+    """What is compared, by name; `nothing` is the name of the picture that nothing restored."""
+    peers = {} if given.no_peer else {"Real-ESRGAN x4plus": real_esrgan(given.measures)}
+    return {nothing: lambda small, large: large, **peers, "**built-in model**": builtin_model()}
+
+
 def faces_of(data: Path, limit: int) -> list[Tensor]:
     """Aligned crops (512,512,3) of held-out portraits."""
     detector = build_retinaface(
@@ -195,11 +202,7 @@ class Table:
 @torch.inference_mode()
 def made(table: Table, given: argparse.Namespace) -> None:
     faces = faces_of(given.data, given.limit)
-    methods: dict[str, Method] = {
-        "degraded, bicubic": lambda small, large: large,
-        "Real-ESRGAN x4plus": real_esrgan(given.measures),
-        "**built-in model**": builtin_model(),
-    }
+    methods = methods_of(given, "degraded, bicubic")
     rows: list[Tensor] = []
     for kind, how in {**KINDS, NOTHING: None}.items():
         pairs = [
@@ -228,11 +231,7 @@ def old(table: Table, given: argparse.Namespace) -> None:
     files = held_out(given.data / "images" / "old", 0)
     found = (find_faces(load(path)[None], detector, options).faces for path in files)
     faces = [x.crops[0] for x in found if len(x.crops)][: given.limit or None]
-    methods = {
-        "as they are": lambda small, large: large,
-        "Real-ESRGAN x4plus": real_esrgan(given.measures),
-        "**built-in model**": builtin_model(),
-    }
+    methods = methods_of(given, "as they are")
     networks, columns = table.networks, []
     print(f"| {len(faces)} old faces | NIQE | identity |\n|---|---|---|", flush=True)
     for name, method in methods.items():
@@ -289,6 +288,7 @@ def main() -> None:
         way.add_argument("data", type=Path)
         way.add_argument("--sheet", type=Path, help="picture to write: truth, degraded, methods")
         way.add_argument("--limit", type=int, default=0, help="faces, 0 for all")
+        way.add_argument("--no-peer", action="store_true", help="leaves Real-ESRGAN out")
         way.set_defaults(run=run)
         if run is made:
             way.add_argument("--each", type=argparse.FileType("w"), help="CSV file to write")

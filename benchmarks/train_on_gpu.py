@@ -114,6 +114,7 @@ def run(folder: Path, kit: Path, files: Path, steps: int, changes: list[str]) ->
         f"losses.ea_dists.files=[{','.join(dists)}]",
         "losses.mse=10",
         "losses.charbonnier=4",
+        "losses.tones=300",
         "losses.lpips.weight=0.4",
         "losses.ea_dists.weight=0.3",
         "losses.gan.weight=0.01",
