@@ -114,6 +114,25 @@ def test_the_autoencoder_gives_a_picture_back(close_up: Image.Image) -> None:
     assert error(network.decode(latents) / 2 + 0.5, pixels) < 10 ** (-2.9)
 
 
+def test_the_encoder_cleans_a_bad_portrait_at_a_quarter_of_its_size_and_leaves_a_good_one(
+    portrait: Image.Image, close_up: Image.Image
+) -> None:
+    denoiser = builtin.autoencoder().encoder.denoiser
+
+    def quarter(picture: Image.Image) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(tensor(picture).movedim(-1, 1) * 2 - 1, 4)
+
+    for shrink, share in ((8, 0.9), (4, 1.0)):
+        good, given = quarter(portrait), quarter(bad(portrait, shrink / 2.5, shrink, 60))
+        assert error(given + denoiser(given), good) < share * error(given, good)
+    good = quarter(close_up)
+    assert float(denoiser(good).square().mean()) < 1e-4
+    # Sides that its levels do not divide are taken with their edges repeated.
+    part = good[..., :90, :106]
+    wide = torch.nn.functional.pad(part, [0, 6, 0, 6], mode="replicate")
+    assert torch.equal(denoiser(part), denoiser(wide)[..., :90, :106])
+
+
 def test_grain_is_the_same_wherever_a_part_of_the_latents_begins_at_its_repeat() -> None:
     network = Autoencoder()
     torch.manual_seed(0)

@@ -442,6 +442,10 @@ def test_a_trained_decoder_keeps_undegraded_pictures_where_it_is_asked_to(
         )
         network = Autoencoder()
         network.load_state_dict(load_file(folder / "autoencoder.safetensors"))
+        # All of it is trained, but for the denoiser, which has learned from more.
+        start, end = load_file(file), network.state_dict()
+        kept = {name for name in start if torch.equal(start[name].float(), end[name])}
+        assert kept - {"decoder.grain"} == {name for name in start if ".denoiser." in name}
         with torch.no_grad():
             return float((network(pictures) - pictures).square().mean())
 
@@ -512,6 +516,17 @@ def test_shades_are_trained_where_nothing_else_is(
     config = stage2(faces, tmp_path, vre, losses={"mse": 0.0, "tones": 10.0, **OFF})
     run(config, "stage2", "run.steps=30", "run.batch=8", "run.log_every=10")
     errors, totals = logged(caplog, "tones"), logged(caplog, "total")
+    assert errors[-1] < errors[0]
+    assert totals == pytest.approx([10 * error for error in errors], rel=1e-2)
+
+
+def test_what_repeats_in_every_block_is_trained_away(
+    faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = stage2(faces, tmp_path, vre, losses={"mse": 0.0, "weave": 10.0, **OFF})
+    run(config, "stage2", "run.steps=30", "run.batch=8", "run.log_every=10")
+    errors, totals = logged(caplog, "weave"), logged(caplog, "total")
     assert errors[-1] < errors[0]
     assert totals == pytest.approx([10 * error for error in errors], rel=1e-2)
 
@@ -653,6 +668,38 @@ def test_a_few_steps_lower_the_loss_and_the_export_is_read(
         pixels = picture.movedim(-1, 0)[None] / 127.5 - 1
         with torch.no_grad():
             assert float((builtin.autoencoder()(pixels) - pixels).abs().mean()) < 0.15
+
+
+def test_the_denoiser_alone_is_trained_on_pictures_of_half_the_size(
+    portraits: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level(logging.INFO)
+    noisy = {"kernels": {"none": 1}, "shrink": [4, 4], "noise": [20, 20], "jpeg_chance": 0}
+    config = small(
+        "autoencoder",
+        portraits,
+        tmp_path,
+        part="denoiser",
+        size=256,
+        start=str(builtin.AUTOENCODER),
+        degradation={"stages": [noisy]},
+        optimiser={"learning_rate": 1e-3},
+    )
+    extra = ("data.crop=0", "run.batch=6", "run.log_every=10", "run.samples=1", "run.ema=0.5")
+    folder = run(config, "autoencoder", "run.steps=40", *extra)
+    shares = logged(caplog, "share")
+    assert shares[-1] < 0.95 * shares[0]
+    assert Image.open(folder / "samples" / "0000040.png").size == (128, 3 * 128)
+    before, after = load_file(builtin.AUTOENCODER), load_file(folder / "autoencoder.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert {name.rpartition(".")[0].split(".")[1] for name in changed} == {"denoiser"}
+    PartialState._reset_state()
+    assert main(["autoencoder", "--config", str(config), "size=384"]) == 1
+    assert "set data.size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["autoencoder", "detector", "parser"])

@@ -39,6 +39,7 @@ from tests import photographs
 pytest.importorskip("accelerate", reason="training needs it: pip install -r requirements-dev.txt")
 
 from benchmarks import train_on_gpu
+from benchmarks.quality import weave
 from osdface_core.training import detector, face_parser
 from osdface_core.training.loop import Average, Optimiser, Run
 
@@ -575,6 +576,38 @@ def test_tones_are_the_shades_of_blocks_and_not_what_is_in_them() -> None:
     blotch = right.clone()
     blotch[:, 0, 8:, 16:] += 0.3
     assert losses.tones(blotch + 0.2 * checks, right) == pytest.approx(0.09 / 3 / 6, rel=1e-5)
+
+
+def test_the_weave_is_what_repeats_from_block_to_block() -> None:
+    right = pictures(2, 128)
+    lines = (torch.arange(128) % 8 == 3).float() * torch.tensor([0.04, 0.0, 0.0])[:, None, None]
+    # A line of 0.04 in one of eight columns and one of three channels, less its own mean.
+    assert losses.weave(right + lines, right) == pytest.approx(
+        0.04**2 / 3 * (1 / 8 - 1 / 64), rel=1e-4
+    )
+    assert losses.weave(right + 0.2, right) < 1e-12
+    # As strong, but of a period that blocks of 8 px do not have, or of none.
+    other = (torch.arange(128) % 7 == 3).float() * torch.tensor([0.04, 0.0, 0.0])[:, None, None]
+    assert losses.weave(right + other, right) < 1e-6
+    noise = torch.randn(right.shape, generator=torch.Generator().manual_seed(0)) * 0.04
+    assert losses.weave(right + noise, right) == pytest.approx(0.04**2 / 64, rel=0.1)
+    # Smaller than a window: one block is compared with itself, and one place with the others.
+    assert losses.weave(right[..., :8, :16] + lines[..., :16], right[..., :8, :16]) > 1e-5
+
+
+def test_a_weave_of_8_px_is_measured_and_no_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    picture = 0.5 + 0.02 * torch.randn(256, 256, 3, generator=generator)
+    assert abs(weave(picture)) < 0.5
+    assert abs(weave(picture * 0.5)) < 0.5
+
+    def lines(period: int) -> torch.Tensor:
+        at = torch.arange(256) % period == 3
+        return 0.05 * (at[:, None] & at).float()[..., None]
+
+    assert abs(weave(picture + lines(7))) < 1
+    faint, plain = weave(picture + lines(8)), weave(picture + 4 * lines(8))
+    assert 3 < faint < plain - 8
 
 
 @pytest.mark.parametrize("lean", [1.0, 3.0])

@@ -1,30 +1,41 @@
-"""The built-in autoencoder, trained to give its input back."""
+"""The built-in autoencoder, trained to give its input back, and its denoiser, trained by itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..osdface.builtin.autoencoder import Autoencoder
+from ..errors import OSDFaceError
+from ..osdface.builtin.autoencoder import QUARTER, Autoencoder
 from .data import Pictures, read_square, training_and_held_out
 from .degradation import Degradation
 from .loop import Optimiser, Run, bare, for_file, grid
 from .losses import differences, mean_of_each, measures
 from .networks import load_autoencoder
+from .samples import show_restored
 
 # Of the training pictures, one in so many is used for the principal components.
 ANALYSED = 4
+# What the mean squared error of a degraded picture is raised by before the denoiser's error is
+# divided by it, so that what is hardly degraded counts no more than it is seen.
+SLIGHT = 1e-3
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """What `configs/autoencoder_builtin.yaml` holds.
+    """What `configs/autoencoder_builtin.yaml` and `autoencoder_builtin_denoiser.yaml` hold.
 
+    part: all; or denoiser, that of the encoder alone, which learns from degraded pictures what good
+        ones are at a quarter of the size.
+    size: for the denoiser: pixels a side at which the model will get the pictures that are
+        `data.size` here, which may be smaller, since they are pooled.
     start: an exported file to go on from; without one the linear paths begin at the principal
         components of the pictures.
     degradation: of the pictures that are encoded and decoded. A degraded face goes through the same
@@ -34,6 +45,8 @@ class AutoencoderConfig:
     run: Run
     data: Pictures
     optimiser: Optimiser
+    part: Literal["all", "denoiser"] = "all"
+    size: int = 512
     start: Path | None = None
     degradation: Degradation = field(default_factory=lambda: Degradation(()))
 
@@ -48,11 +61,29 @@ class AutoencoderTask:
         if not config.start:
             analysed = [read_square(f, config.data.size) for f in self.samples.files[::ANALYSED]]
             network.start(torch.stack(analysed).float() / 127.5 - 1)
+        self.network = network
         self.networks: dict[str, nn.Module] = {"autoencoder": network}
-        self.optimisers = {"autoencoder": config.optimiser}
+        if config.part == "denoiser":
+            self.pool, rest = divmod(config.data.size * QUARTER, config.size)
+            if rest or not self.pool:
+                raise OSDFaceError(
+                    f"`data.size` is {config.data.size}; a multiple of {config.size // QUARTER}, a "
+                    f"quarter of `size`, is wanted for the denoiser: set data.size."
+                )
+            self.networks = {"denoiser": network.encoder.denoiser}
+        self.optimisers = dict.fromkeys(self.networks, config.optimiser)
 
     def losses(self, name: str, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean absolute error of the pixels and of their differences, of pictures in [-1,1]."""
+        """Of the autoencoder: mean absolute error of the pixels and of their differences, of
+        pictures in [-1,1]. Of the denoiser: mean squared error as a share of the degraded
+        picture's, at a quarter of the size.
+        """
+        if name == "denoiser":
+            bad, good = self._pooled(batch["lq"]), self._pooled(batch["hq"])
+            error = (bad + self.networks[name](bad).float() - good).square().mean((1, 2, 3))
+            # In [-1,1] a squared error is four times what it is in [0,1].
+            share = error / (4 * SLIGHT + (bad - good).square().mean((1, 2, 3)))
+            return share.mean(), {"share": share.mean(), "total": share.mean()}
         pictures = batch["lq"] * 2 - 1
         decoded = self.networks[name](pictures).float()
         parts = {
@@ -62,11 +93,23 @@ class AutoencoderTask:
         total = parts["l1"] + parts["differences"]
         return total, parts | {"total": total}
 
+    def _pooled(self, pictures: Tensor) -> Tensor:
+        """(B,3,h,w) in [0,1] -> what the denoiser sees of it, in [-1,1]."""
+        return F.avg_pool2d(pictures * 2 - 1, self.pool)
+
     def after_step(self, step: int) -> None:
         pass
 
     def show(self, count: int) -> tuple[Tensor, dict[str, float]]:
-        """Rows: original, decoded."""
+        """Rows: original, decoded; of the denoiser degraded, denoised, original."""
+        if "denoiser" in self.networks:
+            denoiser = bare(self.networks["denoiser"])
+
+            def denoised(sample: dict[str, Tensor]) -> Tensor:
+                change = denoiser(self._pooled(sample["lq"])).float() / 2
+                return sample["lq"] + F.interpolate(change, scale_factor=self.pool, mode="bilinear")
+
+            return show_restored(denoised, self.held_out, count, self.accelerator.device)
         network = bare(self.networks["autoencoder"])
         rows: list[list[Tensor]] = [[], []]
         figures = []
@@ -81,5 +124,5 @@ class AutoencoderTask:
 
     def export(self, folder: Path) -> None:
         """autoencoder.safetensors, in fp16, as the built-in model reads it."""
-        state = bare(self.networks["autoencoder"]).state_dict()
+        state = self.network.state_dict()
         save_file(for_file(state, half=True), folder / "autoencoder.safetensors")

@@ -235,6 +235,21 @@ def tones(given: Tensor, right: Tensor) -> Tensor:
     return F.avg_pool2d(given - right, 8).square().mean()
 
 
+def weave(given: Tensor, right: Tensor, block: int = 8, window: int = 8) -> Tensor:
+    """What the error of pictures (B,3,H,W), sides multiples of `block`, has in common at each place
+    of its blocks: the mean square of that, over all places and windows of `window` blocks a side.
+
+    A decoder draws a block from a few numbers, so that the detail it makes up repeats from block to
+    block: the eye sees a weave, a loss of detail does not. Errors that do not repeat cancel in a
+    window's mean.
+    """
+    places = F.pixel_unshuffle(given - right, block)
+    window = min(window, *places.shape[-2:])
+    common = F.avg_pool2d(places, window, max(1, window // 2))
+    common = common.unflatten(1, (given.shape[1], -1))
+    return (common - common.mean(2, keepdim=True)).square().mean()
+
+
 def leaning(
     given: Tensor, degraded: Tensor, right: Tensor, spoilt: float, lean: float = 1.0
 ) -> Tensor:

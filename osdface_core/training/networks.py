@@ -53,7 +53,8 @@ class VaeConfig:
     folder: in diffusers' layout, or one that holds such a folder `vae`; for kl.
     config: what diffusers makes a new one of, where there is no folder; for kl.
     weights: safetensors file for one that is not from a folder; random weights without one.
-    train: the part that is trained. grain is the built-in one's last layer, the amount of grain.
+    train: the part that is trained. grain is the built-in one's last layer, the amount of grain;
+        its denoiser is trained by itself (autoencoder.py) and never here.
     """
 
     kind: Literal["kl", "builtin"] = "kl"
@@ -204,6 +205,9 @@ def load_vae(config: VaeConfig, dtype: torch.dtype) -> KLAutoencoder | BuiltinAu
     modules = dict(made.vae.named_modules())
     for part in (modules[name] for name in names if name in modules):
         part.requires_grad_(True)
+    if isinstance(made, BuiltinAutoencoder):
+        # It has learned from whole faces and large batches, and loses that in a few hundred steps.
+        made.vae.encoder.denoiser.requires_grad_(False)
     return made
 
 

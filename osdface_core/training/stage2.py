@@ -38,6 +38,7 @@ from .losses import (
     shaken,
     tones,
     wanted,
+    weave,
 )
 from .networks import (
     BuiltinAutoencoder,
@@ -90,6 +91,7 @@ class Losses:
     charbonnier: smooth absolute error of the pixels.
     differences: of neighbouring pixels' differences.
     tones: mean squared error at an eighth of the size.
+    weave: what the error repeats in every block of 8 x 8 px.
     latent: mean squared error of the latents.
     autoencoding: of the losses of pixels and LPIPS, for undegraded pictures through the autoencoder
         alone, a quarter of each batch. Without it a trained decoder forgets them.
@@ -111,6 +113,7 @@ class Losses:
     charbonnier: float = 0.0
     differences: float = 0.0
     tones: float = 0.0
+    weave: float = 0.0
     latent: float = 0.0
     autoencoding: float = 0.0
     lpips: Term = field(default_factory=Term)
@@ -327,6 +330,7 @@ class Stage2Task:
             ("charbonnier", terms.charbonnier, charbonnier),
             ("differences", terms.differences, differences),
             ("tones", terms.tones, tones),
+            ("weave", terms.weave, weave),
         ):
             if weight:
                 parts[key] = loss(given, right)
