@@ -76,7 +76,10 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         side = 2 ** len(self.down)
-        x = F.pad(x, [0, -width % side, 0, -height % side], mode="replicate")
+        right, below = -width % side, -height % side
+        if right or below:
+            # In fp32, which every torch pads on every device.
+            x = F.pad(x.float(), [0, right, 0, below], mode="replicate").to(x.dtype)
         h = self.conv_in(F.pixel_unshuffle(x, 2))
         passed = []
         for level, blocks in enumerate(self.down):
