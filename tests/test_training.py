@@ -509,24 +509,14 @@ def test_what_eyes_judge_weighs_more_where_more_is_lost(
     assert {float(x) for x in gradients[0].unique()} == {share}
 
 
-def test_shades_are_trained_where_nothing_else_is(
-    faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("loss", ["tones", "weave"])
+def test_shades_and_what_repeats_are_trained_where_nothing_else_is(
+    loss: str, faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    config = stage2(faces, tmp_path, vre, losses={"mse": 0.0, "tones": 10.0, **OFF})
+    config = stage2(faces, tmp_path, vre, losses={"mse": 0.0, loss: 10.0, **OFF})
     run(config, "stage2", "run.steps=30", "run.batch=8", "run.log_every=10")
-    errors, totals = logged(caplog, "tones"), logged(caplog, "total")
-    assert errors[-1] < errors[0]
-    assert totals == pytest.approx([10 * error for error in errors], rel=1e-2)
-
-
-def test_what_repeats_in_every_block_is_trained_away(
-    faces: Path, vre: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    config = stage2(faces, tmp_path, vre, losses={"mse": 0.0, "weave": 10.0, **OFF})
-    run(config, "stage2", "run.steps=30", "run.batch=8", "run.log_every=10")
-    errors, totals = logged(caplog, "weave"), logged(caplog, "total")
+    errors, totals = logged(caplog, loss), logged(caplog, "total")
     assert errors[-1] < errors[0]
     assert totals == pytest.approx([10 * error for error in errors], rel=1e-2)
 
