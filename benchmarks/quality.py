@@ -114,7 +114,7 @@ def weave(picture: Tensor) -> float:
     """How far what repeats every 8 px stands out of a picture (H,W,3) in [0,1], in dB.
 
     It is the mean, over the lines that such a repeat has in the spectrum, of the line's power over
-    the median of its neighbours', in the calmer half of windows of 64 px.
+    the median of its neighbours', in the half of the windows of 64 px in which rows differ least.
     """
     grey = picture.clamp(0, 1).mean(-1) * 255
     windows = grey.unfold(0, 64, 32).unfold(1, 64, 32).reshape(-1, 64, 64)
@@ -122,7 +122,8 @@ def weave(picture: Tensor) -> float:
     calm = windows[unrest <= unrest.median()]
     taps = torch.hann_window(64)
     calm = (calm - calm.mean((1, 2), keepdim=True)) * torch.outer(taps, taps)
-    power = torch.fft.fft2(calm).abs().square().mean(0)
+    # Nothing stands out of a picture of one colour.
+    power = torch.fft.fft2(calm).abs().square().mean(0).clamp(min=1e-6)
     around = torch.stack(
         [power.roll((dy, dx), (0, 1)) for dy in (-3, 0, 3) for dx in (-3, 0, 3) if dy or dx]
     )

@@ -673,7 +673,7 @@ def test_the_denoiser_alone_is_trained_on_pictures_of_half_the_size(
         portraits,
         tmp_path,
         part="denoiser",
-        size=256,
+        model_size=256,
         start=str(builtin.AUTOENCODER),
         degradation={"stages": [noisy]},
         optimiser={"learning_rate": 1e-3},
@@ -687,9 +687,35 @@ def test_the_denoiser_alone_is_trained_on_pictures_of_half_the_size(
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert {name.rpartition(".")[0].split(".")[1] for name in changed} == {"denoiser"}
-    PartialState._reset_state()
-    assert main(["autoencoder", "--config", str(config), "size=384"]) == 1
-    assert "set data.size" in capsys.readouterr().err
+    for change, said in (("model_size=384", "set them"), ("start=null", "`start` is not given")):
+        PartialState._reset_state()
+        assert main(["autoencoder", "--config", str(config), "data.crop=0", change]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_the_autoencoders_training_leaves_its_denoiser_alone(
+    portraits: Path, tmp_path: Path
+) -> None:
+    config = small("autoencoder", portraits, tmp_path, start=str(builtin.AUTOENCODER))
+    folder = run(config, "autoencoder")
+    before, after = load_file(builtin.AUTOENCODER), load_file(folder / "autoencoder.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"encoder.linear.weight", "decoder.conv_out.weight"} <= changed
+    assert not [name for name in changed if ".denoiser." in name]
+
+
+def test_a_denoisers_training_that_was_stopped_goes_on_to_the_same_bits(
+    portraits: Path, tmp_path: Path
+) -> None:
+    config = small("autoencoder", portraits, tmp_path, start=str(builtin.AUTOENCODER))
+    own = ("part=denoiser", "data.crop=0", "model_size=256", "run.checkpoint_every=2")
+    whole = run(config, "autoencoder", f"run.folder={tmp_path / 'whole'}", *own)
+    stopped = run(config, "autoencoder", f"run.folder={tmp_path / 'stopped'}", *own)
+    checkpoints(stopped)[-1].unlink()
+    (stopped / "autoencoder.safetensors").unlink()
+    run(config, "autoencoder", f"run.folder={stopped}", *own)
+    file = "autoencoder.safetensors"
+    assert (whole / file).read_bytes() == (stopped / file).read_bytes()
 
 
 @pytest.mark.parametrize("task", ["autoencoder", "detector", "parser"])

@@ -591,8 +591,11 @@ def test_the_weave_is_what_repeats_from_block_to_block() -> None:
     assert losses.weave(right + other, right) < 1e-6
     noise = torch.randn(right.shape, generator=torch.Generator().manual_seed(0)) * 0.04
     assert losses.weave(right + noise, right) == pytest.approx(0.04**2 / 64, rel=0.1)
-    # Smaller than a window: one block is compared with itself, and one place with the others.
-    assert losses.weave(right[..., :8, :16] + lines[..., :16], right[..., :8, :16]) > 1e-5
+    # Two blocks are fewer than a window: each is taken by itself.
+    few = right[..., :8, :16]
+    assert losses.weave(few + lines[..., :16], few) == pytest.approx(
+        0.04**2 / 3 * (1 / 8 - 1 / 64), rel=1e-4
+    )
 
 
 def test_a_weave_of_8_px_is_measured_and_no_other() -> None:
@@ -608,6 +611,7 @@ def test_a_weave_of_8_px_is_measured_and_no_other() -> None:
     assert abs(weave(picture + lines(7))) < 1
     faint, plain = weave(picture + lines(8)), weave(picture + 4 * lines(8))
     assert 3 < faint < plain - 8
+    assert weave(torch.full((128, 128, 3), 0.25)) == 0
 
 
 @pytest.mark.parametrize("lean", [1.0, 3.0])

@@ -23,8 +23,8 @@ from .samples import show_restored
 
 # Of the training pictures, one in so many is used for the principal components.
 ANALYSED = 4
-# What the mean squared error of a degraded picture is raised by before the denoiser's error is
-# divided by it, so that what is hardly degraded counts no more than it is seen.
+# Added to a degraded picture's mean squared error before the denoiser's is divided by it; without
+# it, pictures that are hardly degraded would count the most.
 SLIGHT = 1e-3
 
 
@@ -32,12 +32,12 @@ SLIGHT = 1e-3
 class AutoencoderConfig:
     """What `configs/autoencoder_builtin.yaml` and `autoencoder_builtin_denoiser.yaml` hold.
 
-    part: all; or denoiser, that of the encoder alone, which learns from degraded pictures what good
-        ones are at a quarter of the size.
-    size: for the denoiser: pixels a side at which the model will get the pictures that are
+    part: all, but for the encoder's denoiser; or denoiser, that alone, which learns from degraded
+        pictures what good ones are at a quarter of the size.
+    model_size: for the denoiser: pixels a side at which the model will get the pictures that are
         `data.size` here, which may be smaller, since they are pooled.
     start: an exported file to go on from; without one the linear paths begin at the principal
-        components of the pictures.
+        components of the pictures, and the denoiser changes nothing.
     degradation: of the pictures that are encoded and decoded. A degraded face goes through the same
         encoder as a good one.
     """
@@ -46,7 +46,7 @@ class AutoencoderConfig:
     data: Pictures
     optimiser: Optimiser
     part: Literal["all", "denoiser"] = "all"
-    size: int = 512
+    model_size: int = 512
     start: Path | None = None
     degradation: Degradation = field(default_factory=lambda: Degradation(()))
 
@@ -63,13 +63,22 @@ class AutoencoderTask:
             network.start(torch.stack(analysed).float() / 127.5 - 1)
         self.network = network
         self.networks: dict[str, nn.Module] = {"autoencoder": network}
+        # The autoencoder's loss asks for noise back; the denoiser must not learn that.
+        network.encoder.denoiser.requires_grad_(config.part == "denoiser")
         if config.part == "denoiser":
-            self.pool, rest = divmod(config.data.size * QUARTER, config.size)
-            if rest or not self.pool:
+            quarter, rest = divmod(config.model_size, QUARTER)
+            if rest or quarter < 1 or config.data.size % quarter:
                 raise OSDFaceError(
-                    f"`data.size` is {config.data.size}; a multiple of {config.size // QUARTER}, a "
-                    f"quarter of `size`, is wanted for the denoiser: set data.size."
+                    f"`data.size` is {config.data.size} and `model_size` {config.model_size}; a "
+                    f"multiple of {QUARTER}, and one of its quarter for data.size, are wanted: "
+                    "set them."
                 )
+            if not config.start:
+                raise OSDFaceError(
+                    "`start` is not given, so that the denoiser would stand in an autoencoder "
+                    "without training: give an exported autoencoder.safetensors."
+                )
+            self.pool = config.data.size // quarter
             self.networks = {"denoiser": network.encoder.denoiser}
         self.optimisers = dict.fromkeys(self.networks, config.optimiser)
 

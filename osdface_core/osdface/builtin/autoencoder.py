@@ -2,7 +2,7 @@
 
 They have 32 channels at an eighth of the size, a sixth of the picture's numbers, so that what the
 UNet leaves alone comes back as it was. Most of the work is done at 1/8 and 1/4 of the size: a face
-of 512 px costs 12 GMAC, where TAESD takes 140. A linear path, set to the principal components of
+of 512 px costs 13 GMAC, where TAESD takes 140. A linear path, set to the principal components of
 8 x 8 px blocks before training, runs beside the convolutions of both halves.
 
 The encoder looks at the whole face at a quarter of its size first and takes away what is wrong
@@ -56,8 +56,8 @@ class Residual(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """(B,3,h,w) in [-1,1], sides even -> what to add to it, of the same shape: a U-Net of four
-    levels, the first at half of the sides.
+    """(B,3,h,w) in [-1,1] -> what to add to it, of the same shape: a U-Net of four levels, the
+    first at half of the sides.
     """
 
     def __init__(self, operations: Operations, widths: tuple[int, ...] = (32, 64, 96, 96)) -> None:
