@@ -133,6 +133,10 @@ def test_the_encoder_cleans_a_bad_portrait_at_a_quarter_of_its_size_and_leaves_a
     assert torch.equal(denoiser(part), denoiser(wide)[..., :90, :106])
 
 
+def test_a_new_denoiser_changes_nothing() -> None:
+    assert not Autoencoder().encoder.denoiser(torch.rand(1, 3, 32, 32)).any()
+
+
 def test_grain_is_the_same_wherever_a_part_of_the_latents_begins_at_its_repeat() -> None:
     network = Autoencoder()
     torch.manual_seed(0)

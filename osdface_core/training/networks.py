@@ -166,10 +166,6 @@ class BuiltinAutoencoder(nn.Module):
     def __init__(self, weights: Path | None) -> None:
         super().__init__()
         self.vae = load_autoencoder(weights) if weights else Autoencoder()
-        if not weights:
-            # Never trained here, it must begin by changing nothing.
-            for tensor in self.vae.encoder.denoiser.conv_out.parameters():
-                nn.init.zeros_(tensor)
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.vae.encode(pixels * 2 - 1).float()

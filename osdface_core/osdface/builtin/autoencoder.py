@@ -72,6 +72,9 @@ class Denoiser(nn.Module):
         self.enlarge = nn.ModuleList(operations.Conv2d(b, 4 * a, 1) for a, b in pairs)
         self.up = nn.ModuleList(Residual(width, operations) for width in widths[:-1])
         self.conv_out = operations.Conv2d(widths[0], 4 * 3, 3, padding=1)
+        # A new one changes nothing, as most training leaves it as it is.
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -202,12 +205,7 @@ class Autoencoder(nn.Module):
         into.bias.copy_(-down @ mean)
         out.weight.copy_((vectors * scale)[:, :, None, None])
         out.bias.copy_(mean)
-        for layer in (
-            self.encoder.denoiser.conv_out,
-            self.encoder.conv_out,
-            self.decoder.conv_out,
-            self.decoder.conv_grain,
-        ):
+        for layer in (self.encoder.conv_out, self.decoder.conv_out, self.decoder.conv_grain):
             layer.weight.zero_()
             layer.bias.zero_()
         self.decoder.conv_grain.bias.fill_(0.02)
